@@ -1,0 +1,65 @@
+"""Choosing, for each prompt, which output latents to edit."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from dspa.errors import InvalidInputError
+from dspa.kernels.operands import CsrMap, EditKind, EditList
+from dspa.kernels.registry import operations_for
+
+
+@torch.no_grad()
+def lookup(
+    density: Tensor,
+    conditional_map: CsrMap,
+    k_prompt: int,
+    k_diff: int,
+    edit: EditKind = "ablate",
+    *,
+    sign_guard: bool = False,
+    backend: str = "auto",
+) -> EditList:
+    """`S_augment` and `S_ablate` of method.md, section 3, for each prompt of a batch.
+
+    The k_prompt densest prompt latents pick rows of the map; their sum scores the output latents; the k_diff highest
+    are augmented, the k_diff lowest ablated. Ties go to the lower index. The rows are added in ascending order of
+    their index, so that a score depends on the set of them alone. With `edit="both"`, a latent in both sets (both
+    reach into the zeros of a sparse score) is in neither: the two edits would cancel.
+
+    Args:
+        density: `[B, d_sae_in]` floating point, activation density over each prompt's tokens.
+        conditional_map: the map A.
+        k_prompt: number of prompt latents, 0 to `d_sae_in`.
+        k_diff: number of output latents in each direction, 0 to `d_sae_out`.
+        edit: "ablate", "augment" or "both".
+        sign_guard: drop augmented latents whose score is not positive and ablated ones whose score is not negative.
+        backend: a backend's name, or "auto".
+
+    Returns:
+        Lists with room for k_diff entries a row, 2 k_diff for "both".
+
+    Raises:
+        InvalidInputError: if a shape, k_prompt, k_diff or edit is out of range.
+        BackendUnavailableError: if a backend asked for by name cannot serve the call.
+    """
+    if density.ndim != 2 or density.shape[1] != conditional_map.d_sae_in:
+        raise InvalidInputError(
+            f"density is {tuple(density.shape)}; expected [B, d_sae_in = {conditional_map.d_sae_in}]"
+        )
+    check_lookup_options(conditional_map, k_prompt, k_diff, edit)
+    operations = operations_for(backend, "lookup", (density, conditional_map.values))
+    return operations.lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard)
+
+
+def check_lookup_options(conditional_map: CsrMap, k_prompt: int, k_diff: int, edit: str) -> None:
+    """Raises InvalidInputError if the options cannot be used with a map of this size."""
+    if not 0 <= k_prompt <= conditional_map.d_sae_in:
+        raise InvalidInputError(f"k_prompt is {k_prompt}; expected 0 to d_sae_in = {conditional_map.d_sae_in}")
+    if not 0 <= k_diff <= conditional_map.d_sae_out:
+        raise InvalidInputError(f"k_diff is {k_diff}; expected 0 to d_sae_out = {conditional_map.d_sae_out}")
+    if edit not in get_args(EditKind):
+        raise InvalidInputError(f"edit is {edit!r}; expected one of {', '.join(get_args(EditKind))}")

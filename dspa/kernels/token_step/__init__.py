@@ -1,0 +1,110 @@
+"""Editing one token per row: encode, select, and write the decoded difference back."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from dspa.errors import InvalidInputError
+from dspa.kernels.lookup import lookup
+from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
+from dspa.kernels.registry import StepMode, operations_for
+from dspa.kernels.sae_weights import SaeWeights
+
+
+@torch.no_grad()
+def token_step(
+    hidden: Tensor,
+    sae: SaeWeights,
+    edits: EditList,
+    alpha: float | Tensor,
+    enabled: Tensor | None = None,
+    stats: TokenStats | None = None,
+    *,
+    mode: StepMode | None = None,
+    backend: str = "auto",
+) -> None:
+    """Edits each row of `hidden` in place by its own list: method.md, section 4.
+
+    A listed latent is edited only where it is active: augmented by `alpha * M_t`, or lowered by `alpha * M_t` but not
+    below 0, with `M_t` the largest activation of all latents before edits. What is written back is the decoded
+    difference, so the SAE's reconstruction error stays as it was. A row that nothing changes keeps its bits, and so
+    does one whose encoder input holds NaN or Inf.
+
+    Args:
+        hidden: `[B, d_model]`, bfloat16, float16, float32 or float64, edited in place; rows may be strided.
+        sae: the output SAE, with `W_dec` rows for every listed latent.
+        edits: one list per row; each latent at most once in a list, all of them below `d_sae` (not checked here).
+        alpha: edit strength, not negative; a number, or `[B]`.
+        enabled: `[B]` bool on the device of `hidden`, False for rows to leave alone; None for all.
+        stats: counters to add to.
+        mode: how to get there: "dense" (one pass over `W_enc`), "lazy" (none where none is needed), "screened"
+            (rows that cannot matter are skipped). The result is the same. None is the backend's fastest.
+        backend: a backend's name, or "auto".
+
+    Raises:
+        InvalidInputError: if a shape does not fit or alpha is negative.
+        BackendUnavailableError: if a backend asked for by name cannot serve the call.
+    """
+    _check(hidden, sae, edits, alpha, enabled, stats, mode)
+    operations = operations_for(backend, "token_step", (hidden,), sae)
+    operations.token_step(hidden, sae, edits, alpha, enabled, stats, mode)
+
+
+def token_step_with_lookup(
+    hidden: Tensor,
+    sae: SaeWeights,
+    density: Tensor,
+    conditional_map: CsrMap,
+    alpha: float | Tensor,
+    enabled: Tensor | None = None,
+    stats: TokenStats | None = None,
+    *,
+    k_prompt: int,
+    k_diff: int,
+    edit: EditKind = "ablate",
+    sign_guard: bool = False,
+    mode: StepMode | None = None,
+    backend: str = "auto",
+) -> EditList:
+    """`lookup` and `token_step` in one call, for prompt features that change with every token.
+
+    Args and errors as for the two. Returns the lists that were looked up.
+    """
+    edits = lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard=sign_guard, backend=backend)
+    token_step(hidden, sae, edits, alpha, enabled, stats, mode=mode, backend=backend)
+    return edits
+
+
+def _check(
+    hidden: Tensor,
+    sae: SaeWeights,
+    edits: EditList,
+    alpha: float | Tensor,
+    enabled: Tensor | None,
+    stats: TokenStats | None,
+    mode: str | None,
+) -> None:
+    if hidden.ndim != 2 or hidden.shape[1] != sae.d_model:
+        raise InvalidInputError(f"hidden is {tuple(hidden.shape)}; expected [B, d_model = {sae.d_model}]")
+    batch = hidden.shape[0]
+    if sae.W_dec is None:
+        raise InvalidInputError("the SAE has no W_dec, so no edit can be decoded; pass the output SAE")
+    if edits.batch != batch:
+        raise InvalidInputError(f"edit lists are for {edits.batch} rows, hidden has {batch}; expected as many")
+    if isinstance(alpha, Tensor):
+        if alpha.shape != (batch,):
+            raise InvalidInputError(f"alpha is {tuple(alpha.shape)}; expected a number or [B = {batch}]")
+    elif not alpha >= 0:
+        raise InvalidInputError(f"alpha is {alpha}; expected a number >= 0 (the direction is the edit's sign)")
+    if enabled is not None and enabled.shape != (batch,):
+        raise InvalidInputError(f"enabled is {tuple(enabled.shape)}; expected [B = {batch}]")
+    if stats is not None and (stats.seen.shape != (batch,) or stats.latent_edits.shape != (sae.d_sae,)):
+        raise InvalidInputError(
+            f"stats are for {stats.seen.shape[0]} rows and {stats.latent_edits.shape[0]} latents; "
+            f"expected {batch} and {sae.d_sae}"
+        )
+    if mode is not None and mode not in get_args(StepMode):
+        raise InvalidInputError(f"mode is {mode!r}; expected one of {', '.join(get_args(StepMode))}")

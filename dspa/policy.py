@@ -1,0 +1,282 @@
+"""A steering policy: the map, both SAEs and the options, as one thing that selects edits for a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from dspa.conditional_map import ConditionalDifferenceMap
+from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
+from dspa.files import CONFIG, read_tensor_folder, write_tensor_folder
+from dspa.kernels import EditKind, EditList, SaeWeights, lookup
+from dspa.kernels.lookup import check_lookup_options
+from dspa.model_structure import ModelFingerprint
+from dspa.sae import SaeMetadata, SparseAutoencoder
+
+EditPositions = Literal["from_last_prompt", "generated", "all"]
+
+KIND = "policy"
+FORMAT_VERSION = 1
+
+
+class Policy(Protocol):
+    """What `steer` asks of a policy. Write a class with these fields to steer by another rule."""
+
+    @property
+    def model(self) -> ModelFingerprint: ...
+    @property
+    def input_layer(self) -> int: ...
+    @property
+    def output_layer(self) -> int: ...
+    @property
+    def input_sae(self) -> SaeWeights | None:
+        """The SAE whose prompt densities `select` reads; None for a rule that does not look at the prompt."""
+        ...
+
+    @property
+    def output_sae(self) -> SaeWeights: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def edit_positions(self) -> EditPositions: ...
+    @property
+    def uncounted_token_ids(self) -> tuple[int, ...]: ...
+
+    def select(self, density: Tensor) -> EditList:
+        """Edit lists for prompts of densities `[B, d_sae_in]` (`[B, 0]` without an input SAE)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringPolicy:
+    """DSPA's policy (method, sections 3 and 4).
+
+    Attributes:
+        conditional_map: the map A, with the collection it comes from (model, layers, counting rules).
+        input_sae, output_sae: the SAEs it was collected with.
+        k_prompt: how many of a prompt's densest latents choose rows of the map.
+        k_diff: how many latents are edited in each direction.
+        alpha: edit strength, in units of the token's largest activation M_t.
+        edit: "ablate", "augment" or "both".
+        sign_guard: drop selected latents whose score has the other sign; the literal rule keeps them.
+        edit_positions: "from_last_prompt" edits the last prompt token and every generated one, "generated" only these,
+            "all" every prompt token that is counted as well.
+
+    Raises:
+        InvalidInputError: for an option out of range.
+        MismatchError: for an SAE other than those the map was collected with.
+    """
+
+    conditional_map: ConditionalDifferenceMap
+    input_sae: SparseAutoencoder
+    output_sae: SparseAutoencoder
+    _: KW_ONLY
+    k_prompt: int = 32
+    k_diff: int = 16
+    alpha: float = 0.2
+    edit: EditKind = "ablate"
+    sign_guard: bool = False
+    edit_positions: EditPositions = "from_last_prompt"
+
+    def __post_init__(self) -> None:
+        run = self.conditional_map.run
+        check_lookup_options(self.conditional_map.matrix, self.k_prompt, self.k_diff, self.edit)
+        if not 0 <= self.alpha < float("inf"):
+            raise InvalidInputError(f"alpha is {self.alpha}; expected a number >= 0 (edit says in which direction)")
+        if self.edit_positions not in get_args(EditPositions):
+            known = ", ".join(get_args(EditPositions))
+            raise InvalidInputError(f"edit_positions is {self.edit_positions!r}; expected one of {known}")
+        if self.input_layer > self.output_layer:
+            raise InvalidInputError(
+                f"input_layer {self.input_layer} comes after output_layer {self.output_layer}; the prompt must be read "
+                "before it is edited"
+            )
+        for which, sae, fingerprint in (
+            ("input", self.input_sae, run.input_sae),
+            ("output", self.output_sae, run.output_sae),
+        ):
+            if sae.encoder_only().fingerprint() != fingerprint:
+                raise MismatchError(f"the {which} SAE is not the one the map was collected with; pass that one")
+        if self.output_sae.decoder_rows is not None:
+            missing = self.selectable_latents()[self.output_sae.decoder_rows[self.selectable_latents()] < 0]
+            if len(missing):
+                raise MismatchError(
+                    f"k_diff = {self.k_diff} may select {len(missing)} latents whose decoder rows were not saved; "
+                    "build the policy again from the whole SAE"
+                )
+
+    @property
+    def model(self) -> ModelFingerprint:
+        return self.conditional_map.run.model
+
+    @property
+    def input_layer(self) -> int:
+        return self.conditional_map.run.input_layer
+
+    @property
+    def output_layer(self) -> int:
+        return self.conditional_map.run.output_layer
+
+    @property
+    def uncounted_token_ids(self) -> tuple[int, ...]:
+        return self.conditional_map.run.uncounted_token_ids
+
+    def select(self, density: Tensor) -> EditList:
+        """Which latents to edit for prompts of the given densities (method, section 3).
+
+        Args:
+            density: `[B, d_sae_in]` floating point.
+
+        Raises:
+            InvalidInputError: if the shape does not fit.
+        """
+        matrix = self.conditional_map.matrix.to(density.device)
+        return lookup(density, matrix, self.k_prompt, self.k_diff, self.edit, sign_guard=self.sign_guard)
+
+    def selectable_latents(self) -> Tensor:
+        """Output latents that some prompt can select, int64, ascending: those in the map, and, since latents with a
+        score of 0 are selected in index order when a prompt leaves room, the first k_diff of the others."""
+        touched = torch.zeros(self.output_sae.d_sae, dtype=torch.bool)
+        touched[self.conditional_map.matrix.columns.long().cpu()] = True
+        untouched = (~touched).nonzero().flatten()[: self.k_diff]
+        return torch.cat([touched.nonzero().flatten(), untouched]).sort().values
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the policy to a folder that needs nothing else: `policy.safetensors` and `config.json`.
+
+        Of the input SAE its encoder is kept, of the output SAE the encoder and the decoder rows some prompt can select.
+
+        Raises:
+            DspaError: if it cannot be written.
+        """
+        config = {
+            **{name: getattr(self, name) for name in OPTIONS},
+            "conditional_map": self.conditional_map.config(),
+            "input_sae": _sae_config(self.input_sae),
+            "output_sae": _sae_config(self.output_sae),
+        }
+        parts = {
+            "conditional_map": self.conditional_map.tensors(),
+            "input_sae": self.input_sae.encoder_only().tensors(),
+            "output_sae": self.output_sae.with_decoder_rows(self.selectable_latents()).tensors(),
+        }
+        tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        return write_tensor_folder(folder, KIND, FORMAT_VERSION, config, tensors)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> SteeringPolicy:
+        """Reads a policy from a folder, or from the hub if there is no such folder.
+
+        Args:
+            source: a folder that `save_pretrained` wrote, or a hub repository's id.
+            options: fields to change, such as `alpha=0.1`.
+
+        Raises:
+            InvalidInputError: if there is no policy, or an option is unknown or out of range.
+            CorruptFileError: if a file is truncated, altered, or holds values out of bounds.
+            MismatchError: if an option needs decoder rows that were not saved.
+        """
+        config, tensors = read_tensor_folder(_local_folder(source), KIND, FORMAT_VERSION)
+        unknown = sorted(set(options) - set(OPTIONS))
+        if unknown:
+            raise InvalidInputError(f"option {unknown[0]!r} is not known; expected one of {', '.join(OPTIONS)}")
+        parts: dict[str, dict[str, Tensor]] = {"conditional_map": {}, "input_sae": {}, "output_sae": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = tensor
+        try:
+            saved = {name: config[name] for name in OPTIONS}
+            conditional_map = ConditionalDifferenceMap.of(
+                config["conditional_map"], parts["conditional_map"], str(source)
+            )
+            input_sae = _sae_of(config["input_sae"], parts["input_sae"])
+            output_sae = _sae_of(config["output_sae"], parts["output_sae"])
+        except (KeyError, TypeError, ValueError, UnsupportedSaeError) as error:
+            raise CorruptFileError(f"{source} does not hold a whole policy ({error}); make it again") from error
+        return cls(conditional_map, input_sae, output_sae, **{**saved, **options})
+
+
+OPTIONS = ("k_prompt", "k_diff", "alpha", "edit", "sign_guard", "edit_positions")
+
+
+@dataclass(frozen=True, eq=False)
+class StaticPolicy:
+    """One edit list for every prompt, applied by the same token rule: the Static-SAE comparator (method, section 7).
+
+    Attributes:
+        model, output_layer, uncounted_token_ids: as in SteeringPolicy.
+        output_sae: the SAE that is edited.
+        augment, ablate: latents edited in each direction.
+        alpha, edit_positions: as in SteeringPolicy.
+    """
+
+    model: ModelFingerprint
+    output_layer: int
+    output_sae: SparseAutoencoder
+    augment: tuple[int, ...] = ()
+    ablate: tuple[int, ...] = ()
+    alpha: float = 0.2
+    edit_positions: EditPositions = "from_last_prompt"
+    uncounted_token_ids: tuple[int, ...] = ()
+    input_sae: None = None
+
+    @classmethod
+    def from_mean_difference(cls, policy: SteeringPolicy) -> StaticPolicy:
+        """The prompt-blind counterpart of a policy: the extremes of the mean of D, as many as the policy edits."""
+        order = policy.conditional_map.mean_difference.sort(stable=True).indices
+        falling = policy.conditional_map.mean_difference.sort(descending=True, stable=True).indices
+        return cls(
+            model=policy.model,
+            output_layer=policy.output_layer,
+            output_sae=policy.output_sae,
+            augment=tuple(falling[: policy.k_diff].tolist()) if policy.edit != "ablate" else (),
+            ablate=tuple(order[: policy.k_diff].tolist()) if policy.edit != "augment" else (),
+            alpha=policy.alpha,
+            edit_positions=policy.edit_positions,
+            uncounted_token_ids=policy.uncounted_token_ids,
+        )
+
+    @property
+    def input_layer(self) -> int:
+        return self.output_layer
+
+    def select(self, density: Tensor) -> EditList:
+        """The same list for each row of `density`, whose values are not read."""
+        batch = density.shape[0]
+        return EditList.of([list(self.augment)] * batch, [list(self.ablate)] * batch, density.device)
+
+
+def _sae_config(sae: SparseAutoencoder) -> dict[str, Any]:
+    semantics = {name: getattr(sae, name) for name in ("activation", "k", "subtract_b_dec", "normalization")}
+    return {**semantics, "metadata": asdict(sae.metadata)}
+
+
+def _sae_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
+    arguments: dict[str, Any] = {**config, "metadata": SaeMetadata(**config["metadata"]), **tensors}
+    sae = SparseAutoencoder(**arguments)
+    for name, tensor in sae.tensors().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"SAE tensor {name} holds NaN or Inf")
+    if sae.decoder_rows is not None and sae.W_dec is not None:
+        lowest, highest = int(sae.decoder_rows.min()), int(sae.decoder_rows.max())
+        if lowest < -1 or highest >= sae.W_dec.shape[0]:
+            raise ValueError(f"decoder rows run from {lowest} to {highest}; there are {sae.W_dec.shape[0]}")
+    return sae
+
+
+def _local_folder(source: str | Path) -> Path:
+    """The folder itself, or a snapshot of the hub repository of that name."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, f"{KIND}.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidInputError(f"no policy at {source}: no such folder, and the hub says: {reason}") from error
