@@ -55,16 +55,21 @@ class CsrMap:
             CorruptFileError: naming the first violation.
         """
         offsets, columns, values = self.row_offsets, self.columns, self.values
-        if (offsets.dtype, columns.dtype) != (torch.int64, torch.int32) or not values.is_floating_point():
+        value_types = (torch.float32, torch.float64)
+        if (offsets.dtype, columns.dtype) != (torch.int64, torch.int32) or values.dtype not in value_types:
             raise CorruptFileError(
-                f"map tensors are {offsets.dtype}, {columns.dtype}, {values.dtype}; expected int64, int32, float"
+                f"map tensors are {offsets.dtype}, {columns.dtype}, {values.dtype}; expected int64, int32, float32"
             )
+        if self.d_sae_out < 1:
+            raise CorruptFileError(f"the map has {self.d_sae_out} columns; expected at least 1")
         if offsets.ndim != 1 or columns.ndim != 1 or columns.shape != values.shape or self.d_sae_in < 1:
             raise CorruptFileError(
                 f"map tensors have shapes {tuple(offsets.shape)}, {tuple(columns.shape)}, {tuple(values.shape)}; "
                 "expected [d_sae_in + 1], [nonzeros], [nonzeros]"
             )
-        if offsets[0] != 0 or offsets[-1] != self.nonzeros or bool((offsets.diff() < 0).any()):
+        # The bound comes before the differences, which could wrap around.
+        bounded = bool(((offsets >= 0) & (offsets <= self.nonzeros)).all())
+        if offsets[0] != 0 or offsets[-1] != self.nonzeros or not bounded or bool((offsets.diff() < 0).any()):
             raise CorruptFileError(f"map row offsets do not rise from 0 to the {self.nonzeros} entries; fit it again")
         if self.nonzeros and not (int(columns.min()) >= 0 and int(columns.max()) < self.d_sae_out):
             raise CorruptFileError(
@@ -98,6 +103,18 @@ class EditList:
     latents: Tensor
     signs: Tensor
     counts: Tensor
+
+    def __post_init__(self) -> None:
+        latents, signs, counts = self.latents, self.signs, self.counts
+        if (latents.dtype, signs.dtype, counts.dtype) != (torch.int32, torch.int8, torch.int32):
+            raise InvalidInputError(
+                f"edit lists are {latents.dtype}, {signs.dtype}, {counts.dtype}; expected int32, int8, int32"
+            )
+        if latents.ndim != 2 or signs.shape != latents.shape or counts.shape != latents.shape[:1]:
+            raise InvalidInputError(
+                f"edit lists have shapes {tuple(latents.shape)}, {tuple(signs.shape)}, {tuple(counts.shape)}; "
+                "expected [B, k], [B, k], [B]"
+            )
 
     @classmethod
     def empty(cls, batch: int, k: int, device: torch.device | str = "cpu") -> EditList:
@@ -143,7 +160,15 @@ class EditList:
         return EditList(self.latents[index], self.signs[index], self.counts[index])
 
     def copy_(self, other: EditList) -> None:
-        """Takes over the lists of another of the same shape, in place."""
+        """Takes over the lists of another of the same shape, in place.
+
+        Raises:
+            InvalidInputError: if the shapes differ.
+        """
+        if other.latents.shape != self.latents.shape:
+            raise InvalidInputError(
+                f"edit lists of shape {tuple(other.latents.shape)} do not fit into {tuple(self.latents.shape)}"
+            )
         self.latents.copy_(other.latents)
         self.signs.copy_(other.signs)
         self.counts.copy_(other.counts)
@@ -172,7 +197,7 @@ class TokenStats:
     Attributes:
         seen: `[B]` int64, tokens that came by.
         edited: `[B]` int64, tokens whose hidden state was changed.
-        nonfinite: `[B]` int64, tokens left alone because the SAE's input held NaN or Inf.
+        nonfinite: `[B]` int64, tokens left alone because NaN or Inf came up; see `token_step`.
         maximum: `[B]` float64, M_t of the last token; NaN where it did not have to be computed.
         maximum_sum: `[B]` float64, sum of M_t over the tokens for which it was computed.
         maximum_known: `[B]` int64, number of those tokens.

@@ -78,6 +78,7 @@ _loaded: dict[str, Operations | BackendUnavailableError] = {}
 
 def register_backend(backend: Backend) -> None:
     """Adds a backend. "auto" asks those registered last first: the reference comes first and so is the last resort."""
+    _backends.pop(backend.name, None)
     _backends[backend.name] = backend
     _loaded.pop(backend.name, None)
 
@@ -103,7 +104,7 @@ def operations_for(
         BackendUnavailableError: if a backend asked for by name is unknown, missing, or refuses the call.
     """
     if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if backend != "auto":
         return _named(backend, operation, operands, sae)
     device_type = operands[0].device.type

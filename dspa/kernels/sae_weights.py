@@ -132,3 +132,5 @@ class SaeWeights:
         gated = self.magnitude_scale is not None and self.magnitude_bias is not None
         if (self.activation == "gated") != gated:
             raise UnsupportedSaeError("magnitude_scale and magnitude_bias belong to gated SAEs, and those need both")
+        if gated and self.decoder_norm is not None:
+            raise UnsupportedSaeError("a gated SAE has a decoder_norm; only its absence is supported")

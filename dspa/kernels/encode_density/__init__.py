@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dspa.errors import InvalidInputError
 from dspa.kernels.registry import operations_for
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.kernels.sae_weights import STORAGE_DTYPES, SaeWeights
 
 
 @torch.no_grad()
@@ -15,6 +15,8 @@ def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, backend:
     """How many tokens of each segment activate each latent: `T_x * rho_i(x)` of method.md, section 2.
 
     Tokens whose encoder input holds NaN or Inf activate nothing. The `[N, d_sae]` activations never exist in memory.
+    In the reference backend, whose sums are a matrix product's, a latent whose pre-activation meets its threshold in
+    the last bit may be counted differently in segments of other lengths; the other backends fix the order of sums.
 
     Args:
         hidden: `[N, d_model]` residual-stream vectors, bfloat16, float16, float32 or float64; rows may be strided.
@@ -29,8 +31,14 @@ def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, backend:
         InvalidInputError: if a shape does not fit.
         BackendUnavailableError: if a backend asked for by name cannot serve the call.
     """
-    if hidden.ndim != 2 or hidden.shape[1] != sae.d_model:
-        raise InvalidInputError(f"hidden is {tuple(hidden.shape)}; expected [N, d_model = {sae.d_model}]")
-    if offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.is_floating_point():
-        raise InvalidInputError(f"offsets are {tuple(offsets.shape)} {offsets.dtype}; expected [S + 1] integers")
+    if hidden.ndim != 2 or hidden.shape[1] != sae.d_model or hidden.dtype not in STORAGE_DTYPES:
+        raise InvalidInputError(
+            f"hidden is {tuple(hidden.shape)} {hidden.dtype}; expected [N, d_model = {sae.d_model}] floating point"
+        )
+    if offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise InvalidInputError(f"offsets are {tuple(offsets.shape)} {offsets.dtype}; expected [S + 1] int32 or int64")
+    if offsets.device.type == "cpu":  # elsewhere, looking at the values would wait for the device
+        rising = bool((offsets.diff() >= 0).all()) and int(offsets[0]) >= 0 and int(offsets[-1]) <= hidden.shape[0]
+        if not rising:
+            raise InvalidInputError(f"offsets do not rise within 0 to {hidden.shape[0]}, the rows of hidden")
     return operations_for(backend, "encode_density", (hidden,), sae).encode_density(hidden, offsets, sae)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -11,7 +12,7 @@ from dspa.errors import InvalidInputError
 from dspa.kernels.lookup import lookup
 from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
 from dspa.kernels.registry import StepMode, operations_for
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.kernels.sae_weights import STORAGE_DTYPES, SaeWeights
 
 
 @torch.no_grad()
@@ -30,8 +31,11 @@ def token_step(
 
     A listed latent is edited only where it is active: augmented by `alpha * M_t`, or lowered by `alpha * M_t` but not
     below 0, with `M_t` the largest activation of all latents before edits. What is written back is the decoded
-    difference, so the SAE's reconstruction error stays as it was. A row that nothing changes keeps its bits, and so
-    does one whose encoder input holds NaN or Inf.
+    difference, so the SAE's reconstruction error stays as it was. A row that nothing changes keeps its bits.
+
+    A row is left alone and counted as nonfinite if NaN or Inf comes up in its encoder input, in the pre-activation of
+    a listed latent, or in `M_t` where the edit depends on its value. Another latent whose pre-activation is NaN is
+    not active.
 
     Args:
         hidden: `[B, d_model]`, bfloat16, float16, float32 or float64, edited in place; rows may be strided.
@@ -73,6 +77,8 @@ def token_step_with_lookup(
 
     Args and errors as for the two. Returns the lists that were looked up.
     """
+    if conditional_map.d_sae_out != sae.d_sae:
+        raise InvalidInputError(f"the map has {conditional_map.d_sae_out} columns; expected d_sae = {sae.d_sae}")
     edits = lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard=sign_guard, backend=backend)
     token_step(hidden, sae, edits, alpha, enabled, stats, mode=mode, backend=backend)
     return edits
@@ -87,8 +93,10 @@ def _check(
     stats: TokenStats | None,
     mode: str | None,
 ) -> None:
-    if hidden.ndim != 2 or hidden.shape[1] != sae.d_model:
-        raise InvalidInputError(f"hidden is {tuple(hidden.shape)}; expected [B, d_model = {sae.d_model}]")
+    if hidden.ndim != 2 or hidden.shape[1] != sae.d_model or hidden.dtype not in STORAGE_DTYPES:
+        raise InvalidInputError(
+            f"hidden is {tuple(hidden.shape)} {hidden.dtype}; expected [B, d_model = {sae.d_model}] floating point"
+        )
     batch = hidden.shape[0]
     if sae.W_dec is None:
         raise InvalidInputError("the SAE has no W_dec, so no edit can be decoded; pass the output SAE")
@@ -97,10 +105,10 @@ def _check(
     if isinstance(alpha, Tensor):
         if alpha.shape != (batch,):
             raise InvalidInputError(f"alpha is {tuple(alpha.shape)}; expected a number or [B = {batch}]")
-    elif not alpha >= 0:
-        raise InvalidInputError(f"alpha is {alpha}; expected a number >= 0 (the direction is the edit's sign)")
-    if enabled is not None and enabled.shape != (batch,):
-        raise InvalidInputError(f"enabled is {tuple(enabled.shape)}; expected [B = {batch}]")
+    elif not 0 <= alpha < math.inf:
+        raise InvalidInputError(f"alpha is {alpha}; expected a finite number >= 0 (the direction is the edit's sign)")
+    if enabled is not None and (enabled.shape != (batch,) or enabled.dtype != torch.bool):
+        raise InvalidInputError(f"enabled is {tuple(enabled.shape)} {enabled.dtype}; expected [B = {batch}] bool")
     if stats is not None and (stats.seen.shape != (batch,) or stats.latent_edits.shape != (sae.d_sae,)):
         raise InvalidInputError(
             f"stats are for {stats.seen.shape[0]} rows and {stats.latent_edits.shape[0]} latents; "

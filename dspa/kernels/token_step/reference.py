@@ -22,30 +22,43 @@ def token_step(
 ) -> None:
     """See `dspa.kernels.token_step`. All modes give one result, so the reference has only this one."""
     assert sae.W_dec is not None  # the dispatcher checks it
+    if hidden.shape[0] == 0:
+        return
     x, scale = encoder_input(hidden, sae)
-    finite = x.isfinite().all(dim=-1)
-    on = torch.ones_like(finite) if enabled is None else enabled.bool()
+    on = torch.ones(len(x), dtype=torch.bool, device=x.device) if enabled is None else enabled
 
     # One matrix-vector product per row, each from a freshly aligned vector: the bits of a row do not depend on the
     # rest of the batch, as those of a matrix product would.
     W_enc = sae.W_enc.to(x.dtype)
-    f = activations(torch.stack([W_enc.mv(row.clone()) for row in x]), sae)
+    product = torch.stack([W_enc.mv(row.clone()) for row in x])
+    f = activations(product, sae)
+    f = torch.where(f.isnan(), 0, f)
     maximum = f.amax(dim=-1)
 
     latents = edits.latents.long()
+    listed = edits.valid()
     selected = f.gather(1, latents)
     step = torch.as_tensor(alpha, dtype=x.dtype, device=x.device) * maximum
     moved = selected + edits.signs * step[:, None]
     moved = torch.where(edits.signs < 0, moved.clamp(min=0), moved)
-    applies = edits.valid() & (selected > 0) & (on & finite)[:, None]
-    difference = torch.where(applies, moved - selected, 0)
+    difference = torch.where(listed & (selected > 0), moved - selected, 0)
 
-    coefficient = difference if sae.decoder_norm is None else difference / sae.decoder_norm[latents]
-    coefficient = coefficient if scale is None else coefficient * scale
-    rows = latents if sae.decoder_rows is None else sae.decoder_rows[latents].long()
+    finite = x.isfinite().all(dim=-1) & difference.isfinite().all(dim=-1)
+    finite &= (product.gather(1, latents).isfinite() | ~listed).all(dim=-1)
+    if scale is not None:
+        finite &= scale.squeeze(-1).isfinite()
+    difference = torch.where((on & finite)[:, None], difference, 0)
     changed = (difference != 0).any(dim=-1)
     for row in changed.nonzero().flatten().tolist():
-        decoded = coefficient[row] @ sae.W_dec[rows[row]].to(x.dtype)
+        entries = difference[row].nonzero().flatten()
+        latent = latents[row, entries]
+        coefficient = difference[row, entries]
+        if sae.decoder_norm is not None:
+            coefficient = coefficient / sae.decoder_norm[latent]
+        if scale is not None:
+            coefficient = coefficient * scale[row]
+        decoder_row = latent if sae.decoder_rows is None else sae.decoder_rows[latent].long()
+        decoded = coefficient @ sae.W_dec[decoder_row].to(x.dtype)
         hidden[row] = (hidden[row].to(x.dtype) + decoded).to(hidden.dtype)
 
     if stats is not None:

@@ -1,0 +1,278 @@
+"""The `dspa` command. Bad input ends with one line on the error stream and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dspa.errors import DspaError, InvalidInputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dspa.sae import SparseAutoencoder
+
+app = typer.Typer(
+    name="dspa",
+    help="Steer a language model with a sparse autoencoder while it generates.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[str, typer.Option(help="Model folder or hub id.")]
+DtypeOption = Annotated[str, typer.Option(help="Model dtype: auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+SaeHelp = "as a folder, or as RELEASE:SAE_ID of sae-lens' list, or as HUB_REPOSITORY:FOLDER"
+
+
+@app.command()
+def demo(
+    triples: Annotated[int, typer.Option(help="Preference triples to collect.")] = 250,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to measure on.")] = 1080,
+    validation_prompts: Annotated[int, typer.Option(help="Prompts to choose a setting on.")] = 240,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and sampling.")] = 0,
+    organism: Annotated[Path | None, typer.Option(help="Folder of another organism than the one shipped.")] = None,
+    png: Annotated[Path, typer.Option(help="Where the chart of gains by kind of prompt goes.")] = Path("dspa-demo.png"),
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole method on the model that ships with the package, and measure it."""
+    from dspa.organism import DATA
+    from dspa.organism.demo import DemoOptions, run_demo
+
+    options = DemoOptions(organism or DATA, triples, prompts, validation_prompts, seed)
+    report = run_demo(options, _console(quiet=as_json), png=png)
+    if as_json:
+        typer.echo(report.to_json())
+
+
+@app.command()
+def collect(
+    model: ModelOption,
+    preferences: Annotated[str, typer.Option(help="JSON Lines or parquet file, dataset folder, or hub name.")],
+    input_sae: Annotated[str, typer.Option(help=f"SAE that reads prompts, {SaeHelp}.")],
+    output_sae: Annotated[str, typer.Option(help=f"SAE that edits responses, {SaeHelp}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the density shards; an interrupted run goes on there.")],
+    input_layer: Annotated[int | None, typer.Option(help="Layer of the input SAE; by default, as it says.")] = None,
+    output_layer: Annotated[int | None, typer.Option(help="Layer of the output SAE; by default, as it says.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Use at most so many triples.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest triple in tokens; default: the context.")] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out bad rows, and count them, instead of stopping.")] = False,
+    count_bos: Annotated[bool, typer.Option(help="Count the beginning-of-sequence token of prompts.")] = False,
+    count_template: Annotated[bool, typer.Option(help="Count the chat template's special tokens.")] = True,
+    count_eos: Annotated[bool, typer.Option(help="Count the token that ends a response.")] = True,
+    triples_per_batch: Annotated[int, typer.Option(help="Triples run at once, two sequences each.")] = 8,
+    triples_per_shard: Annotated[int, typer.Option(help="Triples per file.")] = 64,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Collect activation densities of preference triples."""
+    from dspa.collection import collect as collect_densities
+    from dspa.model_structure import text_config
+    from dspa.preferences import load_preferences
+
+    language_model, tokenizer = _load_model(model, dtype, device)
+    context = getattr(text_config(language_model), "max_position_embeddings", None)
+    triples = load_preferences(
+        preferences,
+        tokenizer,
+        split=split,
+        skip_bad=skip_bad,
+        max_length=max_length or context,
+        count_bos=count_bos,
+        count_template=count_template,
+        count_eos=count_eos,
+        limit=limit,
+        progress=not as_json,
+    )
+    store = collect_densities(
+        language_model,
+        tokenizer,
+        triples,
+        input_sae=_load_sae(input_sae),
+        output_sae=_load_sae(output_sae),
+        input_layer=input_layer,
+        output_layer=output_layer,
+        out=out,
+        triples_per_batch=triples_per_batch,
+        triples_per_shard=triples_per_shard,
+        progress=not as_json,
+    )
+    record = {
+        "folder": str(store.folder),
+        "triples": len(triples),
+        "skipped_rows": len(triples.skipped),
+        "shards": len(store.shards),
+        "nonfinite_tokens": store.nonfinite_tokens,
+    }
+    _print_record(record, as_json)
+
+
+@app.command()
+def fit(
+    densities: Annotated[Path, typer.Argument(help="Folder that dspa collect wrote.")],
+    input_sae: Annotated[str, typer.Option(help=f"The input SAE of the collection, {SaeHelp}.")],
+    output_sae: Annotated[str, typer.Option(help=f"The output SAE of the collection, {SaeHelp}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the policy.")],
+    gate_percentile: Annotated[float, typer.Option(help="Percentile at which a gate opens.")] = 90.0,
+    gate_rule: Annotated[str, typer.Option(help="ge (literal) or positive_ge.")] = "ge",
+    sparsify: Annotated[str, typer.Option(help="per_row, global_tau or none.")] = "per_row",
+    entries_per_side: Annotated[int, typer.Option(help="Extremes kept on each side of a row.")] = 16,
+    k_prompt: Annotated[int, typer.Option(help="Prompt latents that choose rows of the map.")] = 32,
+    k_diff: Annotated[int, typer.Option(help="Latents edited in each direction.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Edit strength, in units of the largest activation.")] = 0.2,
+    edit: Annotated[str, typer.Option(help="ablate, augment or both.")] = "ablate",
+    sign_guard: Annotated[bool, typer.Option(help="Drop selected latents whose score has the other sign.")] = False,
+    edit_positions: Annotated[str, typer.Option(help="from_last_prompt, generated or all.")] = "from_last_prompt",
+    as_json: JsonOption = False,
+) -> None:
+    """Fit the conditional-difference map and write a steering policy."""
+    from dspa.conditional_map import ConditionalDifferenceMap
+    from dspa.policy import SteeringPolicy
+
+    options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify}
+    fitted = ConditionalDifferenceMap.fit(
+        densities,
+        gate_percentile=gate_percentile,
+        entries_per_side=entries_per_side,
+        progress=not as_json,
+        **options,
+    )
+    choices: dict[str, Any] = {"edit": edit, "edit_positions": edit_positions}
+    policy = SteeringPolicy(
+        fitted,
+        _load_sae(input_sae),
+        _load_sae(output_sae),
+        k_prompt=k_prompt,
+        k_diff=k_diff,
+        alpha=alpha,
+        sign_guard=sign_guard,
+        **choices,
+    )
+    policy.save_pretrained(out)
+    record = {
+        "policy": str(out),
+        "triples": fitted.run.triple_count,
+        "gate_percentile": gate_percentile,
+        "map_nonzeros": fitted.matrix.nonzeros,
+        "gates_always_on": float(fitted.always_on().double().mean()),
+    }
+    _print_record(record, as_json)
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    policy: Annotated[str, typer.Option(help="Policy folder or hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="What to answer; may be given several times.")],
+    chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template, if it has one.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response in tokens.")] = 128,
+    sample: Annotated[bool, typer.Option(help="Sample instead of taking the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    alpha: Annotated[float | None, typer.Option(help="Edit strength instead of the policy's.")] = None,
+    compare: Annotated[bool, typer.Option(help="Print the unsteered response as well.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Generate with a policy, and say what was edited."""
+    import torch
+
+    from dspa.policy import SteeringPolicy
+    from dspa.steering import steer
+
+    language_model, tokenizer = _load_model(model, dtype, device)
+    changed = {} if alpha is None else {"alpha": alpha}
+    steering_policy = SteeringPolicy.from_pretrained(policy, **changed)
+
+    def respond(text: str) -> str:
+        if chat and tokenizer.chat_template:
+            messages = [{"role": "user", "content": text}]
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        else:
+            inputs = tokenizer(text, return_tensors="pt")
+        torch.manual_seed(seed)
+        output = language_model.generate(**inputs.to(device), do_sample=sample, max_new_tokens=max_new_tokens)
+        return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    records = []
+    for text in prompt:
+        record: dict[str, Any] = {"prompt": text}
+        if compare:
+            record["unsteered"] = respond(text)
+        with steer(language_model, steering_policy) as steering:
+            record["steered"] = respond(text)
+            summary = steering.summary()
+        records.append({**record, "summary": asdict(summary) if as_json else str(summary)})
+    if as_json:
+        typer.echo(json.dumps(records, indent=2))
+        return
+    for record in records:
+        for name, value in record.items():
+            typer.echo(f"{name}: {value}")
+        typer.echo()
+
+
+def main() -> None:
+    """Entry point: errors of the package become one line and exit code 2."""
+    try:
+        app()
+    except DspaError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _console(quiet: bool) -> Console:
+    from rich.console import Console
+
+    # A pipe has no width of its own; wide enough for the tables.
+    width = None if sys.stdout.isatty() else 160
+    return Console(stderr=quiet, width=width)
+
+
+def _print_record(record: dict[str, Any], as_json: bool) -> None:
+    typer.echo(
+        json.dumps(record, indent=2) if as_json else "\n".join(f"{name}: {value}" for name, value in record.items())
+    )
+
+
+def _load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        InvalidInputError: if they cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InvalidInputError(f"dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model.to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise InvalidInputError(f"model {name!r} cannot be loaded: {reason[0] if reason else error!r}") from error
+    return model.eval(), tokenizer
+
+
+def _load_sae(source: str) -> SparseAutoencoder:
+    from dspa.sae import SparseAutoencoder
+
+    if Path(source).is_dir():
+        return SparseAutoencoder.from_sae_lens(source)
+    release, separator, sae_id = source.partition(":")
+    if not separator:
+        raise InvalidInputError(f"SAE {source!r} is no folder; expected a folder or RELEASE:SAE_ID")
+    return SparseAutoencoder.from_sae_lens(release, sae_id)

@@ -1,0 +1,150 @@
+"""Which backend a call gets, and what is said when there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import Kind, make_sae
+from torch import Tensor
+
+from dspa.errors import BackendUnavailableError, DspaError
+from dspa.kernels import Backend, EditList, Operations, SaeWeights, available, register_backend, registry, token_step
+from dspa.kernels.registry import OperationName, operations_for
+
+HIDDEN = torch.zeros(1, 8)
+
+
+class Named:
+    """Operations that only say whose they are."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+
+    def __call__(self, *arguments: object, **options: object) -> object:
+        raise AssertionError(f"called {self.owner}")
+
+
+def operations(owner: str, refused: str | None = None) -> Operations:
+    def refuses(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> str | None:
+        if refused and operands[0].dtype == torch.float64:
+            return refused
+        return None
+
+    call = Named(owner)
+    return Operations(call, call, call, refuses)  # pyright: ignore[reportArgumentType]
+
+
+def owner(backend: str = "auto", dtype: torch.dtype = torch.float32) -> str:
+    call = operations_for(backend, "token_step", (HIDDEN.to(dtype),)).token_step
+    return call.owner if isinstance(call, Named) else "reference"
+
+
+def missing() -> Operations:
+    raise BackendUnavailableError("no compiler was found")
+
+
+@pytest.fixture(autouse=True)
+def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of its own for every test."""
+    monkeypatch.setattr(registry, "_backends", {"reference": registry._backends["reference"]})
+    monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.delenv("DSPA_BACKEND", raising=False)
+
+
+def test_the_reference_is_always_there() -> None:
+    assert available() == {"reference": "available"}
+    assert owner() == owner("reference") == "reference"
+
+
+def test_auto_asks_the_last_registered_first() -> None:
+    register_backend(Backend("older", ("cpu",), lambda: operations("older")))
+    register_backend(Backend("newer", ("cpu",), lambda: operations("newer")))
+    assert owner() == "newer"
+    assert owner("older") == "older"
+
+
+def test_auto_passes_over_other_devices() -> None:
+    register_backend(Backend("gpu", ("cuda",), lambda: operations("gpu")))
+    assert owner() == "reference"
+    assert owner("gpu") == "gpu"
+
+
+def test_auto_passes_over_a_backend_that_is_missing_or_refuses() -> None:
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast", refused="no float64")))
+    register_backend(Backend("faster", ("cpu",), missing))
+    assert owner() == "fast"
+    assert owner(dtype=torch.float64) == "reference"
+
+
+def test_a_named_backend_that_refuses_says_why() -> None:
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast", refused="no float64")))
+    with pytest.raises(BackendUnavailableError, match="'fast' does not serve this token_step: no float64"):
+        owner("fast", torch.float64)
+
+
+def test_a_missing_backend_says_why() -> None:
+    register_backend(Backend("fast", ("cpu",), missing))
+    assert available() == {"reference": "available", "fast": "no compiler was found"}
+    with pytest.raises(BackendUnavailableError, match="'fast' is not available: no compiler was found"):
+        owner("fast")
+
+
+def test_an_unknown_backend_is_named_with_those_known() -> None:
+    register_backend(Backend("fast", ("cpu",), missing))
+    with pytest.raises(BackendUnavailableError, match="'best' is not known; expected auto, reference, fast") as raised:
+        owner("best")
+    assert isinstance(raised.value, DspaError)
+    assert "\n" not in str(raised.value)
+
+
+def test_loading_happens_once_and_late() -> None:
+    loads = []
+
+    def load() -> Operations:
+        loads.append(1)
+        return operations("fast")
+
+    register_backend(Backend("fast", ("cpu",), load))
+    assert not loads
+    assert owner("reference") == "reference"
+    assert not loads
+    assert owner() == owner() == owner("fast") == "fast"
+    assert len(loads) == 1
+
+
+def test_registering_again_replaces() -> None:
+    register_backend(Backend("fast", ("cpu",), missing))
+    assert owner() == "reference"
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast")))
+    assert owner() == "fast"
+
+
+def test_environment_variable_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast", refused="no float64")))
+    monkeypatch.setenv("DSPA_BACKEND", "reference")
+    assert owner() == "reference"
+    assert owner("fast") == "fast", "an argument goes before the environment"
+    for unset in ("auto", ""):
+        monkeypatch.setenv("DSPA_BACKEND", unset)
+        assert owner() == "fast"
+    monkeypatch.setenv("DSPA_BACKEND", "fast")
+    with pytest.raises(BackendUnavailableError, match="no float64"):
+        owner(dtype=torch.float64)
+    monkeypatch.setenv("DSPA_BACKEND", "fastest")
+    with pytest.raises(BackendUnavailableError, match="'fastest' is not known"):
+        owner()
+
+
+def test_operations_are_reached_through_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast")))
+    sae, edits = make_sae(Kind(), 8, 16, torch.float32, 0), EditList.empty(1, 1)
+    with pytest.raises(AssertionError, match="called fast"):
+        token_step(HIDDEN, sae, edits, 0.2)
+    monkeypatch.setenv("DSPA_BACKEND", "reference")
+    token_step(HIDDEN, sae, edits, 0.2)
+
+
+def test_no_backend_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", {})
+    with pytest.raises(BackendUnavailableError, match="no backend serves token_step on cpu"):
+        owner()
