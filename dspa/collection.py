@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +50,8 @@ def collect(
     """Runs the model over prompt + chosen and prompt + rejected and keeps how often each latent was active.
 
     The densities go to shards in `out`. A run that was killed is resumed by the same call and gives the same bytes.
-    Layers past `output_layer` are not run.
+    Layers past `output_layer` are not run. Tokens on which the hidden state is not finite activate nothing; they are
+    counted in the store and warned about once.
 
     Args:
         model: a transformers language model; its weights and mode are left as they were.
@@ -62,7 +65,7 @@ def collect(
         progress: whether to draw a progress bar.
 
     Raises:
-        InvalidInputError: if a triple is longer than the model's context.
+        InvalidInputError: if there are no triples, or one is longer than the model's context.
         MismatchError: if an SAE does not fit its layer, or `out` holds another run's densities.
         DspaError: if a shard cannot be written; finished shards stay usable.
     """
@@ -89,6 +92,7 @@ def collect(
         count_eos=triples.count_eos,
         uncounted_token_ids=triples.uncounted_token_ids,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        model_weights=weights_fingerprint(decoder_stack(model).module),
     )
     store = DensityStore.create_or_resume(out, run).without_damaged()
     reader = _DensityReader(
@@ -114,7 +118,24 @@ def collect(
                 ),
                 sum(nonfinite),
             )
+    if store.nonfinite_tokens:
+        warnings.warn(
+            f"the hidden states of {store.nonfinite_tokens} tokens held NaN or Inf; they count as activating no latent",
+            stacklevel=2,
+        )
     return store
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and some thousand evenly spaced values of every parameter: tells a fine-tuned model
+    from the one it was tuned from, without reading all of it."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, len(values) // 4096)].contiguous().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def layer_of(sae: SparseAutoencoder, which: str, layer: int | None) -> int:
@@ -149,11 +170,9 @@ class _DensityReader:
         sequences = [t.prompt + t.chosen for t in triples] + [t.prompt + t.rejected for t in triples]
         length = max(map(len, sequences))
         ids = torch.full((len(sequences), length), self.pad_token_id)
-        mask = torch.zeros(len(sequences), length, dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        hidden_in, hidden_out = self._hidden_states(ids, mask)
+        hidden_in, hidden_out = self._hidden_states(ids)
 
         column = torch.arange(length)
         prompt_end = torch.tensor([len(t.prompt) for t in triples])[:, None]
@@ -170,8 +189,11 @@ class _DensityReader:
         ]
         return DensityShard(*[counts for counts, _ in parts]), sum(nonfinite for _, nonfinite in parts)
 
-    def _hidden_states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, T, d_model]` after the input layer and after the output layer."""
+    def _hidden_states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, T, d_model]` after the input layer and after the output layer.
+
+        No mask is needed: attention is causal, so that nothing counted sees the padding, which is on the right.
+        """
         caught: dict[int, Tensor] = {}
 
         def catch(layer: int):
@@ -186,7 +208,7 @@ class _DensityReader:
         handles = [self.stack.layers[layer].register_forward_hook(catch(layer)) for layer in layers]
         device = device_of(self.stack.module)
         try:
-            self.stack.module(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            self.stack.module(input_ids=ids.to(device), use_cache=False)
         except _EnoughSeenError:
             pass
         finally:
@@ -222,10 +244,11 @@ def _check_lengths(model: nn.Module, triples: PreferenceTriples) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, put back as it was."""
-    training = model.training
+    """Evaluation mode; every module's own mode is put back."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True

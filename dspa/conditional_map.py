@@ -27,6 +27,7 @@ Sparsification = Literal["per_row", "global_tau", "none"]
 KIND = "conditional_map"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 256 * 2**20  # what one dense block may take in memory while fitting
+GRID = 2.0**48  # A is rounded to multiples of 1 / GRID, far below what densities resolve and above what sums lose
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,13 @@ class ConditionalDifferenceMap:
         for name, size in {**sizes, "row_offsets": run.d_sae_in + 1}.items():
             if tuple(tensors[name].shape) != (size,):
                 raise CorruptFileError(f"{source}: {name} is {tuple(tensors[name].shape)}; expected [{size}]")
+        for name, dtype, low, high in (
+            ("gate_counts", torch.int64, 0, run.triple_count),
+            ("gate_thresholds", torch.float64, 0, 1),
+            ("mean_difference", torch.float32, -1, 1),
+        ):
+            if rows[name].dtype != dtype or not bool(((rows[name] >= low) & (rows[name] <= high)).all()):
+                raise CorruptFileError(f"{source}: {name} is not all {dtype} from {low} to {high}; fit it again")
         return cls(matrix.check(), rows["gate_counts"], rows["gate_thresholds"], rows["mean_difference"], run, options)
 
 
@@ -222,19 +230,27 @@ def _row_block(store: DensityStore, options: FitOptions, start: int) -> _RowBloc
         gates &= density > 0
     gate = torch.from_numpy(gates)
     rows = torch.zeros(end - start, run.d_sae_out, dtype=torch.float64)
-    for first, difference in _differences(store):
+    for first, difference in differences(store):
         rows += gate[first : first + len(difference)].double().T @ difference
-    return _RowBlock(rows / run.triple_count, gate.sum(dim=0), torch.from_numpy(thresholds))
+    return _RowBlock(_mean(rows, run), gate.sum(dim=0), torch.from_numpy(thresholds))
 
 
 def _mean_difference(store: DensityStore) -> Tensor:
     total = torch.zeros(store.run.d_sae_out, dtype=torch.float64)
-    for _, difference in _differences(store):
+    for _, difference in differences(store):
         total += difference.sum(dim=0)
-    return total / store.run.triple_count
+    return _mean(total, store.run)
 
 
-def _differences(store: DensityStore) -> Iterator[tuple[int, Tensor]]:
+def _mean(total: Tensor, run: CollectionRun) -> Tensor:
+    """The total over all triples divided by their number, in place.
+
+    Rounded to a grid, so that what cancels is 0 and what ties is equal whatever the order in which it was added.
+    """
+    return total.div_(run.triple_count).mul_(GRID).round_().div_(GRID)
+
+
+def differences(store: DensityStore) -> Iterator[tuple[int, Tensor]]:
     """For each shard, the number of its first triple and D, `[triples, d_sae_out]` float64."""
     first = 0
     for shard in store.read():
@@ -252,16 +268,15 @@ def _dense(counts: SparseCounts, start: int, end: int) -> Tensor:
 
 
 def _extremes(rows: Tensor, entries_per_side: int) -> tuple[Tensor, Tensor]:
-    """Each row's n-th largest and n-th smallest entry, `[rows, 1]`."""
+    """Each row's n largest entries, falling, and its n smallest, rising, `[rows, n]`."""
     n = min(entries_per_side, rows.shape[1])
-    largest = rows.topk(n, dim=1).values[:, -1:]
-    return largest, rows.topk(n, dim=1, largest=False).values[:, -1:]
+    return rows.topk(n, dim=1).values, rows.topk(n, dim=1, largest=False).values
 
 
 def _smallest_extreme(rows: Tensor, entries_per_side: int) -> float:
     """Appendix B's threshold over these rows: the least magnitude among the entries at or beyond their extremes."""
     largest, smallest = _extremes(rows, entries_per_side)
-    extreme = (rows >= largest) | (rows <= smallest)
+    extreme = (rows >= largest[:, -1:]) | (rows <= smallest[:, -1:])
     return float(torch.where(extreme, rows.abs(), math.inf).min())
 
 
@@ -272,10 +287,13 @@ def _kept(rows: Tensor, options: FitOptions, threshold: float) -> Tensor:
     if options.sparsify == "global_tau":
         return (rows != 0) & (rows.abs() >= threshold)
     largest, smallest = _extremes(rows, options.entries_per_side)
-    n = min(options.entries_per_side, rows.shape[1])
-    kept = torch.zeros_like(rows, dtype=torch.bool)
-    for beyond, level in ((rows > largest, rows == largest), (rows < smallest, rows == smallest)):
+    kept = ((rows > largest[:, -1:]) | (rows < smallest[:, -1:])) & (rows != 0)
+    for extremes in (largest, smallest):
         # Of the entries equal to the n-th, the lower columns fill the places that are left.
-        room = n - beyond.sum(dim=1, keepdim=True)
-        kept |= beyond | (level & (level.cumsum(dim=1) <= room))
-    return kept & (rows != 0)
+        level = extremes[:, -1:]
+        places = (extremes == level).sum(dim=1)
+        row, column = ((rows == level) & (rows != 0)).nonzero(as_tuple=True)
+        place = torch.arange(len(row)) - torch.searchsorted(row, row)
+        fits = place < places[row]
+        kept[row[fits], column[fits]] = True
+    return kept

@@ -12,14 +12,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError
-from dspa.files import TEMPORARY_SUFFIX, write_atomically
+from dspa.files import TEMPORARY_SUFFIX, make_folder, write_atomically
 from dspa.model_structure import ModelFingerprint
 
 FORMAT_VERSION = 1
@@ -29,7 +29,11 @@ PARTS = ("prompt", "chosen", "rejected")
 
 @dataclass(frozen=True)
 class CollectionRun:
-    """Everything that decides the numbers in a store. Two runs with equal records give equal bytes."""
+    """Everything that decides the numbers in a store. Two runs with equal records give equal bytes.
+
+    Raises:
+        InvalidInputError: if there are no triples, no latents, or none to a batch or shard.
+    """
 
     model: ModelFingerprint
     input_layer: int
@@ -47,16 +51,32 @@ class CollectionRun:
     count_eos: bool
     uncounted_token_ids: tuple[int, ...]
     dtype: str
+    model_weights: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("triple_count", "triples_per_shard", "triples_per_batch", "d_sae_in", "d_sae_out"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected at least 1")
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> CollectionRun:
-        return cls(
-            **{
-                **record,
-                "model": ModelFingerprint(**record["model"]),
-                "uncounted_token_ids": tuple(record["uncounted_token_ids"]),
-            }
-        )
+        """From what `asdict` gave and JSON kept.
+
+        Raises:
+            KeyError, TypeError: if a field is missing, unknown, or of another type.
+            InvalidInputError: if a number is out of range.
+        """
+        fields = {
+            **record,
+            "model": ModelFingerprint(**record["model"]),
+            "uncounted_token_ids": tuple(record["uncounted_token_ids"]),
+        }
+        for name, expected in get_type_hints(cls).items():
+            if expected in (int, bool, str) and type(fields.get(name, expected())) is not expected:
+                raise TypeError(f"{name} is {fields[name]!r}; expected {expected.__name__}")
+        if any(type(token) is not int for token in fields["uncounted_token_ids"]):
+            raise TypeError("uncounted_token_ids are not all int")
+        return cls(**fields)
 
     @property
     def shard_count(self) -> int:
@@ -113,9 +133,12 @@ class SparseCounts:
         rising = len(self.offsets) == triples + 1 and self.offsets[0] == 0 and bool((self.offsets.diff() >= 0).all())
         sized = len(self.latents) == len(self.counts) == int(self.offsets[-1]) and len(self.tokens) == triples
         bounded = not len(self.latents) or (int(self.latents.min()) >= 0 and int(self.latents.max()) < d_sae)
-        if not (rising and sized and bounded) or bool((self.tokens < 1).any()):
+        if not (rising and sized and bounded) or bool((self.tokens < 1).any()) or not self._counts_possible():
             raise CorruptFileError(f"{name} holds counts out of their bounds; delete it and collect again")
         return self
+
+    def _counts_possible(self) -> bool:
+        return bool(((self.counts >= 1) & (self.counts <= self.tokens[self.triple_of_entry])).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +160,10 @@ class ShardRecord:
     file: str
     sha256: str
     nonfinite_tokens: int
+
+
+def shard_name(index: int) -> str:
+    return f"densities-{index:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -171,8 +198,13 @@ class DensityStore:
                     f"{path} has format version {record['format_version']}; this version reads {FORMAT_VERSION}"
                 )
             shards = tuple(ShardRecord(**shard) for shard in record["shards"])
-            return cls(Path(folder), CollectionRun.from_json(record["run"]), shards)
-        except (ValueError, KeyError, TypeError) as error:
+            run = CollectionRun.from_json(record["run"])
+            if [shard.file for shard in shards] != [shard_name(index) for index in range(len(shards))]:
+                raise ValueError("the shards are not in order")
+            if len(shards) > run.shard_count:
+                raise ValueError(f"{len(shards)} shards; expected {run.shard_count}")
+            return cls(Path(folder), run, shards)
+        except (OSError, ValueError, KeyError, TypeError, InvalidInputError) as error:
             raise CorruptFileError(f"{path} cannot be read ({error}); delete the folder and collect again") from error
 
     @classmethod
@@ -181,9 +213,10 @@ class DensityStore:
 
         Raises:
             MismatchError: if the folder holds another run's densities.
+            CorruptFileError: if its manifest cannot be read.
+            DspaError: if the folder cannot be written.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        path = make_folder(folder)
         for leftover in path.glob(f"*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
         if not (path / MANIFEST).exists():
@@ -216,7 +249,7 @@ class DensityStore:
             f"{part}_{field}": tensor.contiguous() for part in PARTS for field, tensor in vars(shard.part(part)).items()
         }
         content = safetensors.torch.save(tensors)
-        name = f"densities-{len(self.shards):05d}.safetensors"
+        name = shard_name(len(self.shards))
         write_atomically(self.folder / name, content)
         record = ShardRecord(name, hashlib.sha256(content).hexdigest(), nonfinite_tokens)
         store = replace(self, shards=(*self.shards, record))

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -16,6 +17,20 @@ from dspa.errors import CorruptFileError, DspaError, InvalidInputError
 
 CONFIG = "config.json"
 TEMPORARY_SUFFIX = ".partial"
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        DspaError: if it cannot be made, or a file is in its place.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DspaError(f"{folder} cannot be used as a folder: {error.strerror or error}") from error
+    return path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -45,9 +60,8 @@ def write_tensor_folder(
     Raises:
         DspaError: if a file cannot be written.
     """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    path = make_folder(folder)
+    content = safetensors.torch.save(_in_own_memory(tensors))
     write_atomically(path / f"{kind}.safetensors", content)
     record = {"kind": kind, "format_version": version, "sha256": hashlib.sha256(content).hexdigest(), **config}
     write_atomically(path / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
@@ -67,7 +81,7 @@ def read_tensor_folder(folder: str | Path, kind: str, version: int) -> tuple[dic
     try:
         config = json.loads((path / CONFIG).read_text())
         found_kind, found_version, checksum = config.pop("kind"), config.pop("format_version"), config.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path / CONFIG} cannot be read as a {kind} configuration ({error})") from error
     if found_kind != kind:
         raise InvalidInputError(f"{folder} holds a {found_kind}; expected a {kind}")
@@ -76,7 +90,26 @@ def read_tensor_folder(folder: str | Path, kind: str, version: int) -> tuple[dic
     file = path / f"{kind}.safetensors"
     if not file.is_file():
         raise CorruptFileError(f"{file} is missing; copy the whole folder")
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise CorruptFileError(f"{file} cannot be read: {error.strerror or error}") from error
     if hashlib.sha256(content).hexdigest() != checksum:
         raise CorruptFileError(f"{file} was truncated or altered (its checksum differs); copy or make it again")
-    return config, safetensors.torch.load(content)
+    try:
+        return config, safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CorruptFileError(f"{file} is not a safetensors file ({error}); copy or make it again") from error
+
+
+def _in_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, and none of them in the memory of another, which safetensors refuses."""
+    taken: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result

@@ -95,17 +95,21 @@ class SteeringPolicy:
                 f"input_layer {self.input_layer} comes after output_layer {self.output_layer}; the prompt must be read "
                 "before it is edited"
             )
-        for which, sae, fingerprint in (
-            ("input", self.input_sae, run.input_sae),
-            ("output", self.output_sae, run.output_sae),
+        for which, sae, width, fingerprint in (
+            ("input", self.input_sae, run.d_sae_in, run.input_sae),
+            ("output", self.output_sae, run.d_sae_out, run.output_sae),
         ):
+            if sae.d_sae != width:
+                raise MismatchError(f"the {which} SAE has {sae.d_sae} latents; expected {width} as in the map")
             if sae.encoder_only().fingerprint() != fingerprint:
                 raise MismatchError(f"the {which} SAE is not the one the map was collected with; pass that one")
+        if self.output_sae.W_dec is None:
+            raise InvalidInputError("the output SAE has no decoder, so no edit can be decoded; pass the whole SAE")
         if self.output_sae.decoder_rows is not None:
-            missing = self.selectable_latents()[self.output_sae.decoder_rows[self.selectable_latents()] < 0]
-            if len(missing):
+            missing = int((self.output_sae.decoder_rows.cpu()[self.selectable_latents()] < 0).sum())
+            if missing:
                 raise MismatchError(
-                    f"k_diff = {self.k_diff} may select {len(missing)} latents whose decoder rows were not saved; "
+                    f"k_diff = {self.k_diff} may select {missing} latents whose decoder rows were not saved; "
                     "build the policy again from the whole SAE"
                 )
 
@@ -189,75 +193,102 @@ class SteeringPolicy:
             part, _, name = key.partition(".")
             parts.setdefault(part, {})[name] = tensor
         try:
-            saved = {name: config[name] for name in OPTIONS}
+            saved = _saved_options(config)
             conditional_map = ConditionalDifferenceMap.of(
                 config["conditional_map"], parts["conditional_map"], str(source)
             )
             input_sae = _sae_of(config["input_sae"], parts["input_sae"])
             output_sae = _sae_of(config["output_sae"], parts["output_sae"])
+            if output_sae.W_dec is None:
+                raise ValueError("output_sae.W_dec is missing")
         except (KeyError, TypeError, ValueError, UnsupportedSaeError) as error:
             raise CorruptFileError(f"{source} does not hold a whole policy ({error}); make it again") from error
         return cls(conditional_map, input_sae, output_sae, **{**saved, **options})
 
 
+SEMANTICS = ("activation", "k", "subtract_b_dec", "normalization")  # of an SAE, beside its tensors
 OPTIONS = ("k_prompt", "k_diff", "alpha", "edit", "sign_guard", "edit_positions")
 
 
 @dataclass(frozen=True, eq=False)
 class StaticPolicy:
-    """One edit list for every prompt, applied by the same token rule: the Static-SAE comparator (method, section 7).
+    """Edit lists that do not depend on the prompt, applied by the same token rule.
+
+    With one list for all it is the Static-SAE comparator (method, section 7); with a list per row, a control.
 
     Attributes:
-        model, output_layer, uncounted_token_ids: as in SteeringPolicy.
-        output_sae: the SAE that is edited.
-        augment, ablate: latents edited in each direction.
-        alpha, edit_positions: as in SteeringPolicy.
+        edits: one list, or one for each row of the batches to come.
+        model, output_layer, output_sae, alpha, edit_positions, uncounted_token_ids: as in SteeringPolicy.
     """
 
+    edits: EditList
+    _: KW_ONLY
     model: ModelFingerprint
     output_layer: int
     output_sae: SparseAutoencoder
-    augment: tuple[int, ...] = ()
-    ablate: tuple[int, ...] = ()
     alpha: float = 0.2
     edit_positions: EditPositions = "from_last_prompt"
     uncounted_token_ids: tuple[int, ...] = ()
     input_sae: None = None
 
     @classmethod
-    def from_mean_difference(cls, policy: SteeringPolicy) -> StaticPolicy:
-        """The prompt-blind counterpart of a policy: the extremes of the mean of D, as many as the policy edits."""
-        order = policy.conditional_map.mean_difference.sort(stable=True).indices
-        falling = policy.conditional_map.mean_difference.sort(descending=True, stable=True).indices
+    def with_edits(cls, policy: SteeringPolicy, edits: EditList) -> StaticPolicy:
+        """A policy's layer, SAE, strength and positions with other lists."""
         return cls(
+            edits,
             model=policy.model,
             output_layer=policy.output_layer,
             output_sae=policy.output_sae,
-            augment=tuple(falling[: policy.k_diff].tolist()) if policy.edit != "ablate" else (),
-            ablate=tuple(order[: policy.k_diff].tolist()) if policy.edit != "augment" else (),
             alpha=policy.alpha,
             edit_positions=policy.edit_positions,
             uncounted_token_ids=policy.uncounted_token_ids,
         )
+
+    @classmethod
+    def from_mean_difference(cls, policy: SteeringPolicy) -> StaticPolicy:
+        """The prompt-blind counterpart of a policy: the extremes of the mean of D, as many as the policy edits."""
+        mean = policy.conditional_map.mean_difference
+        highest = mean.sort(descending=True, stable=True).indices[: policy.k_diff].tolist()
+        lowest = mean.sort(stable=True).indices[: policy.k_diff].tolist()
+        augment = highest if policy.edit != "ablate" else []
+        ablate = lowest if policy.edit != "augment" else []
+        return cls.with_edits(policy, EditList.of([augment], [ablate]))
 
     @property
     def input_layer(self) -> int:
         return self.output_layer
 
     def select(self, density: Tensor) -> EditList:
-        """The same list for each row of `density`, whose values are not read."""
+        """The lists, for as many rows as `density` has; its values are not read.
+
+        Raises:
+            InvalidInputError: if there are neither as many lists nor one.
+        """
         batch = density.shape[0]
-        return EditList.of([list(self.augment)] * batch, [list(self.ablate)] * batch, density.device)
+        if self.edits.batch not in (1, batch):
+            raise InvalidInputError(f"there are {self.edits.batch} edit lists for {batch} rows; expected 1 or {batch}")
+        return self.edits.rows(torch.arange(batch) % self.edits.batch).to(density.device)
+
+
+def _saved_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options in a saved configuration, each of the type of its default."""
+    for name in OPTIONS:
+        expected = (int, float) if name == "alpha" else (type(getattr(SteeringPolicy, name)),)
+        if type(config[name]) not in expected:
+            raise TypeError(f"{name} is {config[name]!r}; expected {expected[-1].__name__}")
+    return {name: config[name] for name in OPTIONS}
 
 
 def _sae_config(sae: SparseAutoencoder) -> dict[str, Any]:
-    semantics = {name: getattr(sae, name) for name in ("activation", "k", "subtract_b_dec", "normalization")}
-    return {**semantics, "metadata": asdict(sae.metadata)}
+    return {**{name: getattr(sae, name) for name in SEMANTICS}, "metadata": asdict(sae.metadata)}
 
 
 def _sae_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
-    arguments: dict[str, Any] = {**config, "metadata": SaeMetadata(**config["metadata"]), **tensors}
+    semantics: dict[str, Any] = {name: config[name] for name in SEMANTICS}
+    arguments: dict[str, Any] = {**semantics, "metadata": SaeMetadata(**config["metadata"]), **tensors}
     sae = SparseAutoencoder(**arguments)
+    if not sae.d_sae:
+        raise ValueError("an SAE has no latents")
     for name, tensor in sae.tensors().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"SAE tensor {name} holds NaN or Inf")

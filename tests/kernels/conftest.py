@@ -14,7 +14,7 @@ from dspa.kernels.registry import operations_for
 
 
 def parameters() -> list[object]:
-    """Every registered backend. One for a GPU carries its marker where there is one, and is a visible skip elsewhere."""
+    """Every registered backend. One for a GPU carries its marker where there is one, and is a named skip elsewhere."""
     listed = []
     for name, status in available().items():
         device = DEVICE_TYPES.get(name, "cpu") if torch.cuda.is_available() else "cpu"
