@@ -46,28 +46,29 @@ class ObservedGenerate:
         token_ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeddings = kwargs.get("inputs_embeds")
         present = kwargs.get("attention_mask")
-        if token_ids is None and embeddings is None:
-            return None, torch.ones(1, 1)  # generate begins with a token of its own
+        config = args[0] if args else kwargs.get("generation_config")
+        if token_ids is None and embeddings is None:  # generate begins with a token of its own
+            first = self._option("bos_token_id", config, kwargs)
+            return None if first is None else torch.tensor([[first]]), torch.ones(1, 1)
         if embeddings is not None:
             return None, torch.ones(embeddings.shape[:2], device=embeddings.device) if present is None else present
         assert token_ids is not None
-        config = args[0] if args else kwargs.get("generation_config")
         return token_ids, self._presence(token_ids, config, kwargs) if present is None else present
 
     def _presence(self, token_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Tensor:
         """As generate infers it without a mask: the padding id is padding unless it also ends sequences."""
-
-        def option(name: str) -> Any:
-            for source in (kwargs.get(name), getattr(config, name, None)):
-                if source is not None:
-                    return source
-            return getattr(self.model.generation_config, name, None)
-
-        padding, ends = option("pad_token_id"), option("eos_token_id")
+        padding, ends = (self._option(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         if padding is None or padding in ends:
             return torch.ones_like(token_ids)
         return (token_ids != padding).long()
+
+    def _option(self, name: str, config: Any, kwargs: dict[str, Any]) -> Any:
+        """What an option of a generate call is, wherever it was set."""
+        for value in (kwargs.get(name), getattr(config, name, None)):
+            if value is not None:
+                return value
+        return getattr(self.model.generation_config, name, None)
 
 
 class ObserverHandle:

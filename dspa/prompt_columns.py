@@ -37,7 +37,14 @@ class PromptColumns:
             present: `[B, P]`, nonzero on tokens, zero on padding.
             uncounted_token_ids: `[m]` ids that never count, such as that of the beginning of the sequence.
             positions: which positions the policy edits.
+
+        Raises:
+            InvalidInputError: if the prompt is empty, or `present` is not `[B, P]`.
         """
+        if present.ndim != 2 or present.shape[1] == 0:
+            raise InvalidInputError(
+                f"the prompt's attention mask is {tuple(present.shape)}; expected [B, P] with at least one token"
+            )
         present = present.bool()
         counted = present.clone()
         if token_ids is not None:

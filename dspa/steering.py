@@ -93,6 +93,7 @@ class Steering:
         """Detaches the policy; the model generates as before. Doing it twice does no harm."""
         while self._handles:
             self._handles.pop().remove()
+        self._warn_of_nonfinite()
 
     def __enter__(self) -> Steering:
         return self
@@ -129,14 +130,16 @@ class Steering:
     def generate_ends(self) -> None:
         """Called when `model.generate` has returned or raised."""
         self._generating = None
-        self._prompt = None
+        self._warn_of_nonfinite()
+
+    def _warn_of_nonfinite(self) -> None:
         nonfinite = sum(int(stats.nonfinite.sum()) for stats in self._stats.values())
         if nonfinite and not self._warned_of_nonfinite:
             self._warned_of_nonfinite = True
             warnings.warn(
                 f"{nonfinite} tokens had NaN or Inf in the residual stream after layer {self.policy.output_layer} and "
                 "were left unedited; look for an overflow in the model (float16 is a common cause)",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _columns(self, token_ids: Tensor | None, present: Tensor) -> PromptColumns:
@@ -188,18 +191,17 @@ class Steering:
 
     def _select(self, counts: Tensor, tokens: Tensor) -> None:
         edits = self.policy.select(counts / tokens.clamp(min=1)[:, None])
-        edits.counts.mul_(tokens > 0)  # a prompt without a counted token has no densities to go by
-        edits = edits.to(self._output_sae.device)
-        if self._edits is not None and self._edits.latents.shape == edits.latents.shape:
-            self._edits.copy_(edits)
-        else:
-            self._edits = edits
+        if self._edits is None or self._edits.latents.shape != edits.latents.shape:
+            self._edits = EditList.empty(edits.batch, edits.k, self._output_sae.device)
+        self._edits.copy_(edits)  # the policy's own lists stay as they are
+        if self._input_sae is not None:  # a prompt without a counted token has no densities to go by
+            self._edits.counts.mul_((tokens > 0).to(self._edits.counts.device))
         self._selected = True
         self._prompts += edits.batch
 
     def _after_output_layer(self, module: nn.Module, args: object, output: Any) -> Any:
         """Edits the columns of the pass that are to be edited, in place."""
-        if not self._selected or self._prompt is None or self._edits is None:
+        if self._prompt is None:
             return None
         hidden = hidden_of(output)
         past, width, end = self._past, self._prompt.width, self._past + hidden.shape[1]
@@ -207,6 +209,11 @@ class Steering:
         generated = range(max(width, past), end)
         if not in_prompt and not generated:
             return None
+        if not self._selected or self._edits is None:
+            raise InvalidInputError(
+                f"a token to be edited came by before the whole prompt of {width} tokens was read; pass the prompt in "
+                "one piece (no prefill_chunk_size, no right padding), or use edit_positions='from_last_prompt'"
+            )
         recorded = hidden.requires_grad and torch.is_grad_enabled()
         if recorded:
             hidden = hidden.clone()  # autograd may need the original; to it, the edit is a constant
