@@ -219,6 +219,10 @@ class StaticPolicy:
     Attributes:
         edits: one list, or one for each row of the batches to come.
         model, output_layer, output_sae, alpha, edit_positions, uncounted_token_ids: as in SteeringPolicy.
+
+    Raises:
+        InvalidInputError: if a listed latent is out of range.
+        MismatchError: if a listed latent has no decoder row.
     """
 
     edits: EditList
@@ -230,6 +234,17 @@ class StaticPolicy:
     edit_positions: EditPositions = "from_last_prompt"
     uncounted_token_ids: tuple[int, ...] = ()
     input_sae: None = None
+
+    def __post_init__(self) -> None:
+        listed = self.edits.latents[self.edits.valid()].long()
+        if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < self.output_sae.d_sae:
+            raise InvalidInputError(
+                f"edit lists name latents {int(listed.min())} to {int(listed.max())}; "
+                f"expected 0 to {self.output_sae.d_sae - 1}"
+            )
+        rows = self.output_sae.decoder_rows
+        if rows is not None and bool((rows[listed.to(rows.device)] < 0).any()):
+            raise MismatchError("edit lists name latents without a decoder row in this SAE; pass the whole SAE")
 
     @classmethod
     def with_edits(cls, policy: SteeringPolicy, edits: EditList) -> StaticPolicy:
@@ -252,7 +267,9 @@ class StaticPolicy:
         lowest = mean.sort(stable=True).indices[: policy.k_diff].tolist()
         augment = highest if policy.edit != "ablate" else []
         ablate = lowest if policy.edit != "augment" else []
-        return cls.with_edits(policy, EditList.of([augment], [ablate]))
+        in_both = set(augment) & set(ablate)  # their edits would cancel, as in `lookup`
+        lists = [[latent for latent in side if latent not in in_both] for side in (augment, ablate)]
+        return cls.with_edits(policy, EditList.of([lists[0]], [lists[1]]))
 
     @property
     def input_layer(self) -> int:

@@ -519,3 +519,18 @@ def test_loading_twice_gives_equal_folders(saved: Path) -> None:
     with TemporaryDirectory() as other:
         SteeringPolicy.from_pretrained(str(saved)).save_pretrained(other)
         assert tiny.folder_bytes(Path(other)) == tiny.folder_bytes(saved)
+
+
+def test_static_policy_checks_its_lists(policy: SteeringPolicy) -> None:
+    width = policy.output_sae.d_sae
+    with pytest.raises(InvalidInputError, match=f"expected 0 to {width - 1}"):
+        StaticPolicy.with_edits(policy, EditList.of([[]], [[width]]))
+    sparse = StaticPolicy.with_edits(policy, EditList.of([[]], [[0]]))
+    with pytest.raises(MismatchError, match="decoder row"):
+        replace(sparse, output_sae=policy.output_sae.with_decoder_rows(torch.tensor([1])))
+
+
+def test_static_policy_in_both_directions_lists_a_latent_once(policy: SteeringPolicy) -> None:
+    flat = replace(policy.conditional_map, mean_difference=torch.zeros_like(policy.conditional_map.mean_difference))
+    static = StaticPolicy.from_mean_difference(replace(policy, conditional_map=flat, edit="both"))
+    assert int(static.edits.counts) == 0
