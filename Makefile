@@ -1,6 +1,8 @@
 # make demo    install into .venv and run the method on the model that ships with the package
 # make test    install into .venv and run the tests
 # make lint    style and types
+# make bench   CPU benchmarks, checked before they are timed; make bench-compare BEFORE=a.json AFTER=b.json
+# make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench bench-compare sanitize clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
@@ -24,6 +26,18 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+BENCH_JSON ?= benchmarks/results/cpu.json
+
+bench: $(READY)
+	mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-columns=median --benchmark-json=$(BENCH_JSON)
+
+bench-compare: $(READY)
+	$(BIN)/python benchmarks/compare.py $(BEFORE) $(AFTER)
+
+sanitize: $(READY)
+	PYTHON=$(BIN)/python csrc/sanitize.sh
 
 # torch comes first: what is built and what depends on it must find it there.
 $(READY): $(SOURCES)

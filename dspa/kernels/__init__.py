@@ -5,7 +5,8 @@ Knows no model and no file. `available()` says which backends are there and why 
 
 from __future__ import annotations
 
-import dspa.kernels.reference  # noqa: F401, registers itself
+import dspa.kernels.cpu
+import dspa.kernels.reference  # noqa: F401, both register themselves
 from dspa.kernels.encode_density import encode_density
 from dspa.kernels.lookup import lookup
 from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats

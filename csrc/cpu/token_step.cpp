@@ -1,0 +1,256 @@
+#include "token_step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "aligned_buffer.h"
+#include "encoder_input.h"
+#include "encoder_pass.h"
+#include "row_kernels.h"
+
+namespace dspa::cpu {
+namespace {
+
+// Below this many bytes of weights, waking other threads costs more than it saves, above all on a busy machine.
+constexpr int64_t bytes_worth_a_thread = 4 * 1024 * 1024;
+constexpr int32_t no_latent = -1;
+
+struct Row {
+  Token token;
+  EncoderInput input;
+  bool enabled = false;
+  bool finite = false;          // the input, the listed latents and, where it matters, the maximum
+  bool maximum_needed = false;  // the edit depends on the value of M_t
+  bool edited = false;
+  int64_t rows_read = 0;
+  std::vector<int32_t> latents_changed;
+
+  bool taken() const { return enabled && finite; }
+};
+
+void check_lists(const TokenStep& step) {
+  const Edits& edits = step.edits;
+  for (int64_t row = 0; row < step.hidden.rows; ++row) {
+    const int64_t count = edits.counts[row];
+    if (count < 0 || count > edits.capacity)
+      throw std::invalid_argument("edit list " + std::to_string(row) + " has " + std::to_string(count) +
+                                  " entries; expected 0 to " + std::to_string(edits.capacity));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t latent = edits.latents[row * edits.capacity + i];
+      if (latent < 0 || latent >= step.sae.d_sae())
+        throw std::invalid_argument("edit list " + std::to_string(row) + " names latent " + std::to_string(latent) +
+                                    "; expected 0 to " + std::to_string(step.sae.d_sae() - 1));
+      const int64_t decoder_row = step.sae.decoder_rows == nullptr ? latent : step.sae.decoder_rows[latent];
+      if (decoder_row < 0 || decoder_row >= step.sae.W_dec.rows)
+        throw std::invalid_argument("edit list " + std::to_string(row) + " names latent " + std::to_string(latent) +
+                                    ", which has no row in W_dec");
+    }
+  }
+}
+
+// Scores of some latents for one token, in the bits in which a pass would find them. False if one is not finite.
+bool score_latents(const Sae& sae, const int32_t* latents, int64_t count, const float* input, float* scores) {
+  const RowKernels& kernels = row_kernels();
+  bool finite = true;
+  kernels.gathered_products(sae.W_enc, latents, count, input, scores);
+  for (int64_t i = 0; i < count; ++i) {
+    finite &= is_finite(scores[i]);
+    kernels.scores(sae, latents[i], 1, scores + i);
+    finite &= is_finite(scores[i]);
+  }
+  return finite;
+}
+
+void find_candidates(const TokenStep& step, int64_t index, Row& row) {
+  const Edits& edits = step.edits;
+  const int64_t count = edits.counts[index];
+  const int32_t* latents = edits.latents + index * edits.capacity;
+  std::vector<float> scores(static_cast<size_t>(count));
+  row.finite = score_latents(step.sae, latents, count, row.token.input, scores.data());
+  row.rows_read += count;
+  for (int64_t i = 0; i < count; ++i)
+    if (scores[static_cast<size_t>(i)] > 0.0f)
+      row.token.candidates.push_back(
+          {latents[i], edits.signs[index * edits.capacity + i], scores[static_cast<size_t>(i)], 0});
+}
+
+// Tries to prove, from single latents, that the maximum is large enough for every candidate to vanish.
+void try_without_pass(const TokenStep& step, Row& row) {
+  Token& token = row.token;
+  if (token.candidates.empty()) return;
+  for (const Candidate& candidate : token.candidates) token.floor.raise(candidate.score, no_latent);
+  if (step.sae.activation == Activation::topk) return;  // whether a candidate is active at all is a matter of its rank
+  token.certain = token.vanishes(token.floor.score());
+  if (!token.vanishes(std::numeric_limits<float>::infinity())) return;
+
+  constexpr int64_t at_once = 8;
+  for (int64_t first = 0; !token.certain && first < step.leaders.capacity; first += at_once) {
+    int32_t latents[at_once];
+    int64_t count = 0;
+    for (int64_t i = first; i < std::min(first + at_once, step.leaders.capacity); ++i) {
+      const int32_t latent = step.leaders.latents[i];
+      if (latent >= 0 && latent < step.sae.d_sae()) latents[count++] = latent;
+    }
+    float scores[at_once];
+    score_latents(step.sae, latents, count, token.input, scores);
+    row.rows_read += count;
+    for (int64_t i = 0; i < count; ++i)
+      if (scores[i] > 0.0f) token.floor.raise(scores[i], latents[i]);
+    token.certain = token.vanishes(token.floor.score());
+  }
+}
+
+// Brings a latent to the front; the one that was useful longest ago falls out.
+void remember(const Leaders& leaders, int32_t latent) {
+  if (leaders.capacity == 0 || latent < 0) return;
+  int32_t* end = std::find(leaders.latents, leaders.latents + leaders.capacity - 1, latent);
+  std::copy_backward(leaders.latents, end, end + 1);
+  leaders.latents[0] = latent;
+}
+
+// The listed latents that are active, with what the edit makes of them; writes the decoded difference to the row.
+void edit(const TokenStep& step, int64_t index, Row& row) {
+  const Sae& sae = step.sae;
+  Token& token = row.token;
+  if (sae.activation == Activation::topk)
+    token.candidates.erase(std::remove_if(token.candidates.begin(), token.candidates.end(),
+                                          [&](const Candidate& candidate) { return candidate.rank >= sae.k; }),
+                           token.candidates.end());
+  if (token.candidates.empty()) return;
+
+  const float maximum = token.maximum.score();
+  row.maximum_needed = !token.certain && !token.vanishes(maximum);
+  if (row.maximum_needed && !is_finite(maximum)) {
+    row.finite = false;
+    return;
+  }
+  const float shift = token.alpha * maximum;
+  AlignedBuffer<float> decoded(packed_size(sae.d_model()));
+  std::fill_n(decoded.data(), packed_size(sae.d_model()), 0.0f);
+  for (const Candidate& candidate : token.candidates) {
+    float moved = 0.0f;
+    if (row.maximum_needed) {
+      moved = candidate.sign < 0 ? candidate.score - shift : candidate.score + shift;
+      if (candidate.sign < 0 && !(moved > 0.0f)) moved = 0.0f;
+    }
+    float difference = moved - candidate.score;
+    if (difference == 0.0f) continue;
+    row.latents_changed.push_back(candidate.latent);
+    if (sae.decoder_norm != nullptr) difference /= sae.decoder_norm[candidate.latent];
+    if (sae.normalization != Normalization::none) difference *= row.input.scale;
+    const int64_t decoder_row = sae.decoder_rows == nullptr ? candidate.latent : sae.decoder_rows[candidate.latent];
+    row_kernels().add_row(sae.W_dec, decoder_row, difference, decoded.data());
+  }
+  row.edited = !row.latents_changed.empty();
+  if (!row.edited) return;
+
+  char* to = step.hidden.row(index);
+  for (int64_t i = 0; i < sae.d_model(); ++i) {
+    const int64_t position = i * step.hidden.column_stride;
+    const float value = load_element(to, step.hidden.dtype, position) + decoded[packed_position(sae.W_dec.dtype, i)];
+    store_element(to, step.hidden.dtype, position, value);
+  }
+}
+
+void count(const TokenStep& step, const std::vector<Row>& rows) {
+  const Stats& stats = step.stats;
+  if (stats.seen == nullptr) return;
+  for (size_t index = 0; index < rows.size(); ++index) {
+    const Row& row = rows[index];
+    if (!row.enabled) continue;
+    const bool known = row.taken() && (step.mode == Mode::dense || row.maximum_needed);
+    const double maximum = known ? row.token.maximum.score() : std::numeric_limits<double>::quiet_NaN();
+    stats.seen[index] += 1;
+    stats.edited[index] += row.edited;
+    stats.nonfinite[index] += !row.finite;
+    stats.maximum[index] = maximum;
+    if (known) stats.maximum_sum[index] += maximum;
+    stats.maximum_known[index] += known;
+    for (int32_t latent : row.latents_changed) stats.latent_edits[latent] += 1;
+  }
+}
+
+void count_work(const TokenStep& step, const std::vector<Row>& rows, int64_t passes, const PassWork& pass) {
+  const Work& work = step.work;
+  if (work.tokens == nullptr) return;
+  for (const Row& row : rows) {
+    *work.tokens += row.taken();
+    *work.active += !row.token.candidates.empty();
+    *work.maximum_needed += row.maximum_needed;
+  }
+  *work.passes += passes;
+  *work.encoder_bytes += pass.rows * step.sae.W_enc.row_bytes() + pass.code_rows * step.codes.row_size;
+  *work.screened_rows += pass.screened;
+  *work.rescored_rows += pass.rescored;
+}
+
+// The pass, by whichever way the mode asks for.
+PassWork find_maxima(const TokenStep& step, const std::vector<Token*>& tokens, const ThreadPool& pool) {
+  if (step.mode == Mode::screened && step.codes.values != nullptr) {
+    const int64_t row_size = step.codes.row_size;
+    AlignedBuffer<int16_t> codes(static_cast<int64_t>(tokens.size()) * row_size);
+    bool usable = true;
+    for (size_t t = 0; t < tokens.size(); ++t) {
+      int16_t* code = codes.data() + static_cast<int64_t>(t) * row_size;
+      tokens[t]->code = code;
+      tokens[t]->code_factors =
+          encode_token(tokens[t]->input, step.sae.W_enc.dtype, step.sae.d_model(), code, row_size);
+      usable &= tokens[t]->code_factors.usable;
+    }
+    if (usable) return screened_pass(step.sae, step.codes, tokens, pool);
+  }
+  return encoder_pass(step.sae, tokens, step.mode != Mode::dense, pool);
+}
+
+}  // namespace
+
+void token_step(const TokenStep& step, const ThreadPool& pool) {
+  if (step.hidden.rows == 0) return;
+  check_lists(step);
+  const Sae& sae = step.sae;
+  const int64_t batch = step.hidden.rows;
+  const int64_t input_size = packed_size(sae.d_model());
+  AlignedBuffer<float> inputs(batch * input_size);
+  std::vector<Row> rows(static_cast<size_t>(batch));
+
+  const int64_t listed_bytes = batch * step.edits.capacity * sae.W_enc.row_bytes();
+  const ThreadPool& row_pool = listed_bytes < bytes_worth_a_thread ? calling_thread : pool;
+  const auto row_at = [&](int64_t index) -> Row& { return rows[static_cast<size_t>(index)]; };
+
+  row_pool.for_each(batch, [&](int64_t index) {
+    Row& row = row_at(index);
+    row.enabled = step.enabled == nullptr || step.enabled[index];
+    if (!row.enabled) return;
+    float* input = inputs.data() + index * input_size;
+    row.input = encoder_input(step.hidden, index, sae, input);
+    if (!row.input.finite) return;
+    row.token.input = input;
+    row.token.alpha = step.alpha_of_row == nullptr ? step.alpha : step.alpha_of_row[index];
+    find_candidates(step, index, row);
+    if (row.finite && step.mode != Mode::dense) try_without_pass(step, row);
+  });
+
+  std::vector<Token*> uncertain;
+  for (Row& row : rows)
+    if (row.taken() && (step.mode == Mode::dense || !(row.token.certain || row.token.candidates.empty())))
+      uncertain.push_back(&row.token);
+  PassWork pass;
+  if (!uncertain.empty()) pass = find_maxima(step, uncertain, pool);
+
+  row_pool.for_each(batch, [&](int64_t index) {
+    if (row_at(index).taken()) edit(step, index, row_at(index));
+  });
+
+  for (const Row& row : rows) {
+    remember(step.leaders, (row.token.certain ? row.token.floor : row.token.maximum).latent());
+    pass.rows += row.rows_read;
+  }
+  count(step, rows);
+  count_work(step, rows, static_cast<int64_t>(uncertain.size()), pass);
+}
+
+}  // namespace dspa::cpu
