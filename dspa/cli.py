@@ -68,7 +68,8 @@ def collect(
     count_bos: Annotated[bool, typer.Option(help="Count the beginning-of-sequence token of prompts.")] = False,
     count_template: Annotated[bool, typer.Option(help="Count the chat template's special tokens.")] = True,
     count_eos: Annotated[bool, typer.Option(help="Count the token that ends a response.")] = True,
-    triples_per_batch: Annotated[int, typer.Option(help="Triples run at once, two sequences each.")] = 8,
+    triples_per_batch: Annotated[int, typer.Option(help="Triples run at once, at most.")] = 64,
+    tokens_per_batch: Annotated[int, typer.Option(help="Tokens run at once, at most.")] = 16384,
     triples_per_shard: Annotated[int, typer.Option(help="Triples per file.")] = 64,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -103,6 +104,7 @@ def collect(
         output_layer=output_layer,
         out=out,
         triples_per_batch=triples_per_batch,
+        tokens_per_batch=tokens_per_batch,
         triples_per_shard=triples_per_shard,
         progress=not as_json,
     )
@@ -221,6 +223,72 @@ def generate(
         for name, value in record.items():
             typer.echo(f"{name}: {value}")
         typer.echo()
+
+
+@app.command()
+def flops(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Configuration file, model folder or hub id; may be repeated. Default: the published models."
+        ),
+    ] = None,
+    input_layer: Annotated[int | None, typer.Option(help="Layer of the input SAE; published models have one.")] = None,
+    output_layer: Annotated[int | None, typer.Option(help="Layer of the output SAE, likewise.")] = None,
+    d_sae_in: Annotated[int, typer.Option(help="Width of the input SAE.")] = 16384,
+    d_sae_out: Annotated[int, typer.Option(help="Width of the output SAE.")] = 16384,
+    triples: Annotated[int, typer.Option(help="Preference triples, N.")] = 1000,
+    parameters: Annotated[float | None, typer.Option(help="P of the published formulas; default: the model's.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, p.")] = 1000,
+    chosen_tokens: Annotated[int, typer.Option(help="Tokens of a chosen response, c.")] = 1000,
+    rejected_tokens: Annotated[int, typer.Option(help="Tokens of a rejected response, r.")] = 1000,
+    rahf_tokens: Annotated[int, typer.Option(help="RAHF-SCIT step 1: tokens of an example, L1.")] = 768,
+    rahf_examples: Annotated[float, typer.Option(help="RAHF-SCIT step 1: examples per triple.")] = 4,
+    rahf_passes: Annotated[float, typer.Option(help="RAHF-SCIT step 1: gradient passes over each.")] = 2,
+    rahf_batch: Annotated[int, typer.Option(help="RAHF-SCIT step 2: examples in a batch, B.")] = 64,
+    rahf_step2_tokens: Annotated[int, typer.Option(help="RAHF-SCIT step 2: tokens of an example, L2.")] = 512,
+    rahf_steps_per_triple: Annotated[float, typer.Option(help="RAHF-SCIT step 2: batches per triple.")] = 0.02,
+    rahf_frozen_passes: Annotated[float, typer.Option(help="RAHF-SCIT step 2: passes without gradient.")] = 3,
+    dpo_epochs: Annotated[float, typer.Option(help="DPO: passes over the data.")] = 1,
+    dpo_cached_reference: Annotated[bool, typer.Option(help="DPO: run the reference model once only.")] = True,
+    fsrl_epochs: Annotated[float, typer.Option(help="FSRL: passes over the data.")] = 1,
+    fsrl_d_sae: Annotated[int, typer.Option(help="FSRL: width of its SAE and adapter.")] = 65536,
+    fsrl_layer: Annotated[int | None, typer.Option(help="FSRL: its layer; default: the middle.")] = None,
+    pairs: Annotated[str, typer.Option(help="Attention: square (as counted) or causal (unmasked pairs).")] = "square",
+    chunk: Annotated[int, typer.Option(help="Collection: most tokens of a row in a call.")] = 256,
+    batch: Annotated[int, typer.Option(help="Inference: rows decoded at once.")] = 1,
+    context: Annotated[int, typer.Option(help="Inference: tokens of context.")] = 1024,
+    response_tokens: Annotated[int, typer.Option(help="Inference: tokens of a response.")] = 500,
+    weight_bytes: Annotated[float, typer.Option(help="Inference: bytes of a model weight.")] = 2,
+    cache_bytes: Annotated[float, typer.Option(help="Inference: bytes of a key or value.")] = 2,
+    sae_bytes: Annotated[float, typer.Option(help="Inference: bytes of an SAE weight.")] = 2,
+    k_prompt: Annotated[int, typer.Option(help="Inference: rows of the map per prompt.")] = 32,
+    k_diff: Annotated[int, typer.Option(help="Inference: latents in an edit list.")] = 16,
+    edited_latents: Annotated[float, typer.Option(help="Inference: listed latents active on a token.")] = 1,
+    pass_share: Annotated[float, typer.Option(help="Lazy: share of tokens that need the whole encoder.")] = 1 / 3,
+    screen_bytes: Annotated[float, typer.Option(help="Screened: bytes per element of the copy that is read.")] = 1,
+    survivors: Annotated[float, typer.Option(help="Screened: share of the latents computed again.")] = 0.02,
+    count: Annotated[bool, typer.Option(help="Count by running the models on the meta device as well.")] = True,
+    measure: Annotated[
+        bool, typer.Option(help="Measure this machine, and count on a model with weights: --model, or the organism.")
+    ] = False,
+    machine: Annotated[Path | None, typer.Option(help="JSON report whose measured machine to draw.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the charts as an image.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add up the FLOPs of alignment and inference, by formula and by counting, against other methods."""
+    options = dict(locals())
+    from dspa.flops_command import run_flops
+
+    report = run_flops(options, progress=not as_json)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        from dspa.flops_report import print_report
+
+        print_report(_console(quiet=False), report)
 
 
 def main() -> None:

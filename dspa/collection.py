@@ -6,28 +6,28 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
 
+from dspa.batching import BatchLimits, TripleLengths, plan_groups
 from dspa.density_store import CollectionRun, DensityShard, DensityStore, SparseCounts
 from dspa.errors import InvalidInputError, MismatchError
 from dspa.kernels import encode_density
 from dspa.model_structure import (
-    DecoderStack,
     ModelFingerprint,
     check_sae_fits,
     decoder_stack,
     device_of,
-    hidden_of,
     text_config,
 )
 from dspa.preferences import PreferenceTriple, PreferenceTriples
-from dspa.progress import track
 from dspa.sae import SparseAutoencoder
+from dspa.shard_processes import fill_store
+from dspa.shared_prefix import HiddenSegments, Part, SharedPrefixForward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,15 +43,18 @@ def collect(
     input_layer: int | None = None,
     output_layer: int | None = None,
     out: str | Path,
-    triples_per_batch: int = 8,
+    triples_per_batch: int = 64,
+    tokens_per_batch: int = 16384,
     triples_per_shard: int = 64,
     progress: bool = False,
 ) -> DensityStore:
     """Runs the model over prompt + chosen and prompt + rejected and keeps how often each latent was active.
 
-    The densities go to shards in `out`. A run that was killed is resumed by the same call and gives the same bytes.
-    Layers past `output_layer` are not run. Tokens on which the hidden state is not finite activate nothing; they are
-    counted in the store and warned about once.
+    The densities go to shards in `out`. A run that was killed is resumed by the same call and gives the same bytes, and
+    so does a run of several processes (`torchrun`, `accelerate launch`) on one shared folder, each with the same
+    number of threads: they divide the shards among them. A prompt runs once for both responses, and layers past
+    `output_layer` are not run. Tokens on which the hidden state is not finite activate nothing; they are counted in the
+    store and warned about once.
 
     Args:
         model: a transformers language model; its weights and mode are left as they were.
@@ -60,7 +63,8 @@ def collect(
         input_sae, output_sae: SAEs on the residual stream after `input_layer` and `output_layer`.
         input_layer, output_layer: decoder layers from 0; by default the layers the SAEs were trained on.
         out: folder of the shards, made if it is not there.
-        triples_per_batch: triples run at once, two sequences each.
+        triples_per_batch: most triples run at once, two sequences each.
+        tokens_per_batch: most tokens in their keys and values, padding included; a longer triple runs alone.
         triples_per_shard: triples per file.
         progress: whether to draw a progress bar.
 
@@ -93,31 +97,29 @@ def collect(
         uncounted_token_ids=triples.uncounted_token_ids,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         model_weights=weights_fingerprint(decoder_stack(model).module),
+        tokens_per_batch=tokens_per_batch,
     )
-    store = DensityStore.create_or_resume(out, run).without_damaged()
+    stack = decoder_stack(model)
     reader = _DensityReader(
-        decoder_stack(model),
-        input_sae.to(device_of(decoder_stack(model).layers[input_layer])),
-        output_sae.to(device_of(decoder_stack(model).layers[output_layer])),
-        input_layer,
-        output_layer,
-        torch.tensor(sorted(triples.uncounted_token_ids), dtype=torch.int64),
-        getattr(tokenizer, "pad_token_id", None) or 0,
+        SharedPrefixForward(
+            stack,
+            text_config(model),
+            input_layer,
+            output_layer,
+            frozenset(triples.uncounted_token_ids),
+            getattr(tokenizer, "pad_token_id", None) or 0,
+        ),
+        input_sae.to(device_of(stack.layers[input_layer])),
+        output_sae.to(device_of(stack.layers[output_layer])),
+        BatchLimits(triples_per_batch, tokens_per_batch),
     )
-    starts = range(len(store.shards) * triples_per_shard, len(triples), triples_per_shard)
+
+    def read(index: int) -> tuple[DensityShard, int]:
+        start = index * triples_per_shard
+        return reader.read(triples.triples[start : start + triples_per_shard])
+
     with _evaluating(model), torch.no_grad():
-        for start in track(starts, "Collecting densities", enabled=progress, unit="shards"):
-            part = triples.triples[start : start + triples_per_shard]
-            batches = [part[i : i + triples_per_batch] for i in range(0, len(part), triples_per_batch)]
-            shards, nonfinite = zip(*[reader.read(batch) for batch in batches], strict=True)
-            store = store.append(
-                DensityShard(
-                    SparseCounts.concatenate([shard.prompt for shard in shards]),
-                    SparseCounts.concatenate([shard.chosen for shard in shards]),
-                    SparseCounts.concatenate([shard.rejected for shard in shards]),
-                ),
-                sum(nonfinite),
-            )
+        store = fill_store(out, run, read, progress=progress)
     if store.nonfinite_tokens:
         warnings.warn(
             f"the hidden states of {store.nonfinite_tokens} tokens held NaN or Inf; they count as activating no latent",
@@ -155,80 +157,75 @@ def layer_of(sae: SparseAutoencoder, which: str, layer: int | None) -> int:
 
 @dataclass(frozen=True)
 class _DensityReader:
-    """Runs batches of triples through the decoder layers and counts active latents."""
+    """Runs the triples of a shard and counts active latents as the hidden states pass."""
 
-    stack: DecoderStack
+    forward: SharedPrefixForward
     input_sae: SparseAutoencoder
     output_sae: SparseAutoencoder
-    input_layer: int
-    output_layer: int
-    uncounted_token_ids: Tensor
-    pad_token_id: int
+    limits: BatchLimits
 
     def read(self, triples: Sequence[PreferenceTriple]) -> tuple[DensityShard, int]:
-        """The counts of some triples, and how many counted tokens held NaN or Inf."""
-        sequences = [t.prompt + t.chosen for t in triples] + [t.prompt + t.rejected for t in triples]
-        length = max(map(len, sequences))
-        ids = torch.full((len(sequences), length), self.pad_token_id)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-        hidden_in, hidden_out = self._hidden_states(ids)
+        """The counts of a shard's triples, and how many counted tokens held NaN or Inf."""
+        lengths = [TripleLengths(len(t.prompt), len(t.chosen), len(t.rejected)) for t in triples]
+        rows: dict[Part, dict[int, SparseCounts]] = {part: {} for part in get_args(Part)}
+        nonfinite = 0
+        shares = self.forward.shares
+        limits = self.limits if shares else replace(self.limits, chunk=max(n.total for n in lengths))
+        for group in plan_groups(lengths, limits, shares):
+            counters = {part: _Counter.zeros(group.triples, self._sae(part)) for part in get_args(Part)}
+            for segments in self.forward.segments(triples, group, limits):
+                counters[segments.part].add(segments)
+            for part, counter in counters.items():
+                rows[part].update(counter.by_triple())
+                nonfinite += int(counter.nonfinite)
+        parts = [SparseCounts.concatenate([rows[part][t] for t in range(len(triples))]) for part in get_args(Part)]
+        return DensityShard(*parts), nonfinite
 
-        column = torch.arange(length)
-        prompt_end = torch.tensor([len(t.prompt) for t in triples])[:, None]
-        chosen_end = prompt_end + torch.tensor([t.chosen_counted for t in triples])[:, None]
-        rejected_end = prompt_end + torch.tensor([t.rejected_counted for t in triples])[:, None]
-        first, second = slice(len(triples)), slice(len(triples), None)
-        # The prompt is a causal prefix of both sequences: its states are read from the first.
-        counted = ~torch.isin(ids[first], self.uncounted_token_ids) & (column < prompt_end)
-        responses = [(column >= prompt_end) & (column < end) for end in (chosen_end, rejected_end)]
-        parts = [
-            _count(hidden_in[first], counted, self.input_sae),
-            _count(hidden_out[first], responses[0], self.output_sae),
-            _count(hidden_out[second], responses[1], self.output_sae),
-        ]
-        return DensityShard(*[counts for counts, _ in parts]), sum(nonfinite for _, nonfinite in parts)
-
-    def _hidden_states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, T, d_model]` after the input layer and after the output layer.
-
-        No mask is needed: attention is causal, so that nothing counted sees the padding, which is on the right.
-        """
-        caught: dict[int, Tensor] = {}
-
-        def catch(layer: int):
-            def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-                caught[layer] = hidden_of(output)
-                if len(caught) == len({self.input_layer, self.output_layer}):
-                    raise _EnoughSeenError
-
-            return hook
-
-        layers = {self.input_layer, self.output_layer}
-        handles = [self.stack.layers[layer].register_forward_hook(catch(layer)) for layer in layers]
-        device = device_of(self.stack.module)
-        try:
-            self.stack.module(input_ids=ids.to(device), use_cache=False)
-        except _EnoughSeenError:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return caught[self.input_layer], caught[self.output_layer]
+    def _sae(self, part: Part) -> SparseAutoencoder:
+        return self.input_sae if part == "prompt" else self.output_sae
 
 
-class _EnoughSeenError(Exception):
-    """Leaves the forward pass: nothing past the later of the two layers is used."""
+@dataclass(frozen=True, eq=False)
+class _Counter:
+    """Running counts of one part of a group's triples.
 
+    Attributes:
+        rows: where each triple's counts are.
+        counts: `[B, d_sae]` int32, on the SAE's device.
+        tokens: `[B]` int64, tokens counted.
+        nonfinite: int64, of these, tokens whose hidden state held NaN or Inf.
+    """
 
-def _count(hidden: Tensor, counted: Tensor, sae: SparseAutoencoder) -> tuple[SparseCounts, int]:
-    """Counts of the marked tokens of each row of `[B, T, d_model]`, and how many of these tokens are not finite."""
-    tokens = counted.sum(dim=1)
-    offsets = torch.zeros(len(tokens) + 1, dtype=torch.int64)
-    offsets[1:] = tokens.cumsum(dim=0)
-    rows = hidden[counted.to(hidden.device)]
-    counts = encode_density(rows, offsets.to(hidden.device), sae)
-    return SparseCounts.of(counts, tokens), int((~rows.isfinite().all(dim=-1)).sum())
+    sae: SparseAutoencoder
+    rows: dict[int, int]
+    counts: Tensor
+    tokens: Tensor
+    nonfinite: Tensor
+
+    @classmethod
+    def zeros(cls, triples: Sequence[int], sae: SparseAutoencoder) -> _Counter:
+        return cls(
+            sae,
+            {triple: row for row, triple in enumerate(triples)},
+            torch.zeros(len(triples), sae.d_sae, dtype=torch.int32, device=sae.device),
+            torch.zeros(len(triples), dtype=torch.int64),
+            torch.zeros((), dtype=torch.int64, device=sae.device),
+        )
+
+    def add(self, segments: HiddenSegments) -> None:
+        device = self.sae.device
+        index = torch.tensor([self.rows[triple] for triple in segments.triples])
+        hidden = segments.hidden.to(device)
+        self.counts.index_add_(0, index.to(device), encode_density(hidden, segments.offsets.to(device), self.sae))
+        self.tokens.index_add_(0, index, segments.offsets.diff())
+        self.nonfinite.add_((~hidden.isfinite().all(dim=-1)).sum())
+
+    def by_triple(self) -> dict[int, SparseCounts]:
+        counts = self.counts.cpu()
+        return {
+            triple: SparseCounts.of(counts[row : row + 1], self.tokens[row : row + 1])
+            for triple, row in self.rows.items()
+        }
 
 
 def _check_lengths(model: nn.Module, triples: PreferenceTriples) -> None:

@@ -52,9 +52,11 @@ class CollectionRun:
     uncounted_token_ids: tuple[int, ...]
     dtype: str
     model_weights: str = ""
+    tokens_per_batch: int = 16384
 
     def __post_init__(self) -> None:
-        for name in ("triple_count", "triples_per_shard", "triples_per_batch", "d_sae_in", "d_sae_out"):
+        sizes = ("triple_count", "triples_per_shard", "triples_per_batch", "tokens_per_batch", "d_sae_in", "d_sae_out")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; expected at least 1")
 

@@ -264,16 +264,12 @@ def test_layers_past_the_last_one_read_are_not_run(tmp_path: Path, model: Gemma2
     collect(tmp_path, model, layers=(0, 1), triples_per_batch=7)
     for handle in handles:
         handle.remove()
-    assert ran == [0, 1]
+    assert set(ran) == {0, 1}
 
 
 def test_an_error_after_some_shards_keeps_them(tmp_path: Path, model: Gemma2ForCausalLM) -> None:
-    calls = 0
-
     def fail_later(*args: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
+        if len(list(tmp_path.glob("densities-*"))) == 2:
             raise RuntimeError("out of memory")
 
     handle = model.model.layers[0].register_forward_hook(fail_later)

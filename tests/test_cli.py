@@ -1,0 +1,153 @@
+"""The command line on the organism: collect, fit, generate; bad input ends with one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dspa import cli
+from dspa.organism import DATA, sae_folder, triples_file
+
+MODEL = str(DATA / "model")
+PROMPT = "Please define a birdhouse for me. What does it mean?"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of `dspa <arguments>`."""
+    monkeypatch.setattr(sys, "argv", ["dspa", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def collect_arguments(out: Path, **changes: str) -> list[str]:
+    options = {
+        "model": MODEL,
+        "preferences": str(triples_file()),
+        "input-sae": str(sae_folder("input")),
+        "output-sae": str(sae_folder("output")),
+        "out": str(out),
+        "limit": "12",
+        **changes,
+    }
+    return ["collect", *[word for name, value in options.items() for word in (f"--{name}", value)], "--json"]
+
+
+def fit_arguments(densities: Path, out: Path, **changes: str) -> list[str]:
+    saes = {"input-sae": str(sae_folder("input")), "output-sae": str(sae_folder("output"))}
+    options = {**saes, "out": str(out), **changes}
+    return ["fit", str(densities), *[w for name, value in options.items() for w in (f"--{name}", value)], "--json"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Densities and a policy, made by the command line."""
+    root = tmp_path_factory.mktemp("cli")
+    patch = pytest.MonkeyPatch()
+    assert run(patch, *collect_arguments(root / "densities")) == 0
+    assert run(patch, *fit_arguments(root / "densities", root / "policy")) == 0
+    patch.undo()
+    return root / "densities", root / "policy"
+
+
+def test_generate(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", MODEL, "--policy", str(folders[1]), "--prompt", PROMPT, "--max-new-tokens", "8"]
+    assert run(monkeypatch, "generate", *words, "--compare", "--json") == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["prompt"] == PROMPT
+    assert record["steered"]
+    assert record["unsteered"]
+    assert record["summary"]["prompts"] == 1
+    assert 1 <= record["summary"]["tokens_seen"] <= 8
+
+
+def test_alpha_zero_says_the_same(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", MODEL, "--policy", str(folders[1]), "--prompt", PROMPT, "--alpha", "0", "--compare", "--json"]
+    assert run(monkeypatch, "generate", *words, "--max-new-tokens", "8") == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["steered"] == record["unsteered"]
+    assert record["summary"]["tokens_edited"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no/such/model/here"}, "cannot be loaded"),
+        ({"preferences": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"input-sae": "nowhere"}, "is no folder"),
+        ({"input-sae": "no-such-release:layer_0"}, "no-such-release"),
+        ({"input-layer": "3"}, "trained on layer 1"),
+        ({"dtype": "float12"}, "float12"),
+    ],
+    ids=str,
+)
+def test_bad_collections_end_with_one_line(
+    changes: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, *collect_arguments(tmp_path / "out", **changes)) == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate-percentile": "101"}, "gate_percentile is 101"),
+        ({"gate-rule": "gt"}, "gate_rule is 'gt'"),
+        ({"k-diff": "100000"}, "k_diff is 100000"),
+        ({"alpha": "-1"}, "alpha is -1"),
+        ({"edit": "remove"}, "edit is 'remove'"),
+        ({"input-sae": str(sae_folder("output"))}, "SAE"),
+    ],
+    ids=str,
+)
+def test_bad_fits_end_with_one_line(
+    changes: dict[str, str],
+    message: str,
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    capsys.readouterr()
+    assert run(monkeypatch, *fit_arguments(folders[0], tmp_path / "out", **changes)) == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+def test_altered_policy_ends_with_one_line(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in folders[1].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    content = bytearray((tmp_path / "policy.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "policy.safetensors").write_bytes(content)
+    words = ["--model", MODEL, "--policy", str(tmp_path), "--prompt", PROMPT]
+    assert run(monkeypatch, "generate", *words) == 2
+    assert_one_line(capsys.readouterr().err, "altered")
+
+
+def test_installed_command_prints_help() -> None:
+    command = Path(sys.executable).parent / "dspa"
+    result = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in ("demo", "collect", "fit", "generate"))
+
+
+def assert_one_line(text: str, message: str) -> None:
+    """The last line is ours and names the trouble; no traceback comes with it."""
+    lines = text.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1]
+    assert "Traceback" not in text
