@@ -64,7 +64,9 @@ def write_model(cache: Path, d_model: int) -> None:
         bos_token_id=2,
     )
     folder = cache / "made"
-    Gemma2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = Gemma2ForCausalLM(config)
+    model.bfloat16()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_repo(cache, "google/gemma-2-2b-it", {file.name: file.read_bytes() for file in folder.iterdir()})
 
