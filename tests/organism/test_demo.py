@@ -80,26 +80,39 @@ def test_bad_options_are_one_line(options: DemoOptions, message: str) -> None:
         run_demo(options, Console(file=io.StringIO()), png=None, progress=False)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3 * 3600)
-@pytest.mark.parametrize(
-    "seed",
-    [pytest.param(0, marks=pytest.mark.xfail(reason="gains 0.78 of a ceiling of 0.83; see the README")), 1, 2],
-)
-def test_claims_hold(seed: int, tmp_path: Path) -> None:
-    """Percentile 90 gains at least 0.8, more than the static list, 80 % of the ceiling; the control gains nothing."""
-    data = DATA
+@pytest.fixture(scope="module", params=[0, 1, 2], ids=lambda seed: f"seed{seed}")
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, DemoReport]:
+    """The demo at full size on the organism of a seed; seeds other than the shipped one are trained first."""
+    seed, data = request.param, DATA
     if seed:
         from dspa.organism.train import main
 
         given = os.environ.get(SEED_FOLDERS)
-        data = Path(given) / f"seed{seed}" if given else tmp_path
+        data = Path(given) / f"seed{seed}" if given else tmp_path_factory.mktemp("organism")
         if not given:
-            main(["--seed", str(seed), "--out", str(data)])
-    report = run_demo(DemoOptions(data=data), Console(width=160), png=None, progress=False)
+            main(["--seed", str(seed), "--threads", "1", "--out", str(data)])
+    return seed, run_demo(DemoOptions(data=data), Console(width=160), png=None, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * 3600)
+def test_prompt_dependent_edits_pay(measured: tuple[int, DemoReport]) -> None:
+    """The gain excludes 0 and the static list's gain, and is 80 % of the ceiling's; the control gains nothing."""
+    _, report = measured
+    gains = {row.setting: row.gain for row in report.rows if row.gain is not None}
+    published, static, control = gains[PUBLISHED_90], gains[STATIC], gains[CONTROL]
+    assert published.mean - published.half_width > max(0, static.mean)
+    assert report.share_of_ceiling >= 0.8
+    assert control.mean - control.half_width <= 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * 3600)
+def test_gain_reaches_the_target(measured: tuple[int, DemoReport], request: pytest.FixtureRequest) -> None:
+    """Percentile 90 gains at least 0.8."""
+    seed, report = measured
+    if seed == 0:
+        reason = "the shipped seed gains 0.78 of a ceiling of 0.83; see the README"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     gains = {row.setting: row.gain for row in report.rows if row.gain is not None}
     assert gains[PUBLISHED_90].mean >= 0.8
-    assert gains[PUBLISHED_90].excludes(0)
-    assert gains[PUBLISHED_90].mean - gains[PUBLISHED_90].half_width > gains[STATIC].mean
-    assert report.share_of_ceiling >= 0.8
-    assert gains[CONTROL].mean - gains[CONTROL].half_width <= 0
