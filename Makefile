@@ -1,7 +1,7 @@
 # make demo    install into .venv and run the method on the model that ships with the package
 # make test    install into .venv and run the tests
 # make lint    style and types
-# make bench   CPU benchmarks, checked before they are timed; make bench-compare BEFORE=a.json AFTER=b.json
+# make bench   CPU benchmarks, checked before they are timed; make bench-compare BASE=earlier.json says what moved
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3
@@ -27,14 +27,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-BENCH_JSON ?= benchmarks/results/cpu.json
+# One JSON a run: benchmarks/results/DATE-COMMIT-cpu.json. Needs a machine with nothing else to do.
+BENCH_JSON ?= benchmarks/results/$(shell date -u +%Y%m%d-%H%M)-$(shell git rev-parse --short HEAD 2>/dev/null || echo none)-cpu.json
 
 bench: $(READY)
 	mkdir -p $(dir $(BENCH_JSON))
-	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-columns=median --benchmark-json=$(BENCH_JSON)
+	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-quiet --benchmark-json=$(BENCH_JSON)
 
+# What moved beyond its noise between BASE and the latest run.
 bench-compare: $(READY)
-	$(BIN)/python benchmarks/compare.py $(BEFORE) $(AFTER)
+	$(BIN)/dspa bench --base $(BASE)
 
 sanitize: $(READY)
 	PYTHON=$(BIN)/python csrc/sanitize.sh

@@ -1,58 +1,73 @@
-"""Timing several things in turn, so that whatever else the machine does meets all of them alike."""
+"""Timing several things in turn, so that whatever else the machine does meets all of them alike.
+
+Before each sample a large buffer is read: while a model generates, its own weights have driven the encoder out of the
+caches since the last token, and the way that came before must not warm them for the next.
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from token_step_case import Column
+import torch
+
+from dspa.bench_records import Column, Interval
+
+SECONDS = float(os.environ.get("DSPA_BENCH_SECONDS", "6"))  # per row
+EVICTING_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one column."""
+class Way:
+    """A way to do the work of a row; `bytes_read` is what it has to read of the encoder, where that takes the time."""
 
     name: str
-    median: float
-    low: float
-    high: float
-    rounds: int
-    bytes_read: int | None
-
-    def as_json(self) -> dict[str, object]:
-        return asdict(self)
+    run: Callable[[], object]
+    bytes_read: int | None = None
 
 
-class Rounds:
-    """Times of each column, one after the other in every round."""
+def timed(ways: Sequence[Way], reference: str, *, seconds: float = SECONDS, at_least: int = 7) -> tuple[Column, ...]:
+    """Runs every way once a round, for so many seconds and at least so many rounds.
 
-    def __init__(self, columns: Sequence[Column]) -> None:
-        self.columns = columns
-        self.milliseconds: list[list[float]] = [[] for _ in columns]
-        for column in columns:  # compiles, reads the weights, fills the scratch
-            column.run()
-            column.run()
+    Args:
+        ways: what to time.
+        reference: the name of the way whose time divides the others', round by round.
+        seconds, at_least: how long.
+    """
+    for way in ways:  # compiles, reads the weights, fills the scratch
+        way.run()
+        way.run()
+    evicting = torch.ones(EVICTING_BYTES // 4)
+    samples: dict[str, list[float]] = {way.name: [] for way in ways}
+    end = time.perf_counter() + seconds
+    while len(samples[reference]) < at_least or time.perf_counter() < end:
+        for way in ways:
+            samples[way.name].append(_milliseconds(way, evicting))
+    return tuple(time_column(way.name, samples[way.name], samples[reference], way.bytes_read) for way in ways)
 
-    def run_one(self) -> None:
-        for column, times in zip(self.columns, self.milliseconds, strict=True):
-            start = time.perf_counter()
-            for _ in range(column.repeats):
-                column.run()
-            times.append((time.perf_counter() - start) / column.repeats * 1e3)
 
-    def run_for(self, seconds: float, at_least: int = 5) -> None:
-        end = time.perf_counter() + seconds
-        rounds = 0
-        while rounds < at_least or time.perf_counter() < end:
-            self.run_one()
-            rounds += 1
+def time_column(
+    name: str, samples: Sequence[float], reference: Sequence[float], bytes_read: int | None = None
+) -> Column:
+    """The column of times in ms, a sample a round, and their ratios to the reference's sample of the same round."""
+    low, _, high = statistics.quantiles(samples, n=4)
+    ratios = [sample / other for sample, other in zip(samples, reference, strict=True)]
+    return Column(
+        name,
+        "ms",
+        Interval.of_median(samples),
+        spread=(low, high),
+        relative=Interval.of_median(ratios),
+        rounds=len(samples),
+        bytes_read=bytes_read,
+    )
 
-    def timings(self) -> list[Timing]:
-        """Medians, with the quartiles as spread."""
-        answer = []
-        for column, times in zip(self.columns, self.milliseconds, strict=True):
-            low, median, high = statistics.quantiles(times, n=4)
-            answer.append(Timing(column.name, median, low, high, len(times), column.bytes_read))
-        return answer
+
+def _milliseconds(way: Way, evicting: torch.Tensor) -> float:
+    evicting.sum()
+    start = time.perf_counter()
+    way.run()
+    return (time.perf_counter() - start) * 1e3

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import RESULTS
-from interleaved import Rounds
-from token_step_case import Column
+from conftest import Record
+from interleaved import Way, timed
+from peak_memory import STATUS, peak_column
 
+from dspa.bench_records import Column, Interval
 from dspa.kernels import SaeWeights, available, encode_density
 
-SECONDS = float(os.environ.get("DSPA_BENCH_SECONDS", "6"))
+GROUP = "encode_density, CPU"
+BASELINE = "matrix product alone"
 TOKENS = 1024
 SEGMENTS = (0, 200, 777, 1024)
 
@@ -23,25 +24,43 @@ pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"back
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("d_model", "d_sae"), [(2304, 16384)])
-def test_encode_density(d_model: int, d_sae: int, dtype: torch.dtype, benchmark: Any) -> None:
+def test_encode_density(d_model: int, d_sae: int, dtype: torch.dtype, record: Record) -> None:
     rng = torch.Generator().manual_seed(0)
     W_enc = (torch.randn(d_sae, d_model, generator=rng) / d_model**0.5).to(dtype)
     hidden, offsets = torch.randn(TOKENS, d_model, generator=rng).to(dtype), torch.tensor(SEGMENTS)
     sae = SaeWeights(W_enc=W_enc, b_enc=torch.zeros(d_sae), threshold=torch.ones(d_sae), activation="jumprelu")
-    check(hidden, offsets, sae)
-    rounds = Rounds(
-        [
-            Column("matrix product alone", lambda: hidden @ W_enc.T),
-            Column("encode_density", lambda: encode_density(hidden, offsets, sae, backend="cpu")),
-            Column("encode_density, reference", lambda: encode_density(hidden, offsets, sae, backend="reference")),
-        ]
+    ways = [
+        Way(BASELINE, lambda: hidden @ W_enc.T),
+        Way("encode_density", lambda: encode_density(hidden, offsets, sae, backend="cpu")),
+        Way("encode_density, reference", lambda: encode_density(hidden, offsets, sae, backend="reference")),
+    ]
+    record(
+        f"{d_model}x{d_sae}-{str(dtype).removeprefix('torch.')}-{TOKENS} tokens",
+        GROUP,
+        lambda: timed(ways, BASELINE),
+        check=lambda: check(hidden, offsets, sae),
+        reference=BASELINE,
     )
-    rounds.run_for(SECONDS)
-    row = f"{d_model}x{d_sae}-{str(dtype).removeprefix('torch.')}-{TOKENS} tokens"
-    columns = [timing.as_json() for timing in rounds.timings()]
-    RESULTS[row] = columns
-    benchmark.extra_info.update(row=row, columns=columns)
-    benchmark.pedantic(rounds.run_one, rounds=1)
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_peak_memory(dtype: torch.dtype, record: Record) -> None:
+    """What comes on top of the operands; the activations would be `[N, d_sae]` float32."""
+    d_model, d_sae = 2304, 16384
+
+    def run() -> tuple[Column, ...]:
+        size = Column("the activations, for comparison", "MiB", Interval.exactly(4096 * d_sae * 4 / 2**20))
+        return (peak_column("encode_density", prepare_density, d_model, d_sae, 4096, dtype), size)
+
+    record(f"memory, {d_model}x{d_sae}-{str(dtype).removeprefix('torch.')}-4096 tokens", GROUP, run)
+
+
+def prepare_density(d_model: int, d_sae: int, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
+    W_enc, hidden = torch.rand(d_sae, d_model).to(dtype), torch.rand(tokens, d_model).to(dtype)
+    sae = SaeWeights(W_enc=W_enc, b_enc=torch.zeros(d_sae), threshold=torch.ones(d_sae), activation="jumprelu")
+    encode_density(hidden[:2], torch.tensor([0, 2]), sae, backend="cpu")
+    return lambda: encode_density(hidden, torch.tensor([0, tokens]), sae, backend="cpu")
 
 
 def check(hidden: torch.Tensor, offsets: torch.Tensor, sae: SaeWeights) -> None:

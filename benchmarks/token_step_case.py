@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from interleaved import Way
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from dspa.kernels import EditList, SaeWeights, StepMode, token_step
 from dspa.kernels.encode import encode
 from dspa.kernels.token_step.cpu import scratch_of, work_of
 
+BASELINE = "sae-lens with error term"
 ALPHA = 0.2
 K_DIFF = 16
 THRESHOLD = 0.1  # latents of unit variance: the largest is about 4, alpha * M_t about 0.8
@@ -28,16 +29,6 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.d_model}x{self.d_sae}-{str(self.dtype).removeprefix('torch.')}-batch{self.batch}"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A way to edit the tokens. `bytes_read` is what it has to read of the encoder; None where that says nothing."""
-
-    name: str
-    run: Callable[[], object]
-    bytes_read: int | None = None
-    repeats: int = 1
 
 
 class Case:
@@ -116,30 +107,29 @@ class Case:
             expected = self.step(name, "dense", backend="reference")
             torch.testing.assert_close(dense, expected, rtol=unit, atol=unit)
 
-    def columns(self) -> list[Column]:
+    def ways(self) -> list[Way]:
         edits = self.lists["needs M_t"]
         latents = edits.latents.long()
         compiled = torch.compile(as_delta, dynamic=False)
-        ours: list[tuple[str, StepMode, int]] = [
-            ("needs M_t", "dense", 1),
-            ("none active", "lazy", 20),
-            ("all certainly zero", "lazy", 20),
-            ("needs M_t", "lazy", 1),
-            ("needs M_t", "screened", 1),
+        ours: list[tuple[str, StepMode]] = [
+            ("needs M_t", "dense"),
+            ("none active", "lazy"),
+            ("all certainly zero", "lazy"),
+            ("needs M_t", "lazy"),
+            ("needs M_t", "screened"),
         ]
         return [
-            Column("read W_enc", lambda: torch.ops.dspa.stream_read(self.sae.W_enc), self.sae.W_enc.nbytes),
-            Column("sae-lens with error term", lambda: with_error_term(self.sae_lens, self.hidden, latents)),
-            Column("sae-lens as a delta", lambda: as_delta(self.sae_lens, self.hidden, latents)),
-            Column("torch.compile of the delta", lambda: compiled(self.sae_lens, self.hidden, latents)),
+            Way("read W_enc", lambda: torch.ops.dspa.stream_read(self.sae.W_enc), self.sae.W_enc.nbytes),
+            Way(BASELINE, lambda: with_error_term(self.sae_lens, self.hidden, latents)),
+            Way("sae-lens as a delta", lambda: as_delta(self.sae_lens, self.hidden, latents)),
+            Way("torch.compile of the delta", lambda: compiled(self.sae_lens, self.hidden, latents)),
             *(
-                Column(
+                Way(
                     mode if mode != "lazy" else f"lazy, {lists}",
                     lambda lists=lists, mode=mode: self.step(lists, mode),
                     self.bytes_read(lists, mode),
-                    repeats,
                 )
-                for lists, mode, repeats in ours
+                for lists, mode in ours
             ),
         ]
 

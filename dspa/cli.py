@@ -291,6 +291,32 @@ def flops(
         print_report(_console(quiet=False), report)
 
 
+@app.command()
+def bench(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="JSON files of runs, or folders of them. Default: benchmarks/results.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="An earlier run: shows what moved beyond its noise.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="With --base, also what did not move.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the history of all runs as a self-contained page.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the latest benchmark run, what moved since another, or the history. `make bench` makes runs."""
+    from dspa.bench_command import RESULTS, read_history
+
+    history = read_history(results or [RESULTS], base, html)
+    if as_json:
+        typer.echo(history.to_json())
+        return
+    from dspa.bench_report import change_table, print_run
+
+    if history.base is None:
+        print_run(_console(quiet=False), history.runs[-1])
+    else:
+        table = change_table(history.base, history.runs[-1], history.changes, everything=everything)
+        table.print(_console(quiet=False))
+
+
 def main() -> None:
     """Entry point: errors of the package become one line and exit code 2."""
     try:

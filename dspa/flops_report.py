@@ -6,7 +6,6 @@ Nothing here depends on the time, the place or the order of anything: the same i
 from __future__ import annotations
 
 import html
-import io
 import json
 import platform
 import subprocess
@@ -16,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspa.errors import InvalidInputError
 from dspa.flops import (
     COLLECTED,
     FSRL,
@@ -44,9 +42,9 @@ from dspa.flops import (
     steer_prompt,
     steer_token,
 )
+from dspa.report_parts import COLORS, Table, html_figure, html_page, new_figure, png_bytes, svg_element
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.console import Console
 
 SWEEP_D_SAE = tuple(2**power for power in range(12, 21))
@@ -248,20 +246,6 @@ def _version_and_commit() -> tuple[str, str]:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-TEXT_COLUMNS = ("linear term",)
-"""Columns of text, beside the first."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with a sentence that says how to read it."""
-
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
 def number(value: float) -> str:
     """Three significant digits, as the published figures are given."""
     return f"{value:.2e}"
@@ -310,7 +294,7 @@ def alignment_table(report: FlopsReport, model: ModelReport) -> Table:
             " Counted: the model run under torch's FLOP counter, where an embedding that is only looked up costs "
             "nothing; the formulas charge 2P for it."
         )
-    return Table(f"{model.shape.name}: alignment stage", note, columns, tuple(rows))
+    return Table(f"{model.shape.name}: alignment stage", note, columns, tuple(rows), ("linear term",))
 
 
 def ratio_table(model: ModelReport) -> Table:
@@ -400,30 +384,15 @@ def model_tables(report: FlopsReport, model: ModelReport) -> Iterator[Table]:
 
 def print_report(console: Console, report: FlopsReport) -> None:
     """Prints the tables."""
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
     for table in tables(report):
-        drawn = RichTable(title=table.title, title_justify="left", caption=escape(table.note), caption_justify="left")
-        for index, column in enumerate(table.columns):
-            text = index == 0 or column in TEXT_COLUMNS
-            drawn.add_column(column, justify="left" if text else "right", no_wrap=index == 0)
-        for row in table.rows:
-            drawn.add_row(*map(escape, row))
-        console.print(drawn)
-        console.print()
+        table.print(console)
     console.print(_provenance_line(report), style="dim", highlight=False)
 
 
 def to_markdown(report: FlopsReport) -> str:
     """The tables as GitHub Markdown."""
     lines = ["# FLOPs of the alignment stage and of inference", ""]
-    for table in tables(report):
-        lines += [f"## {table.title}", "", table.note, ""]
-        lines += ["| " + " | ".join(table.columns) + " |"]
-        lines += ["|" + "|".join([" --- ", *[" ---: "] * (len(table.columns) - 1)]) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-        lines += [""]
+    lines += [table.to_markdown() for table in tables(report)]
     lines += ["## Assumptions", "", "```json", _assumptions(report), "```", "", _provenance_line(report), ""]
     return "\n".join(lines)
 
@@ -440,7 +409,6 @@ def _provenance_line(report: FlopsReport) -> str:
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 CHARTS = ("stages", "triples", "overhead", "total")
-COLORS = ("#1f5fa8", "#e07b39", "#2f8f5b", "#8a4fa3", "#b03a48")
 SHADES = (1.0, 0.6, 0.35)
 
 
@@ -540,12 +508,12 @@ def draw_png(report: FlopsReport) -> bytes:
     Raises:
         InvalidInputError: if matplotlib is not installed.
     """
-    figure = _figure((22, 4.6 * len(report.models)))
+    figure = new_figure((22, 4.6 * len(report.models)))
     grid: Any = figure.subplots(len(report.models), len(CHARTS), squeeze=False)
     for row, model in zip(grid, report.models, strict=True):
         for axes, chart in zip(row, CHARTS, strict=True):
             draw(axes, chart, report, model)
-    return _saved(figure, "png", {"Software": None})
+    return png_bytes(figure)
 
 
 def draw_svg(chart: str, report: FlopsReport, model: ModelReport) -> str:
@@ -554,27 +522,9 @@ def draw_svg(chart: str, report: FlopsReport, model: ModelReport) -> str:
     Raises:
         InvalidInputError: if matplotlib is not installed.
     """
-    figure = _figure((7.2, 4.2))
+    figure = new_figure((7.2, 4.2))
     draw(figure.add_subplot(), chart, report, model)
-    text = _saved(figure, "svg", {"Date": None, "Creator": None}).decode()
-    return text[text.index("<svg") :]
-
-
-def _figure(size: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InvalidInputError("matplotlib is not installed; install it with: pip install 'dspa[plot]'") from error
-    return Figure(figsize=size, layout="constrained")
-
-
-def _saved(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "dspa", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format=kind, dpi=110, metadata=metadata)
-    return buffer.getvalue()
+    return svg_element(figure)
 
 
 # --- page -------------------------------------------------------------------------------------------------------------
@@ -588,28 +538,6 @@ CAPTIONS = {
     "Where the lines cross, the latter would have been cheaper. FSRL pays at both times.",
 }
 
-STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1c2430; background: #fff; margin: 0 auto; max-width: 1120px;
-  padding: 2rem 1.25rem 4rem; color-scheme: light; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
-h2 { font-size: 1.35rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid #d9dee5; }
-h3 { font-size: 1.05rem; margin: 2rem 0 .2rem; }
-p { max-width: 46rem; margin: .4rem 0 .8rem; }
-p.note, figcaption { color: #55606e; font-size: .88rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .7rem; border-bottom: 1px solid #e6eaef; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th.left, td.left { text-align: left; }
-th { font-weight: 600; border-bottom-color: #9aa5b1; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1.2rem 1.6rem; }
-figure { margin: 0; } svg { width: 100%; height: auto; }
-.headline { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.2rem 0; }
-.headline b { display: block; font-size: 1.8rem; line-height: 1.1; }
-.headline span { font-size: .88rem; color: #55606e; }
-pre { background: #f5f7f9; padding: .8rem 1rem; font-size: .82rem; overflow-x: auto; }
-"""
-
 
 def to_html(report: FlopsReport) -> str:
     """One page that needs no other file.
@@ -617,33 +545,27 @@ def to_html(report: FlopsReport) -> str:
     Raises:
         InvalidInputError: if matplotlib is not installed.
     """
-    body = [_introduction(report), _html_table(published_table(report))]
+    body = [_introduction(report), published_table(report).to_html()]
     for model in report.models:
         body.append(f"<h2>{html.escape(model.shape.name)}</h2>")
         body.append(f"<p>{_model_sentence(model)}</p>")
         charts = "".join(_html_chart(chart, report, model) for chart in CHARTS)
         body.append(f'<div class="charts">{charts}</div>')
-        body += [_html_table(table) for table in model_tables(report, model)]
+        body += [table.to_html() for table in model_tables(report, model)]
     if report.measured:
-        body += ["<h2>Measured</h2>", _html_table(measured_table(report))]
+        body += ["<h2>Measured</h2>", measured_table(report).to_html()]
     body.append("<h2>Assumptions and versions</h2>")
     body.append("<p>Each of these is an option of <code>dspa flops</code>.</p>")
     body.append(f"<pre>{html.escape(_assumptions(report))}</pre>")
     body.append(f'<p class="note">{html.escape(_provenance_line(report))}</p>')
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>FLOPs of DSPA</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return html_page("FLOPs of DSPA", body)
 
 
 def _html_chart(chart: str, report: FlopsReport, model: ModelReport) -> str:
     caption = CAPTIONS[chart]
     if chart == "stages":
         caption += " " + "; ".join(f"{m.method}: {', '.join(s.name for s in m.stages)}" for m in model.methods) + "."
-    caption = html.escape(caption)
-    svg = draw_svg(chart, report, model)
-    return f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>'
+    return html_figure(draw_svg(chart, report, model), caption)
 
 
 def _introduction(report: FlopsReport) -> str:
@@ -678,17 +600,4 @@ def _model_sentence(model: ModelReport) -> str:
         f"layer {s.input_layer} by an SAE of {s.d_sae_in} latents, responses after layer {s.output_layer} by one of "
         f"{s.d_sae_out}. Steering a token adds at most {_percent(dense.flops_share)} to the FLOPs and "
         f"{_percent(dense.bytes_share)} to the bytes of the model's own step."
-    )
-
-
-def _html_table(table: Table) -> str:
-    sides = [' class="left"' if column in TEXT_COLUMNS else "" for column in table.columns]
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(f"<{tag}{side}>{html.escape(cell)}</{tag}>" for cell, side in zip(row, sides, strict=True))
-
-    rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-    return (
-        f'<h3>{html.escape(table.title)}</h3><p class="note">{html.escape(table.note)}</p><div class="scroll"><table>'
-        f"<thead><tr>{cells('th', table.columns)}</tr></thead><tbody>{rows}</tbody></table></div>"
     )

@@ -96,7 +96,15 @@ class DemoOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class _Organism:
+class Organism:
+    """The organism with the densities of its triples.
+
+    Attributes:
+        model, tokenizer, input_sae, output_sae: as shipped.
+        store: densities of the triples.
+        triple_kinds: the kind of prompt of each triple.
+    """
+
     model: Gemma2ForCausalLM
     tokenizer: PreTrainedTokenizerFast
     store: DensityStore
@@ -124,7 +132,7 @@ def run_demo(options: DemoOptions, console: Console, *, png: Path | None, progre
     """
     with tempfile.TemporaryDirectory() as folder:
         console.print(f"Collecting activation densities of {options.triples} preference triples and fitting the map.")
-        organism = _load(options, Path(folder), progress)
+        organism = load_organism(options, Path(folder), progress)
         published = organism.policy(90)
         prompts = draw_prompts(np.random.default_rng(options.seed), "heldout", options.prompts)
         print_examples(console, organism.model, organism.tokenizer, published, prompts, options.seed)
@@ -138,7 +146,12 @@ def run_demo(options: DemoOptions, console: Console, *, png: Path | None, progre
     return report
 
 
-def _load(options: DemoOptions, folder: Path, progress: bool) -> _Organism:
+def load_organism(options: DemoOptions, folder: Path, progress: bool) -> Organism:
+    """Loads the organism and collects the densities of its triples into `folder`.
+
+    Raises:
+        InvalidInputError: if the organism's folder is not there, or has too few triples.
+    """
     try:
         model, tokenizer = load_model(options.data)
         saes = [SparseAutoencoder.from_sae_lens(sae_folder(which, options.data)) for which in ("input", "output")]
@@ -162,10 +175,10 @@ def _load(options: DemoOptions, folder: Path, progress: bool) -> _Organism:
         triples_per_shard=25,
         progress=progress,
     )
-    return _Organism(model, tokenizer, store, kinds, saes[0], saes[1])
+    return Organism(model, tokenizer, store, kinds, saes[0], saes[1])
 
 
-def _choose(organism: _Organism, options: DemoOptions, progress: bool) -> tuple[SteeringPolicy, Candidate]:
+def _choose(organism: Organism, options: DemoOptions, progress: bool) -> tuple[SteeringPolicy, Candidate]:
     """The candidate with the highest reward on validation prompts, among those that keep responses well-formed."""
     prompts = draw_prompts(np.random.default_rng(options.seed + 1), "validation", options.validation_prompts)
     policies = {candidate: organism.policy(90, candidate) for candidate in CANDIDATES}
@@ -187,7 +200,7 @@ def _choose(organism: _Organism, options: DemoOptions, progress: bool) -> tuple[
 
 
 def _measure(
-    organism: _Organism,
+    organism: Organism,
     published: SteeringPolicy,
     chosen: SteeringPolicy,
     chosen_name: str,

@@ -1,0 +1,174 @@
+"""Benchmark runs as tables, as what moved between two of them, and as a page with their history."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dspa.bench_records import Change, Column, Interval, Row, Run
+from dspa.report_parts import COLORS, Table, html_figure, html_page, new_figure, svg_element
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+READ = "read W_enc"
+"""The column that only streams the encoder: the read bandwidth of the same run."""
+COLUMNS = ("row", "measured", "value", "GB/s", "of read bandwidth", "reference / it")
+WORDS = ("measured", "change")
+
+
+def run_tables(run: Run) -> Iterator[Table]:
+    """A table for each group of rows. Failed rows stand in it as failed, without a number."""
+    for group in dict.fromkeys(row.group for row in run.rows):
+        rows = [cells for row in run.rows if row.group == group for cells in _row_cells(row)]
+        note = (
+            "Medians with quartiles for times, 95 % intervals for what is estimated, plain numbers for what is counted."
+        )
+        used = [i for i in range(len(COLUMNS)) if i < 3 or any(row[i] for row in rows)]
+        kept = tuple(tuple(row[i] for i in used) for row in rows)
+        yield Table(group, note, tuple(COLUMNS[i] for i in used), kept, WORDS)
+
+
+def _row_cells(row: Row) -> Iterator[tuple[str, ...]]:
+    if row.failed is not None:
+        yield (row.name, f"FAILED: {row.failed}", "", "", "", "")
+        return
+    read = row.column(READ)
+    bandwidth = None if read is None else read.bandwidth
+    for column in row.columns:
+        speed = column.bandwidth
+        yield (
+            row.name,
+            column.name,
+            _value(column),
+            f"{speed:.3g}" if speed else "",
+            f"{speed / bandwidth:.0%}" if speed and bandwidth else "",
+            f"{1 / column.relative.value:.3g}x" if column.relative else "",
+        )
+
+
+def _value(column: Column) -> str:
+    measured = column.measured
+    if column.spread is not None:
+        low, high = map(digits, column.spread)
+        return f"{digits(measured.value)} {column.unit} ({low} to {high})"
+    return f"{interval_text(measured)} {column.unit}".strip()
+
+
+def interval_text(interval: Interval) -> str:
+    """A value with its interval, or alone where it has none."""
+    if interval.low == interval.high:
+        return digits(interval.value)
+    return f"{digits(interval.value)} ({digits(interval.low)} to {digits(interval.high)})"
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent as long as it can be read."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
+def change_table(before: Run, after: Run, changes: Sequence[Change], *, everything: bool = False) -> Table:
+    """What moved beyond its noise, or everything."""
+    shown = [change for change in changes if everything or change.moved]
+    still = len(changes) - len(shown)
+    failed = [row.name for row in after.rows if row.failed is not None]
+    note = (
+        f"From {before.name} ({before.commit}) to {after.name} ({after.commit}). Factors with 95 % intervals; times "
+        f"are compared relative to the reference of their row. {still} of {len(changes)} quantities did not move."
+        f"{'' if not failed else ' FAILED: ' + ', '.join(failed) + '.'}"
+        f"{'' if before.machine == after.machine else ' The machines differ.'}"
+    )
+    rows = tuple(
+        (
+            change.row,
+            change.column,
+            f"{interval_text(change.before)} {change.unit}",
+            f"{interval_text(change.after)} {change.unit}",
+            interval_text(change.factor),
+            "better" if change.improved else "worse" if change.moved else "as before",
+        )
+        for change in shown
+    )
+    return Table("What moved", note, ("row", "measured", "before", "after", "after / before", "change"), rows, WORDS)
+
+
+def print_run(console: Console, run: Run) -> None:
+    """Prints the tables of a run."""
+    for table in run_tables(run):
+        table.print(console)
+    console.print(f"{run.name}: {run.time}, commit {run.commit}, {run.machine}", style="dim", highlight=False)
+
+
+def to_html(runs: Sequence[Run]) -> str:
+    """The history of the runs, from the earliest to the latest, as one page that needs no other file.
+
+    Raises:
+        InvalidInputError: if matplotlib is not installed.
+    """
+    latest = runs[-1]
+    history = Table(
+        "Runs",
+        "From the earliest to the latest; the number stands below the charts.",
+        ("", "time", "commit", "machine", "rows", "failed"),
+        tuple(
+            (
+                str(i),
+                run.time[:16],
+                run.commit,
+                run.machine,
+                str(len(run.rows)),
+                str(sum(bool(r.failed) for r in run.rows)),
+            )
+            for i, run in enumerate(runs, 1)
+        ),
+        ("time", "commit", "machine"),
+    )
+    body = [
+        "<h1>Benchmarks of dspa</h1>",
+        "<p>Every number was checked before it was timed, and every time was taken in turn with its reference. Charts "
+        "show times as multiples of that reference, so that runs on a fast and a slow day can be compared; lower is "
+        "faster. Bars are 95 % intervals.</p>",
+        history.to_html(),
+    ]
+    tables = {table.title: table for table in run_tables(latest)}
+    for group in tables:
+        body.append(f"<h2>{html.escape(group)}</h2>")
+        charts = [_chart(row, runs) for row in latest.rows if row.group == group and row.failed is None]
+        body.append(f'<div class="charts">{"".join(charts)}</div>')
+        body.append(tables[group].to_html())
+    return html_page("Benchmarks of dspa", body)
+
+
+def _chart(row: Row, runs: Sequence[Run]) -> str:
+    figure = new_figure((7.2, 3.4))
+    axes: Any = figure.add_subplot()
+    shown = [column for column in row.columns if column.name != row.reference]
+    for index, column in enumerate(shown):
+        points = [(i, _plotted(found)) for i, run in enumerate(runs, 1) if (found := _find(run, row.name, column.name))]
+        numbers, values = [i for i, _ in points], [interval.value for _, interval in points]
+        errors = [[abs(v.value - v.low) for _, v in points], [abs(v.high - v.value) for _, v in points]]
+        style = "-" if index < len(COLORS) else "--"
+        color = COLORS[index % len(COLORS)]
+        axes.errorbar(
+            numbers, values, errors, label=column.name, color=color, linestyle=style, marker="o", ms=3, lw=1.2
+        )
+    axes.set_xticks(range(1, len(runs) + 1))
+    axes.set_xlabel("run")
+    if shown and all(column.relative for column in shown):
+        axes.set_yscale("log")
+        axes.set_ylabel(f"time / {row.reference}")
+    elif shown:
+        axes.set_ylabel(shown[0].unit)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    return html_figure(svg_element(figure), row.name)
+
+
+def _plotted(column: Column) -> Interval:
+    return column.relative or column.measured
+
+
+def _find(run: Run, row: str, column: str) -> Column | None:
+    found = run.row(row)
+    return None if found is None else found.column(column)
