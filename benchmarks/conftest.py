@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -65,10 +64,9 @@ def machine() -> str:
     processor = "no C++ library"
     if available()["cpu"] == "available":
         processor = torch.ops.dspa.cpu_capability()
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
         f"{processor_name()}, {torch.get_num_threads()} threads, {processor}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, load average {load}"
+        f"Python {platform.python_version()}"
     )
 
 

@@ -22,11 +22,19 @@ EVICTING_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Way:
-    """A way to do the work of a row; `bytes_read` is what it has to read of the encoder, where that takes the time."""
+    """A way to do the work of a row.
+
+    Attributes:
+        name: of its column.
+        run: what is timed.
+        bytes_read: what it has to read of the encoder, where that takes the time.
+        prepare: runs before each sample, not timed.
+    """
 
     name: str
     run: Callable[[], object]
     bytes_read: int | None = None
+    prepare: Callable[[], object] = lambda: None
 
 
 def timed(ways: Sequence[Way], reference: str, *, seconds: float = SECONDS, at_least: int = 7) -> tuple[Column, ...]:
@@ -67,6 +75,7 @@ def time_column(
 
 
 def _milliseconds(way: Way, evicting: torch.Tensor) -> float:
+    way.prepare()
     evicting.sum()
     start = time.perf_counter()
     way.run()

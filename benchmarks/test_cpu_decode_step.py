@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
-from typing import Any
 
 import pytest
 import torch
 from conftest import Record
+from decode_step import step_milliseconds, worst_case_policy
 from interleaved import time_column
 from random_model import random_model
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 import dspa
 from dspa.bench_records import Column, Interval
-from dspa.kernels import EditList, available
+from dspa.kernels import available
 from dspa.kernels.token_step.cpu import work_of
-from dspa.policy import ModelFingerprint, StaticPolicy
-from dspa.sae import SparseAutoencoder
 
 D_SAE = 16384
 OUTPUT_LAYER = 24
@@ -29,34 +25,13 @@ ROUNDS = int(os.environ.get("DSPA_BENCH_DECODE_ROUNDS", "8"))
 pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}")
 
 
-class Stopwatch(StoppingCriteria):
-    """The time after each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
 def test_decode_step(record: Record) -> None:
     model = random_model("gemma-2-2b", torch.bfloat16)
-    policy = worst_case_policy(model)
+    policy = worst_case_policy(model, OUTPUT_LAYER, D_SAE)
     prompt = torch.arange(2, 2 + PROMPT_TOKENS)[None]
 
     def generate() -> list[float]:
-        """Milliseconds of each step but the first, which reads the prompt."""
-        watch = Stopwatch()
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            min_new_tokens=NEW_TOKENS,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([watch]),
-        )
-        return [(later - earlier) * 1e3 for earlier, later in zip(watch.times, watch.times[1:], strict=False)]
+        return step_milliseconds(model, prompt, NEW_TOKENS)
 
     def steered() -> list[float]:
         with dspa.steer(model, policy):
@@ -90,24 +65,3 @@ def test_decode_step(record: Record) -> None:
 
     name = "Gemma-2-2B's shape, bfloat16, 16k SAE, batch 1"
     record(name, "decode step, CPU", measure, check=check, reference="unsteered")
-
-
-def worst_case_policy(model: Any) -> StaticPolicy:
-    """Sixteen latents to ablate of an SAE half of whose latents are active: nearly every token needs M_t."""
-    d_model = model.config.hidden_size
-    rng = torch.Generator().manual_seed(1)
-    size, scale = (D_SAE, d_model), d_model**-0.5
-    sae = SparseAutoencoder(
-        W_enc=torch.empty(size, dtype=torch.bfloat16).normal_(generator=rng).mul_(scale),
-        W_dec=torch.empty(size, dtype=torch.bfloat16).normal_(generator=rng).mul_(scale),
-        b_enc=torch.zeros(D_SAE),
-        threshold=torch.zeros(D_SAE),
-        activation="jumprelu",
-        b_dec=torch.zeros(d_model),
-    )
-    return StaticPolicy(
-        EditList.of([[]], [list(range(16))]),
-        model=ModelFingerprint.of(model),
-        output_layer=OUTPUT_LAYER,
-        output_sae=sae,
-    )

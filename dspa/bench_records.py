@@ -14,6 +14,9 @@ from dspa.errors import CorruptFileError, DspaError
 
 Better = Literal["lower", "higher"]
 NORMAL_95 = 1.959964
+RUN_TO_RUN = 0.05
+"""By so much, relative times of unchanged code differed between two runs: memory lies elsewhere each time. The samples
+of one run cannot show that, so it is added to the interval of a change."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,10 @@ def _change(row: str, old: Column, new: Column) -> Change:
     relative = old.relative is not None and new.relative is not None
     before = old.relative if relative and old.relative else old.measured
     after = new.relative if relative and new.relative else new.measured
-    return Change(row, new.name, "x" if relative else new.unit, before, after, _factor(before, after), new.better)
+    factor = _factor(before, after)
+    if relative:
+        factor = replace(factor, low=factor.low / (1 + RUN_TO_RUN), high=factor.high * (1 + RUN_TO_RUN))
+    return Change(row, new.name, "x" if relative else new.unit, before, after, factor, new.better)
 
 
 def _factor(before: Interval, after: Interval) -> Interval:

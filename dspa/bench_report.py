@@ -71,7 +71,7 @@ def digits(value: float) -> str:
 def change_table(before: Run, after: Run, changes: Sequence[Change], *, everything: bool = False) -> Table:
     """What moved beyond its noise, or everything."""
     shown = [change for change in changes if everything or change.moved]
-    still = len(changes) - len(shown)
+    still = sum(not change.moved for change in changes)
     failed = [row.name for row in after.rows if row.failed is not None]
     note = (
         f"From {before.name} ({before.commit}) to {after.name} ({after.commit}). Factors with 95 % intervals; times "

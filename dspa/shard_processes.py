@@ -61,6 +61,17 @@ def fill_store(out: str | Path, run: CollectionRun, read: ReadShard, *, progress
 LABEL = "Collecting densities"
 
 
+def device_of_process(device: str) -> str:
+    """The device that this process of a launcher should use: with "cuda", each process of a machine has its own GPU."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local_rank}" if device == "cuda" and local_rank is not None else device
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the one of rank 0: the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fill_together(
     out: str | Path, run: CollectionRun, read: ReadShard, processes: _Processes, progress: bool
 ) -> DensityStore:

@@ -26,6 +26,7 @@ import dspa
 import dspa.shard_processes as shard_processes
 from dspa.density_store import DensityStore
 from dspa.errors import DspaError
+from dspa.shard_processes import device_of_process, is_first_process
 
 TRIPLES, PER_SHARD, SHARDS = 15, 2, 8
 MODEL = tiny.tiny_model()
@@ -201,3 +202,24 @@ if __name__ == "__main__":
         collect(Path(sys.argv[2]))
     else:
         main(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "chosen"),
+    [("cuda", None, "cuda"), ("cuda", "1", "cuda:1"), ("cuda:0", "1", "cuda:0"), ("cpu", "1", "cpu")],
+)
+def test_each_process_has_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, local_rank: str | None, chosen: str
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert device_of_process(device) == chosen
+
+
+@pytest.mark.parametrize(("rank", "first"), [(None, True), ("0", True), ("2", False)])
+def test_one_process_prints(monkeypatch: pytest.MonkeyPatch, rank: str | None, first: bool) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert is_first_process() == first

@@ -14,12 +14,14 @@ extern const RowKernels row_kernels_avx512;
 
 namespace {
 
+#if defined(__x86_64__)
 // DSPA_CPU_CAPABILITY=avx2 or portable asks for less than the processor has, for tests and comparisons.
 bool allowed(const char* capability) {
   const char* limit = std::getenv("DSPA_CPU_CAPABILITY");
   if (limit == nullptr || std::strcmp(limit, "avx512") == 0) return true;
   return std::strcmp(limit, "avx2") == 0 && std::strcmp(capability, "avx2") == 0;
 }
+#endif
 
 const RowKernels& choose() {
 #if defined(__x86_64__)

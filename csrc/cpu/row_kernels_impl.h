@@ -274,7 +274,7 @@ void scores(const Sae& sae, int64_t first, int64_t count, float* products) {
   if (sae.activation == Activation::threshold) {
     const float* threshold = sae.threshold + first;
     for (int64_t i = 0; i < count; ++i)
-      products[i] = (products[i] > threshold[i]) & (products[i] > 0.0f) ? products[i] : 0.0f;
+      products[i] = ((products[i] > threshold[i]) & (products[i] > 0.0f)) ? products[i] : 0.0f;
   }
 }
 
