@@ -134,17 +134,26 @@ def to_html(runs: Sequence[Run]) -> str:
     tables = {table.title: table for table in run_tables(latest)}
     for group in tables:
         body.append(f"<h2>{html.escape(group)}</h2>")
-        charts = [_chart(row, runs) for row in latest.rows if row.group == group and row.failed is None]
+        rows = [row for row in latest.rows if row.group == group and row.failed is None]
+        charts = [_chart(row, columns, runs) for row in rows for columns in _by_unit(row)]
         body.append(f'<div class="charts">{"".join(charts)}</div>')
         body.append(tables[group].to_html())
     return html_page("Benchmarks of dspa", body)
 
 
-def _chart(row: Row, runs: Sequence[Run]) -> str:
+def _by_unit(row: Row) -> list[list[Column]]:
+    """The columns of a row that can share an axis; the reference, always 1, is none of them."""
+    units: dict[str, list[Column]] = {}
+    for column in row.columns:
+        if column.name != row.reference:
+            units.setdefault("relative" if column.relative else column.unit, []).append(column)
+    return list(units.values())
+
+
+def _chart(row: Row, columns: Sequence[Column], runs: Sequence[Run]) -> str:
     figure = new_figure((7.2, 3.4))
     axes: Any = figure.add_subplot()
-    shown = [column for column in row.columns if column.name != row.reference]
-    for index, column in enumerate(shown):
+    for index, column in enumerate(columns):
         points = [(i, _plotted(found)) for i, run in enumerate(runs, 1) if (found := _find(run, row.name, column.name))]
         numbers, values = [i for i, _ in points], [interval.value for _, interval in points]
         errors = [[abs(v.value - v.low) for _, v in points], [abs(v.high - v.value) for _, v in points]]
@@ -155,11 +164,11 @@ def _chart(row: Row, runs: Sequence[Run]) -> str:
         )
     axes.set_xticks(range(1, len(runs) + 1))
     axes.set_xlabel("run")
-    if shown and all(column.relative for column in shown):
+    if columns[0].relative:
         axes.set_yscale("log")
         axes.set_ylabel(f"time / {row.reference}")
-    elif shown:
-        axes.set_ylabel(shown[0].unit)
+    else:
+        axes.set_ylabel(columns[0].unit)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return html_figure(svg_element(figure), row.name)

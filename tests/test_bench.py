@@ -146,7 +146,7 @@ def test_history_is_in_order_of_time_and_draws_a_page(tmp_path: Path) -> None:
     assert [change.column for change in history.changes if change.moved] == ["step"]
     text = page.read_text()
     assert text == to_html(history.runs)
-    assert text.count("<svg") == 2  # not for the row that failed
+    assert text.count("<svg") == 4  # relative times, the bare read, reward, bytes; none for the row that failed
     assert "FAILED: lazy differs from dense" in text
     assert "http" not in text.replace("http://www.w3.org", "").replace("https://www.w3.org", "").replace(
         "http://purl.org", ""
