@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dspa.sae import SparseAutoencoder
     from dspa.steering import Steering, steer
     from dspa.steering_summary import SteeringSummary
+    from dspa.steering_trace import SteeringTrace
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _MODULE_OF = {
     "SparseAutoencoder": "dspa.sae",
     "Steering": "dspa.steering",
     "SteeringSummary": "dspa.steering_summary",
+    "SteeringTrace": "dspa.steering_trace",
     "steer": "dspa.steering",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "Steering",
     "SteeringPolicy",
     "SteeringSummary",
+    "SteeringTrace",
     "UnsupportedSaeError",
     "collect",
     "kernels",

@@ -75,12 +75,14 @@ def collect(
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Collect activation densities of preference triples."""
+    """Collect activation densities of preference triples. Processes of torchrun or accelerate launch share the work."""
     from dspa.collection import collect as collect_densities
     from dspa.model_structure import text_config
     from dspa.preferences import load_preferences
+    from dspa.shard_processes import device_of_process, is_first_process
 
-    language_model, tokenizer = _load_model(model, dtype, device)
+    language_model, tokenizer = _load_model(model, dtype, device_of_process(device))
+    progress = not as_json and is_first_process()
     context = getattr(text_config(language_model), "max_position_embeddings", None)
     triples = load_preferences(
         preferences,
@@ -92,7 +94,7 @@ def collect(
         count_template=count_template,
         count_eos=count_eos,
         limit=limit,
-        progress=not as_json,
+        progress=progress,
     )
     store = collect_densities(
         language_model,
@@ -106,7 +108,7 @@ def collect(
         triples_per_batch=triples_per_batch,
         tokens_per_batch=tokens_per_batch,
         triples_per_shard=triples_per_shard,
-        progress=not as_json,
+        progress=progress,
     )
     record = {
         "folder": str(store.folder),
@@ -115,7 +117,8 @@ def collect(
         "shards": len(store.shards),
         "nonfinite_tokens": store.nonfinite_tokens,
     }
-    _print_record(record, as_json)
+    if is_first_process():
+        _print_record(record, as_json)
 
 
 @app.command()
@@ -315,6 +318,21 @@ def bench(
     else:
         table = change_table(history.base, history.runs[-1], history.changes, everything=everything)
         table.print(_console(quiet=False))
+
+
+@app.command()
+def serve(
+    model: ModelOption,
+    policy: Annotated[list[str], typer.Option(help="Policy folder or hub id, or NAME=FOLDER; may be repeated.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Serve a model under policies, OpenAI-compatible: MODEL is unsteered, MODEL@NAME follows a policy."""
+    from dspa.serve_command import run_server
+
+    run_server(model, policy, host=host, port=port, dtype=dtype, device=device)
 
 
 def main() -> None:

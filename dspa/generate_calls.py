@@ -2,51 +2,86 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError
+from dspa.method_overrides import MethodOverride
 
 
 class GenerateObserver(Protocol):
     def generate_begins(self, token_ids: Tensor | None, present: Tensor) -> None:
         """A generate call starts: ids `[B, n]`, or None for embeddings, and `[B, P]` nonzero where there is a token."""
 
-    def generate_ends(self) -> None:
-        """The generate call returned or raised."""
+    def generate_ends(self, new_tokens: int | None) -> None:
+        """The generate call returned, with so many columns after the prompt, or raised: then None."""
+
+    def draft_begins(self) -> None:
+        """A generate call starts inside the running one, to draft what that may accept."""
+
+    def draft_ends(self) -> None:
+        """It returned or raised."""
 
 
-class ObservedGenerate:
+class ObservedGenerate(MethodOverride):
     """Stands in for `model.generate` while somebody observes it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.original: Callable[..., Any] = model.generate  # type: ignore[assignment]
-        self.was_own_attribute = "generate" in vars(model)
+        super().__init__(model, "generate")
         self.observers: list[GenerateObserver] = []
-        functools.update_wrapper(self, self.original)
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        token_ids, present = self._prompt(inputs, *args, **kwargs)
+        observers = list(self.observers)
+        config = args[0] if args else kwargs.get("generation_config")
+        if getattr(config, "is_assistant", False):
+            return self._draft(observers, inputs, *args, **kwargs)
+        self._refuse_what_cannot_be_followed(config, kwargs)
+        token_ids, present = self._prompt(inputs, config, kwargs)
         begun: list[GenerateObserver] = []
+        new_tokens = None
         try:
-            for observer in self.observers:
+            for observer in observers:
                 observer.generate_begins(token_ids, present)
                 begun.append(observer)
-            return self.original(inputs, *args, **kwargs)
+            result = self.original(inputs, *args, **kwargs)
+            sequences = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
+            if sequences is not None:
+                new_tokens = sequences.shape[1] - (0 if token_ids is None else token_ids.shape[1])
+            return result
         finally:
             for observer in begun:
-                observer.generate_ends()
+                observer.generate_ends(new_tokens)
 
-    def _prompt(self, inputs: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Tensor]:
+    def _draft(self, observers: list[GenerateObserver], *args: Any, **kwargs: Any) -> Any:
+        for observer in observers:
+            observer.draft_begins()
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            for observer in observers:
+                observer.draft_ends()
+
+    def _refuse_what_cannot_be_followed(self, config: Any, kwargs: dict[str, Any]) -> None:
+        guidance = self._option("guidance_scale", config, kwargs)
+        if guidance is not None and guidance != 1:
+            raise InvalidInputError(
+                f"guidance_scale is {guidance}: its unconditional passes have another prompt and would be taken for "
+                "steps of this one; leave it out while the model is steered"
+            )
+        if self._option("token_healing", config, kwargs):
+            raise InvalidInputError(
+                "token_healing is on: it replaces the prompt inside generate, after the policy was chosen for it; heal "
+                "the prompt first (model.heal_tokens), or leave it out while the model is steered"
+            )
+        if self._option("cache_implementation", config, kwargs) == "paged":
+            raise InvalidInputError(PACKED)
+
+    def _prompt(self, inputs: Tensor | None, config: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
         token_ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeddings = kwargs.get("inputs_embeds")
         present = kwargs.get("attention_mask")
-        config = args[0] if args else kwargs.get("generation_config")
         if token_ids is None and embeddings is None:  # generate begins with a token of its own
             first = self._option("bos_token_id", config, kwargs)
             return None if first is None else torch.tensor([[first]]), torch.ones(1, 1)
@@ -68,7 +103,25 @@ class ObservedGenerate:
         for value in (kwargs.get(name), getattr(config, name, None)):
             if value is not None:
                 return value
-        return getattr(self.model.generation_config, name, None)
+        return getattr(getattr(self.module, "generation_config", None), name, None)
+
+
+class RefusedMethod(MethodOverride):
+    """A method that cannot be steered, and says so."""
+
+    def __init__(self, model: nn.Module, name: str, reason: str) -> None:
+        super().__init__(model, name)
+        self._reason = reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise InvalidInputError(self._reason)
+
+
+# Also, it skips prompt tokens that another request has in the cache, and replays captured graphs of whole steps.
+PACKED = (
+    "continuous batching packs the tokens of many requests into one row and does not tell the model whose they are, so "
+    "that prompts cannot be told apart; call generate with a padded batch instead of generate_batch while steered"
+)
 
 
 class ObserverHandle:
@@ -81,28 +134,41 @@ class ObserverHandle:
     def remove(self) -> None:
         """Stops observing; `model.generate` is its old self when nobody observes it any more."""
         self._observed.observers.remove(self._observer)
-        model = self._observed.model
-        if not self._observed.observers and vars(model).get("generate") is self._observed:
-            if self._observed.was_own_attribute:
-                model.generate = self._observed.original  # type: ignore[assignment]
-            else:
-                del model.generate
+        if self._observed.observers:
+            return
+        self._observed.remove()
+        refused = vars(self._observed.module).get("init_continuous_batching")
+        if isinstance(refused, RefusedMethod):
+            refused.remove()
 
 
 def observe_generate(model: nn.Module, observer: GenerateObserver) -> ObserverHandle:
-    """Tells an observer of every `generate` call on a model, or on the transformers model inside a wrapper.
+    """Tells an observer of every `generate` call on a model, or on the transformers model inside a wrapper. Continuous
+    batching is refused meanwhile.
 
     Raises:
         InvalidInputError: if nothing in the model can generate.
     """
-    generating = next(
-        (module for module in model.modules() if hasattr(type(module), "prepare_inputs_for_generation")), None
-    )
-    if generating is None:
-        raise InvalidInputError(f"{type(model).__name__} has no generate method; pass a causal language model")
+    generating = generating_module(model)
     observed = vars(generating).get("generate")
     if not isinstance(observed, ObservedGenerate):
         observed = ObservedGenerate(generating)
-        generating.generate = observed  # type: ignore[assignment]
+        observed.install()
+        if callable(getattr(generating, "init_continuous_batching", None)):
+            RefusedMethod(generating, "init_continuous_batching", PACKED).install()
     observed.observers.append(observer)
     return ObserverHandle(observed, observer)
+
+
+def generating_module(model: nn.Module) -> nn.Module:
+    """The transformers model whose `generate` is called, by the user or by the wrapper around it.
+
+    Raises:
+        InvalidInputError: if there is none.
+    """
+    from transformers import GenerationMixin
+
+    for module in model.modules():
+        if isinstance(module, GenerationMixin):
+            return module
+    raise InvalidInputError(f"{type(model).__name__} has no generate method; pass a causal language model")

@@ -126,5 +126,12 @@ def with_hidden(output: Tensor | tuple[Any, ...], hidden: Tensor) -> Tensor | tu
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a layer's weights are."""
-    return next(module.parameters()).device
+    """Where a layer computes: where its weights are, or where accelerate brings them from memory or disk."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
+    return torch.device("cpu")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from dspa.conditional_map import ConditionalDifferenceMap
-from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
-from dspa.files import CONFIG, read_tensor_folder, write_tensor_folder
+from dspa.errors import CorruptFileError, DspaError, InvalidInputError, MismatchError, UnsupportedSaeError
+from dspa.files import CONFIG, read_tensor_folder, write_atomically, write_tensor_folder
 from dspa.kernels import EditKind, EditList, SaeWeights, lookup
 from dspa.kernels.lookup import check_lookup_options
 from dspa.model_structure import ModelFingerprint
 from dspa.sae import SaeMetadata, SparseAutoencoder
+
+if TYPE_CHECKING:
+    from dspa.steering_summary import SteeringSummary
 
 EditPositions = Literal["from_last_prompt", "generated", "all"]
 
@@ -51,7 +55,7 @@ class Policy(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SteeringPolicy:
     """DSPA's policy (method, sections 3 and 4).
 
@@ -129,6 +133,24 @@ class SteeringPolicy:
     def uncounted_token_ids(self) -> tuple[int, ...]:
         return self.conditional_map.run.uncounted_token_ids
 
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in OPTIONS)
+        return (
+            f"SteeringPolicy({self.model.model_type}, layers {self.input_layer} -> {self.output_layer}, "
+            f"SAEs {self.input_sae.d_sae} -> {self.output_sae.d_sae}, {options})"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of the options."""
+        return html_table(
+            {
+                "model": self.model.model_type,
+                "layers": f"{self.input_layer} → {self.output_layer}",
+                "latents": f"{self.input_sae.d_sae} → {self.output_sae.d_sae}",
+                **{name: getattr(self, name) for name in OPTIONS},
+            }
+        )
+
     def select(self, density: Tensor) -> EditList:
         """Which latents to edit for prompts of the given densities (method, section 3).
 
@@ -171,6 +193,50 @@ class SteeringPolicy:
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
         return write_tensor_folder(folder, KIND, FORMAT_VERSION, config, tensors)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        summary: SteeringSummary | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload steering policy",
+    ) -> str:
+        """Uploads the policy's folder, with a model card written from its configuration, to a hub repository, which is
+        made if it is not there.
+
+        Args:
+            repo_id: `user/name`.
+            summary: what the policy edited on prompts of one's own (`Steering.summary`), for the card's audit.
+            private: whether a new repository is private; None leaves it to the account.
+            token: a hub token; None takes the one of `hf auth login`.
+            commit_message: of the upload.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            DspaError: if it cannot be written, or the hub refuses it.
+        """
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        from dspa.model_card import model_card
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            write_atomically(Path(folder) / "README.md", model_card(self, repo_id, summary).encode())
+            api = HfApi(token=token)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise DspaError(f"the policy cannot be uploaded to {repo_id}: {reason}") from error
+        return commit.commit_url
+
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> SteeringPolicy:
         """Reads a policy from a folder, or from the hub if there is no such folder.
@@ -210,7 +276,7 @@ SEMANTICS = ("activation", "k", "subtract_b_dec", "normalization")  # of an SAE,
 OPTIONS = ("k_prompt", "k_diff", "alpha", "edit", "sign_guard", "edit_positions")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StaticPolicy:
     """Edit lists that do not depend on the prompt, applied by the same token rule.
 
@@ -271,6 +337,12 @@ class StaticPolicy:
         lists = [[latent for latent in side if latent not in in_both] for side in (augment, ablate)]
         return cls.with_edits(policy, EditList.of([lists[0]], [lists[1]]))
 
+    def __repr__(self) -> str:
+        return (
+            f"StaticPolicy({self.edits.batch} lists of up to {self.edits.k} latents, {self.model.model_type}, "
+            f"layer {self.output_layer}, alpha={self.alpha}, edit_positions={self.edit_positions!r})"
+        )
+
     @property
     def input_layer(self) -> int:
         return self.output_layer
@@ -285,6 +357,14 @@ class StaticPolicy:
         if self.edits.batch not in (1, batch):
             raise InvalidInputError(f"there are {self.edits.batch} edit lists for {batch} rows; expected 1 or {batch}")
         return self.edits.rows(torch.arange(batch) % self.edits.batch).to(density.device)
+
+
+def html_table(fields: dict[str, Any]) -> str:
+    """Names and values, side by side."""
+    rows = (
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in fields.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _saved_options(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Which columns of a batch are prompt, which of them are counted, and which are edited: the rules of method.md,
-sections 2 and 4, on left-padded, right-padded and expanded batches."""
+sections 2 and 4, on left-padded, right-padded and expanded batches, row by row."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,29 +15,39 @@ from dspa.policy import EditPositions
 
 @dataclass(frozen=True, eq=False)
 class PromptColumns:
-    """The prompt part of a batch, `P` columns wide, padding included.
+    """The part of a batch that was there before anything was generated, `P` columns wide, padding included.
 
     Attributes:
         counted: `[B, P]` bool, tokens whose latents make up the prompt's densities.
-        edited: `[B, P]` bool, prompt tokens that are edited.
+        edited: `[B, P]` bool, tokens that are edited.
         edited_columns: the columns in which some row is edited, ascending.
+        known_after: for each of these, how many columns have to be read before the rows that are edited there have
+            their densities: one more than the last counted column of any of them.
     """
 
     counted: Tensor
     edited: Tensor
     edited_columns: tuple[int, ...]
+    known_after: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, token_ids: Tensor | None, present: Tensor, uncounted_token_ids: Tensor, positions: EditPositions
+        cls,
+        token_ids: Tensor | None,
+        present: Tensor,
+        uncounted_token_ids: Tensor,
+        positions: EditPositions,
+        prompt_tokens: Tensor | None = None,
     ) -> PromptColumns:
-        """The columns of a prompt.
+        """The columns of a prompt, or of prompts with responses to be scored.
 
         Args:
             token_ids: `[B, n]` ids of the last n columns; None if the prompt was given as embeddings.
             present: `[B, P]`, nonzero on tokens, zero on padding.
             uncounted_token_ids: `[m]` ids that never count, such as that of the beginning of the sequence.
             positions: which positions the policy edits.
+            prompt_tokens: `[B]` int64, how many tokens of each row are its prompt; the rest is edited as if it had been
+                generated. None if all of them are.
 
         Raises:
             InvalidInputError: if the prompt is empty, or `present` is not `[B, P]`.
@@ -46,19 +57,44 @@ class PromptColumns:
                 f"the prompt's attention mask is {tuple(present.shape)}; expected [B, P] with at least one token"
             )
         present = present.bool()
-        counted = present.clone()
+        prompt = present
+        if prompt_tokens is not None:
+            prompt = present & (present.cumsum(dim=1) <= prompt_tokens.to(present.device)[:, None])
+        counted = prompt.clone()
         if token_ids is not None:
             unknown = present.shape[1] - token_ids.shape[1]
             counted[:, :unknown] = False  # they are in the cache already and will not come by
             counted[:, unknown:] &= ~torch.isin(token_ids, uncounted_token_ids.to(token_ids.device))
-        column = torch.arange(present.shape[1], device=present.device)
-        last = (present * (column + 1)).argmax(dim=1)
-        edited = torch.zeros_like(present)
+        edited = present & ~prompt
         if positions != "generated":
-            edited[torch.arange(len(present), device=present.device), last] = present.any(dim=1)
+            column = torch.arange(present.shape[1], device=present.device)
+            last = (prompt * (column + 1)).argmax(dim=1)
+            edited[torch.arange(len(prompt), device=present.device), last] |= prompt.any(dim=1)
         if positions == "all":
             edited |= counted
-        return cls(counted, edited, tuple(edited.any(dim=0).nonzero().flatten().tolist()))
+        return cls._with_columns(counted, edited)
+
+    @classmethod
+    def by_row(cls, choices: Sequence[PromptColumns], row_choice: Tensor) -> PromptColumns:
+        """Each row from one of several of the same shape.
+
+        Args:
+            choices: what to choose from.
+            row_choice: `[B]` int64, which of them; -1 for a row in which nothing is counted or edited.
+        """
+        counted, edited = torch.zeros_like(choices[0].counted), torch.zeros_like(choices[0].edited)
+        for index, columns in enumerate(choices):
+            chosen = (row_choice == index).to(counted.device)
+            counted[chosen], edited[chosen] = columns.counted[chosen], columns.edited[chosen]
+        return cls._with_columns(counted, edited)
+
+    @classmethod
+    def _with_columns(cls, counted: Tensor, edited: Tensor) -> PromptColumns:
+        column = torch.arange(1, counted.shape[1] + 1, device=counted.device)
+        known_after = (counted * column).amax(dim=1, keepdim=True)
+        columns = edited.any(dim=0).nonzero().flatten()
+        needed = (edited * known_after).amax(dim=0)[columns] if len(counted) else columns
+        return cls(counted, edited, tuple(columns.tolist()), tuple(needed.tolist()))
 
     @property
     def batch(self) -> int:
@@ -83,4 +119,5 @@ class PromptColumns:
             self.counted.repeat_interleave(repeats, dim=0),
             self.edited.repeat_interleave(repeats, dim=0),
             self.edited_columns,
+            self.known_after,
         )

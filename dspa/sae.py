@@ -18,6 +18,8 @@ from dspa.kernels.sae_weights import SaeWeights
 if TYPE_CHECKING:
     import sae_lens
 
+NEURONPEDIA = "https://www.neuronpedia.org"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SaeMetadata:
@@ -40,6 +42,10 @@ class SaeMetadata:
     layer: int | None = None
     neuronpedia_id: str | None = None
     architecture: str | None = None
+
+    def neuronpedia_page(self, latent: int) -> str | None:
+        """The address of a latent's page on neuronpedia.org; None where the source names no id."""
+        return f"{NEURONPEDIA}/{self.neuronpedia_id}/{latent}" if self.neuronpedia_id else None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,10 +13,11 @@ SHOWN_LATENTS = 10
 
 @dataclass(frozen=True)
 class LatentEdits:
-    """How many tokens had a latent edited."""
+    """How many tokens had a latent edited. The layer is named where several are edited."""
 
     latent: int
     tokens: int
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,25 +44,32 @@ class SteeringSummary:
     @classmethod
     def of(cls, stats: Iterable[TokenStats], prompts: int) -> SteeringSummary:
         """Adds up counters of batches of different sizes."""
+        return cls.by_layer([(None, stats)], prompts)
+
+    @classmethod
+    def by_layer(cls, stats: Iterable[tuple[int | None, Iterable[TokenStats]]], prompts: int) -> SteeringSummary:
+        """Adds up counters of several output SAEs, whose latents are told apart by their layers."""
         seen = edited = nonfinite = known = 0
         maximum = 0.0
-        latents: dict[int, int] = {}
-        for counters in stats:
-            seen += int(counters.seen.sum())
-            edited += int(counters.edited.sum())
-            nonfinite += int(counters.nonfinite.sum())
-            known += int(counters.maximum_known.sum())
-            maximum += float(counters.maximum_sum.sum())
-            for latent in counters.latent_edits.nonzero().flatten().tolist():
-                latents[latent] = latents.get(latent, 0) + int(counters.latent_edits[latent])
-        ranked = sorted(latents.items(), key=lambda item: (-item[1], item[0]))
+        latents: dict[tuple[int, int | None], int] = {}
+        for layer, of_layer in stats:
+            for counters in of_layer:
+                seen += int(counters.seen.sum())
+                edited += int(counters.edited.sum())
+                nonfinite += int(counters.nonfinite.sum())
+                known += int(counters.maximum_known.sum())
+                maximum += float(counters.maximum_sum.sum())
+                for latent in counters.latent_edits.nonzero().flatten().tolist():
+                    key = (latent, layer)
+                    latents[key] = latents.get(key, 0) + int(counters.latent_edits[latent])
+        ranked = sorted(latents.items(), key=lambda item: (-item[1], item[0][1] or 0, item[0][0]))
         return cls(
             prompts=prompts,
             tokens_seen=seen,
             tokens_edited=edited,
             tokens_nonfinite=nonfinite,
             mean_maximum=maximum / known if known else float("nan"),
-            latents=tuple(LatentEdits(*item) for item in ranked),
+            latents=tuple(LatentEdits(latent, tokens, layer) for (latent, layer), tokens in ranked),
         )
 
     def __str__(self) -> str:
@@ -72,7 +81,20 @@ class SteeringSummary:
         if self.tokens_nonfinite:
             lines.append(f"tokens left alone because of NaN or Inf: {self.tokens_nonfinite}")
         if self.latents:
-            shown = ", ".join(f"{edit.latent} ({edit.tokens})" for edit in self.latents[:SHOWN_LATENTS])
+            shown = ", ".join(
+                f"{'' if edit.layer is None else f'{edit.layer}/'}{edit.latent} ({edit.tokens})"
+                for edit in self.latents[:SHOWN_LATENTS]
+            )
             more = len(self.latents) - SHOWN_LATENTS
             lines.append(f"latents edited (tokens): {shown}" + (f" and {more} more" if more > 0 else ""))
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the totals, and a table of the latents most often edited."""
+        totals, _, _ = str(self).partition("\nlatents")
+        rows = "".join(
+            f"<tr><td>{'' if edit.layer is None else edit.layer}</td><td>{edit.latent}</td><td>{edit.tokens}</td></tr>"
+            for edit in self.latents[:SHOWN_LATENTS]
+        )
+        head = "<tr><th>layer</th><th>latent</th><th>tokens edited</th></tr>"
+        return f"<p>{html.escape(totals)}</p><table>{head}{rows}</table>"

@@ -31,8 +31,15 @@ class Ear:
             raise InvalidInputError("refused")
         self.heard.append((token_ids, present))
 
-    def generate_ends(self) -> None:
+    def generate_ends(self, new_tokens: int | None) -> None:
+        self.new_tokens = new_tokens
         self.heard.append("end")
+
+    def draft_begins(self) -> None:
+        self.heard.append("draft")
+
+    def draft_ends(self) -> None:
+        self.heard.append("end of draft")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,30 @@ def test_an_observer_that_refuses_stops_the_call_and_the_others_hear_its_end() -
     assert ears[0].heard[-1] == "end"
 
 
+@pytest.mark.parametrize(
+    ("inputs", "count"),
+    [
+        ({"input_ids": IDS, "attention_mask": MASK}, 2),
+        ({"inputs_embeds": torch.zeros(2, 3, 24, dtype=torch.float64)}, 2),
+        ({}, 2),
+    ],
+)
+@pytest.mark.parametrize("as_record", [True, False])
+def test_the_number_of_new_columns_is_heard(inputs: dict[str, Any], count: int, as_record: bool) -> None:
+    model, ear = tiny_model("llama"), Ear()
+    observe_generate(model, ear)
+    model.generate(**inputs, **SHORT, return_dict_in_generate=as_record)  # type: ignore[operator]
+    assert ear.new_tokens == count
+
+
+def test_a_draft_by_the_model_itself_is_heard_as_such() -> None:
+    model, ear = tiny_model("llama"), Ear()
+    observe_generate(model, ear)
+    model.generate(IDS[1:], **SHORT, assistant_early_exit=2)  # type: ignore[operator]
+    assert ear.heard.count("end") == 1
+    assert ear.heard.count("draft") == ear.heard.count("end of draft") >= 1
+
+
 def test_an_error_of_generate_is_passed_on() -> None:
     model: Any = tiny_model()
     ear = Ear()
@@ -118,6 +149,7 @@ def test_an_error_of_generate_is_passed_on() -> None:
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(**left_padded(prompts((4,))), num_beams=2, num_return_sequences=3, max_new_tokens=2)
     assert ear.heard[-1] == "end"
+    assert ear.new_tokens is None
 
 
 class Wrapper(nn.Module):

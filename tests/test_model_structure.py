@@ -190,4 +190,12 @@ def test_layer_outputs_keep_their_form(wrap: Callable[[Tensor], Any]) -> None:
 
 def test_the_device_of_a_layer() -> None:
     assert device_of(decoder_stack(tiny_model()).layers[0]) == torch.device("cpu")
-    assert device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")
+    assert device_of(nn.Linear(2, 2, device="meta")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("named", ["cpu", torch.device("cpu"), "cuda:1"])
+def test_the_device_of_a_layer_whose_weights_are_elsewhere(named: Any) -> None:
+    """Accelerate says where they are brought to."""
+    layer = nn.Sequential(nn.Linear(2, 2, device="meta"))
+    layer[0]._hf_hook = SimpleNamespace(execution_device=named)  # type: ignore[assignment]
+    assert device_of(layer) == torch.device(named)

@@ -108,3 +108,52 @@ def test_expanded_rows_stand_next_to_each_other() -> None:
 def test_a_batch_that_is_no_multiple_is_refused(batch: int) -> None:
     with pytest.raises(InvalidInputError, match=f"{batch} rows for 2 prompts"):
         columns_of([[1, 7], [0, 8]], [[1, 1], [0, 1]]).expanded_to(batch)
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths", "positions", "counted", "edited"),
+    [
+        ([[1, 1, 1, 1]], [2], "from_last_prompt", "0100", "0111"),
+        ([[1, 1, 1, 1]], [2], "generated", "0100", "0011"),
+        ([[1, 1, 1, 1]], [2], "all", "0100", "0111"),
+        ([[0, 1, 1, 1]], [1], "from_last_prompt", "0100", "0111"),  # left padding is no token
+        ([[1, 1, 1, 0]], [2], "from_last_prompt", "0100", "0110"),  # right padding is no response
+        ([[1, 1, 1, 1]], [4], "from_last_prompt", "0111", "0001"),  # all prompt
+        ([[1, 1, 1, 1]], [9], "from_last_prompt", "0111", "0001"),
+        ([[1, 1, 1, 1]], [0], "from_last_prompt", "0000", "1111"),  # all response
+    ],
+)
+def test_prompts_with_responses(
+    mask: list[list[int]], lengths: list[int], positions: EditPositions, counted: str, edited: str
+) -> None:
+    ids = torch.tensor([[BOS, 7, 8, 9]])
+    ids[0, : mask[0].index(1)] = PAD
+    columns = PromptColumns.of(ids, torch.tensor(mask), UNCOUNTED, positions, torch.tensor(lengths))
+    assert "".join(str(int(value)) for value in columns.counted[0]) == counted
+    assert "".join(str(int(value)) for value in columns.edited[0]) == edited
+
+
+@pytest.mark.parametrize(
+    ("mask", "positions", "edited_columns", "known_after"),
+    [
+        ([[1, 1, 1]], "from_last_prompt", (2,), (3,)),
+        ([[1, 1, 0], [1, 1, 1]], "from_last_prompt", (1, 2), (2, 3)),  # a shorter row is known earlier
+        ([[0, 0, 1], [1, 1, 1]], "from_last_prompt", (2,), (3,)),
+        ([[1, 1, 1]], "all", (1, 2), (3, 3)),  # column 0 is BOS; column 1 has to wait for column 2
+        ([[1, 1, 1]], "generated", (), ()),
+    ],
+)
+def test_when_a_column_can_be_edited(
+    mask: list[list[int]], positions: EditPositions, edited_columns: tuple[int, ...], known_after: tuple[int, ...]
+) -> None:
+    columns = columns_of([[BOS, 7, 8] for _ in mask], mask, positions)
+    assert (columns.edited_columns, columns.known_after) == (edited_columns, known_after)
+
+
+def test_rows_by_different_rules() -> None:
+    ids = [[1, 7, 8]] * 3
+    choices = [columns_of(ids, [[1, 1, 1]] * 3, positions) for positions in ("all", "from_last_prompt")]
+    columns = PromptColumns.by_row(choices, torch.tensor([1, -1, 0]))
+    assert columns.counted.int().tolist() == [[0, 1, 1], [0, 0, 0], [0, 1, 1]]
+    assert columns.edited.int().tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 1]]
+    assert (columns.edited_columns, columns.known_after) == ((1, 2), (3, 3))

@@ -48,6 +48,20 @@ def test_counters_of_batches_of_different_sizes_add_up() -> None:
     )
 
 
+def test_latents_of_several_layers_are_told_apart() -> None:
+    summary = SteeringSummary.by_layer(
+        [
+            (2, [counters([3], [2], latents={5: 2}), counters([1], [1], latents={5: 1})]),
+            (4, [counters([3], [3], latents={5: 3})]),
+        ],
+        prompts=1,
+    )
+    assert summary.latents == (LatentEdits(5, 3, 2), LatentEdits(5, 3, 4))
+    assert (summary.tokens_seen, summary.tokens_edited) == (7, 6)
+    assert "2/5 (3), 4/5 (3)" in str(summary)
+    assert "<tr><td>4</td><td>5</td><td>3</td></tr>" in summary._repr_html_()
+
+
 def test_latents_edited_equally_often_come_in_order() -> None:
     summary = SteeringSummary.of([counters([4], [4], latents={7: 2, 3: 2, 5: 4})], prompts=1)
     assert [edit.latent for edit in summary.latents] == [5, 3, 7]

@@ -6,7 +6,7 @@ a policy really happen and change what a model says.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -14,18 +14,36 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from dspa.conditional_map import ConditionalDifferenceMap, FitOptions
@@ -35,10 +53,26 @@ from dspa.model_structure import ModelFingerprint
 from dspa.policy import SteeringPolicy
 from dspa.sae import SaeMetadata, SparseAutoencoder
 
-Family = Literal["gemma2", "gemma3", "qwen3", "llama", "mistral"]
+Family = Literal[
+    "gemma2",
+    "gemma3",
+    "qwen3",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3_moe",
+    "mixtral",
+    "phi3",
+    "olmo2",
+    "smollm3",
+    "gpt_neox",
+    "gpt2",
+    "falcon",
+]
 SaeKind = Literal["jumprelu", "topk", "gated"]
 
 FAMILIES: tuple[Family, ...] = ("gemma2", "gemma3", "qwen3", "llama", "mistral")
+ALL_FAMILIES: tuple[Family, ...] = get_args(Family)
 SAE_KINDS: tuple[SaeKind, ...] = ("jumprelu", "topk", "gated")
 
 VOCAB, D_MODEL, LAYERS = 61, 24, 4
@@ -66,13 +100,25 @@ _SHAPE: dict[str, Any] = {
     "bos_token_id": BOS,
     "eos_token_id": None,
 }
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 4}
 _FAMILIES: dict[Family, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"sliding_window": SLIDING_WINDOW}),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"sliding_window": SLIDING_WINDOW}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": SLIDING_WINDOW}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"moe_intermediate_size": 16, **_EXPERTS}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"sliding_window": None, "num_local_experts": 4, **_EXPERTS}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"num_attention_heads": 3, "num_key_value_heads": 3}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {}),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"n_positions": 256, "n_inner": 40}),
+    "falcon": (FalconConfig, FalconForCausalLM, {"ffn_hidden_size": 40, "head_dim": "absent"}),
 }
+_NOT_IN_FLOAT64 = ("gemma2", "qwen3_moe", "mixtral")
+_LAYERS_AT: dict[str, str] = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h", "falcon": "transformer.h"}
 
 
 def tiny_model(
@@ -80,14 +126,21 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random-weight model in evaluation mode that ends no sequence of its own accord.
 
-    It computes in float64 unless told, except Gemma 2: the eager attention of transformers has no float64 softmax, and
-    gives NaN on padding.
+    It computes in float64 unless told, except Gemma 2 (the eager attention of transformers has no float64 softmax, and
+    gives NaN on padding) and mixtures of experts (their matrix products have no float64).
     """
-    dtype = dtype or (torch.float32 if family == "gemma2" else torch.float64)
+    dtype = dtype or (torch.float32 if family in _NOT_IN_FLOAT64 else torch.float64)
     config_class, model_class, own = _FAMILIES[family]
-    model = model_class(config_class(**{**_SHAPE, **own, **config}))
+    shape = {name: value for name, value in {**_SHAPE, **own, **config}.items() if value != "absent"}
+    model = model_class(config_class(**shape))
     randomize(model, seed)
     return model.to(dtype).eval()
+
+
+def layer_of(model: torch.nn.Module, index: int) -> torch.nn.Module:
+    """A decoder layer of one of these models."""
+    family: Any = model.config.model_type  # type: ignore[union-attr]
+    return model.get_submodule(f"{_LAYERS_AT.get(family, 'model.layers')}.{index}")  # type: ignore[arg-type]
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
