@@ -2,6 +2,7 @@
 # make test    install into .venv and run the tests
 # make lint    style and types
 # make bench   CPU benchmarks, checked before they are timed; make bench-compare BASE=earlier.json says what moved
+# make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3
@@ -10,13 +11,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow lint bench bench-compare sanitize clean
+.PHONY: demo test test-slow lint bench bench-compare gpu sanitize clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
 
+# A process for each core, with one thread each; a file's tests stay together, for what they share.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Minutes long: the demo's claims on other model seeds, and other tests that are too long for every day.
 test-slow: $(READY)
@@ -37,6 +39,10 @@ bench: $(READY)
 # What moved beyond its noise between BASE and the latest run.
 bench-compare: $(READY)
 	$(BIN)/dspa bench --base $(BASE)
+
+# Uses the Python that the GPU machine has, with torch and triton in it; nothing is installed.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
 sanitize: $(READY)
 	PYTHON=$(BIN)/python csrc/sanitize.sh

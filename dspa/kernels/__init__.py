@@ -6,7 +6,9 @@ Knows no model and no file. `available()` says which backends are there and why 
 from __future__ import annotations
 
 import dspa.kernels.cpu
-import dspa.kernels.reference  # noqa: F401, both register themselves
+import dspa.kernels.cuda
+import dspa.kernels.reference
+import dspa.kernels.triton  # noqa: F401, they register themselves
 from dspa.kernels.encode_density import encode_density
 from dspa.kernels.lookup import lookup
 from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats

@@ -41,6 +41,24 @@ class TokenStep(Protocol):
     ) -> None: ...
 
 
+class TokenStepWithLookup(Protocol):
+    def __call__(
+        self,
+        hidden: Tensor,
+        sae: SaeWeights,
+        density: Tensor,
+        conditional_map: CsrMap,
+        k_prompt: int,
+        k_diff: int,
+        edit: EditKind,
+        sign_guard: bool,
+        alpha: float | Tensor,
+        enabled: Tensor | None,
+        stats: TokenStats | None,
+        mode: StepMode | None,
+    ) -> EditList: ...
+
+
 def supports_everything(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> str | None:
     """The answer of a backend without restrictions."""
     return None
@@ -49,12 +67,13 @@ def supports_everything(operation: OperationName, operands: tuple[Tensor, ...], 
 @dataclass(frozen=True)
 class Operations:
     """The operations of one backend. `refuses` says in a few words why a call cannot be served, or None if it can;
-    "auto" then goes on to the next backend."""
+    "auto" then goes on to the next backend. `token_step_with_lookup` is there where one step does both."""
 
     encode_density: EncodeDensity
     lookup: Lookup
     token_step: TokenStep
     refuses: Callable[[OperationName, tuple[Tensor, ...], SaeWeights | None], str | None] = supports_everything
+    token_step_with_lookup: TokenStepWithLookup | None = None
 
 
 @dataclass(frozen=True)

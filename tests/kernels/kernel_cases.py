@@ -36,6 +36,16 @@ class Backend:
     device: str
 
 
+def distinct_modes(backend: Backend) -> tuple[StepMode | None, ...]:
+    """The modes that are different code in a backend: Triton's "screened", and its default, are "lazy"."""
+    return ("dense", "lazy") if backend.name == "triton" else MODES
+
+
+def seeds(backend: Backend) -> range:
+    """Of cases that a test draws: a multiple of three, for as many dtypes; fewer where kernels are interpreted."""
+    return range(3) if backend.name == "triton" and backend.device == "cpu" else range(6)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an SAE means, apart from its numbers."""

@@ -46,13 +46,18 @@ def lookup(
         InvalidInputError: if a shape, k_prompt, k_diff or edit is out of range.
         BackendUnavailableError: if a backend asked for by name cannot serve the call.
     """
+    check_density(density, conditional_map)
+    check_lookup_options(conditional_map, k_prompt, k_diff, edit)
+    operations = operations_for(backend, "lookup", (density, conditional_map.values))
+    return operations.lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard)
+
+
+def check_density(density: Tensor, conditional_map: CsrMap) -> None:
+    """Raises InvalidInputError if prompt features have another shape than the map's rows."""
     if density.ndim != 2 or density.shape[1] != conditional_map.d_sae_in:
         raise InvalidInputError(
             f"density is {tuple(density.shape)}; expected [B, d_sae_in = {conditional_map.d_sae_in}]"
         )
-    check_lookup_options(conditional_map, k_prompt, k_diff, edit)
-    operations = operations_for(backend, "lookup", (density, conditional_map.values))
-    return operations.lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard)
 
 
 def check_lookup_options(conditional_map: CsrMap, k_prompt: int, k_diff: int, edit: str) -> None:

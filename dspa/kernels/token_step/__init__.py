@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
-from dspa.kernels.lookup import lookup
+from dspa.kernels.lookup import check_density, check_lookup_options, lookup
 from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
 from dspa.kernels.registry import StepMode, operations_for
 from dspa.kernels.sae_weights import STORAGE_DTYPES, SaeWeights
+from dspa.kernels.token_step.traffic import Traffic, bytes_moved
+
+__all__ = ["Traffic", "bytes_moved", "token_step", "token_step_with_lookup"]
 
 
 @torch.no_grad()
@@ -52,11 +55,12 @@ def token_step(
         InvalidInputError: if a shape does not fit or alpha is negative.
         BackendUnavailableError: if a backend asked for by name cannot serve the call.
     """
-    _check(hidden, sae, edits, alpha, enabled, stats, mode)
+    _check(hidden, sae, edits.batch, alpha, enabled, stats, mode)
     operations = operations_for(backend, "token_step", (hidden,), sae)
     operations.token_step(hidden, sae, edits, alpha, enabled, stats, mode)
 
 
+@torch.no_grad()
 def token_step_with_lookup(
     hidden: Tensor,
     sae: SaeWeights,
@@ -73,12 +77,22 @@ def token_step_with_lookup(
     mode: StepMode | None = None,
     backend: str = "auto",
 ) -> EditList:
-    """`lookup` and `token_step` in one call, for prompt features that change with every token.
+    """`lookup` and `token_step` in one call, for prompt features that change with every token. The GPU backends do both
+    in one launch.
 
     Args and errors as for the two. Returns the lists that were looked up.
     """
     if conditional_map.d_sae_out != sae.d_sae:
         raise InvalidInputError(f"the map has {conditional_map.d_sae_out} columns; expected d_sae = {sae.d_sae}")
+    check_density(density, conditional_map)
+    check_lookup_options(conditional_map, k_prompt, k_diff, edit)
+    _check(hidden, sae, density.shape[0], alpha, enabled, stats, mode)
+    operations = operations_for(backend, "token_step", (hidden,), sae)
+    together = operations.token_step_with_lookup
+    if together is not None and operations.refuses("lookup", (density, conditional_map.values), None) is None:
+        return together(
+            hidden, sae, density, conditional_map, k_prompt, k_diff, edit, sign_guard, alpha, enabled, stats, mode
+        )
     edits = lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard=sign_guard, backend=backend)
     token_step(hidden, sae, edits, alpha, enabled, stats, mode=mode, backend=backend)
     return edits
@@ -87,7 +101,7 @@ def token_step_with_lookup(
 def _check(
     hidden: Tensor,
     sae: SaeWeights,
-    edits: EditList,
+    lists: int,
     alpha: float | Tensor,
     enabled: Tensor | None,
     stats: TokenStats | None,
@@ -100,8 +114,8 @@ def _check(
     batch = hidden.shape[0]
     if sae.W_dec is None:
         raise InvalidInputError("the SAE has no W_dec, so no edit can be decoded; pass the output SAE")
-    if edits.batch != batch:
-        raise InvalidInputError(f"edit lists are for {edits.batch} rows, hidden has {batch}; expected as many")
+    if lists != batch:
+        raise InvalidInputError(f"edit lists are for {lists} rows, hidden has {batch}; expected as many")
     if isinstance(alpha, Tensor):
         if alpha.shape != (batch,):
             raise InvalidInputError(f"alpha is {tuple(alpha.shape)}; expected a number or [B = {batch}]")

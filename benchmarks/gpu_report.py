@@ -1,0 +1,177 @@
+"""The GPU report: JSON that `dspa bench` reads, Markdown, and a roofline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_rows import COMPILED, PRODUCT, UNSTEERED
+from gpu_timing import Ceilings
+
+from dspa.bench_records import Column, Row, Run
+from dspa.bench_report import digits, run_tables
+from dspa.errors import InvalidInputError
+from dspa.report_parts import COLORS, Table, new_figure, png_bytes
+
+LEAST_BANDWIDTH = 0.85
+LEAST_SPEEDUP = 3.0
+MOST_OVER_PRODUCT = 1.3
+LEAST_TOKENS = 0.99
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row that raised an error before it had a result.
+
+    Attributes:
+        after: how many rows were there by then.
+        reason: the error.
+    """
+
+    after: int
+    reason: str
+
+
+def write_report(
+    run: Run,
+    ceilings: Ceilings,
+    steps: Sequence[Any],
+    failures: Sequence[Failure],
+    skipped: int,
+    folder: Path,
+    *,
+    measured: bool,
+) -> str:
+    """Writes the files and returns what they are called, without their endings.
+
+    Args:
+        run, ceilings, steps, failures, skipped: what was found.
+        folder: where the files go.
+        measured: False for a dry run, whose times are held against no budget.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / run.name
+    commit, _, changes = run.commit.partition(" ")
+    record = {
+        "datetime": run.time,
+        "commit_info": {"id": commit, "dirty": bool(changes)},
+        "machine_info": {"dspa": run.machine},
+        "benchmarks": [{"extra_info": row.as_json()} for row in run.rows],
+        "ceilings": asdict(ceilings),
+        "steps": [asdict(step) for step in steps],
+        "failures": [asdict(failure) for failure in failures],
+        "rows_without_time": skipped,
+    }
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
+    stem.with_suffix(".md").write_text(markdown(run, ceilings, steps, failures, skipped, measured))
+    try:
+        stem.with_suffix(".png").write_bytes(roofline(run, ceilings))
+    except InvalidInputError as error:  # matplotlib is not asked for
+        print(f"no plot: {error}")
+    return str(stem)
+
+
+def markdown(
+    run: Run, ceilings: Ceilings, steps: Sequence[Any], failures: Sequence[Failure], skipped: int, measured: bool
+) -> str:
+    """Machine, steps, budgets met and missed, and every row."""
+    lines = [
+        "# GPU report",
+        "",
+        f"{run.machine}. {run.time}, commit {run.commit}.",
+        "",
+        f"Measured in the same run: copy {digits(ceilings.copy_gb_per_s)} GB/s (read plus written), read "
+        f"{digits(ceilings.read_gb_per_s)} GB/s, bf16 matrix product {digits(ceilings.matrix_tflop_per_s)} TFLOP/s. "
+        "Times are replays of a captured graph with the L2 cache emptied, every column in turn, unless a name says "
+        "otherwise.",
+        "",
+    ]
+    lines += [f"- {step.name}: {'passed' if step.passed else 'FAILED'}; {step.summary}" for step in steps]
+    lines += [f"- row {failure.after + 1} raised: {failure.reason}" for failure in failures]
+    lines += [f"- {skipped} rows had no time left" if skipped else "- every row was reached", ""]
+    if measured:
+        lines.append(budget_table(run, ceilings).to_markdown())
+    lines += [table.to_markdown() for table in run_tables(run)]
+    return "\n".join(lines)
+
+
+def budget_table(run: Run, ceilings: Ceilings) -> Table:
+    """Every budget with every row that it is about."""
+    rows = []
+    for row in run.rows:
+        for what, value, limit, at_least in _budgets(row, ceilings):
+            met = value >= limit if at_least else value <= limit
+            rows.append(
+                (row.name, what, f"{value:.3g}", f"{'>=' if at_least else '<='} {limit}", "met" if met else "missed")
+            )
+    return Table(
+        "Budgets",
+        "Each from the medians of one row.",
+        ("row", "budget", "measured", "asked", ""),
+        tuple(rows),
+        ("budget",),
+    )
+
+
+def _budgets(row: Row, ceilings: Ceilings) -> Iterator[tuple[str, float, float, bool]]:
+    compiled, product = row.column(COMPILED), row.column(PRODUCT)
+    for column in row.columns:
+        time = column.measured.value
+        if column.name.endswith(", dense") and "batch1" in row.name.split("-")[-1:]:
+            if column.bandwidth:
+                yield (
+                    f"{column.name}: share of copy bandwidth",
+                    column.bandwidth / ceilings.copy_gb_per_s,
+                    LEAST_BANDWIDTH,
+                    True,
+                )
+            if compiled is not None:
+                yield f"{column.name}: times faster than compiled", compiled.measured.value / time, LEAST_SPEEDUP, True
+        if product is not None and column.unit == "ms" and column is not product and ", 1024 tokens" in row.name:
+            yield f"{column.name}: over the bare product", time / product.measured.value, MOST_OVER_PRODUCT, False
+        if row.reference == UNSTEERED and column.name != UNSTEERED and column.relative is not None:
+            yield f"{column.name}: steered / unsteered tokens/s", 1 / column.relative.value, LEAST_TOKENS, True
+
+
+def roofline(run: Run, ceilings: Ceilings) -> bytes:
+    """Every full pass over an encoder: FLOP/s against FLOPs per byte, under what the machine does at most.
+
+    Raises:
+        InvalidInputError: if matplotlib is not installed.
+    """
+    figure = new_figure((7.6, 5.0))
+    axes: Any = figure.add_subplot()
+    intensities = [2.0**power for power in range(-1, 11)]
+    roof = [min(i * ceilings.read_gb_per_s / 1e3, ceilings.matrix_tflop_per_s) for i in intensities]
+    axes.plot(intensities, roof, color="#55606e", label="read bandwidth, matrix product")
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in run.rows:
+        batch = _batch(row)
+        for column in row.columns:
+            if batch and column.bytes_read and "warm" not in column.name:
+                points.setdefault(column.name, []).append(_point(column, batch))
+    for index, (name, values) in enumerate(points.items()):
+        axes.scatter(*zip(*values, strict=True), s=14, label=name, color=COLORS[index % len(COLORS)])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOPs per byte of W_enc")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(run.machine.split(",")[0], fontsize=9)
+    axes.legend(fontsize=7)
+    return png_bytes(figure)
+
+
+def _batch(row: Row) -> int:
+    """0 for a row that is not one of token_step."""
+    _, found, batch = row.name.rpartition("-batch")
+    return int(batch) if found else 0
+
+
+def _point(column: Column, batch: int) -> tuple[float, float]:
+    """bf16 weights: two FLOPs for each of an element's two bytes and each row of the batch."""
+    assert column.bytes_read is not None
+    flops = column.bytes_read * batch
+    return float(batch), flops / column.measured.value / 1e9

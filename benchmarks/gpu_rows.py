@@ -1,0 +1,243 @@
+"""The rows of the GPU report. Each checks its results before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from decode_step import step_milliseconds, worst_case_policy
+from gpu_timing import Sampler
+from interleaved import Way, time_column
+from random_model import random_model
+from token_step_case import NEEDS_MAXIMUM, Case, PlainSae, Shape, as_delta, with_error_term
+
+import dspa
+from dspa.bench_records import Column, Interval, Row
+from dspa.kernels import SaeWeights, StepMode, encode_density
+
+EAGER = "eager with error term"
+DELTA = "eager delta"
+COMPILED = "torch.compile of the delta"
+PRODUCT = "matrix product alone"
+UNSTEERED = "unsteered"
+OURS: tuple[tuple[str, StepMode, str], ...] = (
+    ("dense", "dense", NEEDS_MAXIMUM),
+    ("lazy, none active", "lazy", "none active"),
+    ("lazy, all certainly zero", "lazy", "all certainly zero"),
+    ("lazy, needs M_t", "lazy", NEEDS_MAXIMUM),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is: the real shapes, or toy ones for a dry run."""
+
+    widths: tuple[tuple[str, int], ...]
+    d_sae: tuple[int, ...]
+    batches: tuple[int, ...]
+    top_k: int
+    tokens: tuple[int, ...]
+    models: tuple[tuple[str, int, dict[str, Any]], ...]
+    """Configuration, output layer, and changes to the configuration."""
+    new_tokens: int
+    generate_rounds: int
+
+
+REAL = Scale(
+    widths=(("Gemma-2-2B", 2304), ("Gemma-2-9B", 3584), ("Qwen3-8B", 4096)),
+    d_sae=(16384, 65536, 131072),
+    batches=(1, 4, 16, 64),
+    top_k=64,
+    tokens=(128, 1024, 8192),
+    models=(("gemma-2-2b", 24, {}), ("qwen3-8b", 18, {}), ("gemma-2-9b", 39, {})),
+    new_tokens=33,
+    generate_rounds=4,
+)
+TOY_MODEL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 64,
+}
+TOY = Scale(
+    widths=(("toy", 48),),
+    d_sae=(256,),
+    batches=(1, 2),
+    top_k=8,
+    tokens=(16,),
+    models=(("gemma-2-2b", 1, TOY_MODEL),),
+    new_tokens=4,
+    generate_rounds=2,
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Makes the rows, one after the other.
+
+    Attributes:
+        sampler: how times are taken.
+        scale: how large everything is.
+        backends: the kernel backends to measure, each a set of columns.
+    """
+
+    sampler: Sampler
+    scale: Scale
+    backends: tuple[str, ...]
+
+    def all(self) -> Iterator[Callable[[], Row]]:
+        """The most telling rows first: what time runs out for comes last."""
+        for batch in self.scale.batches:
+            for d_sae in self.scale.d_sae:
+                for model, width in self.scale.widths:
+                    shape = Shape(width, d_sae, torch.bfloat16, batch)
+                    yield lambda model=model, shape=shape: self.token_step(model, shape)
+            if batch == self.scale.batches[0]:
+                yield from self._other_rows()
+        for name, layer, changes in self.scale.models[:2]:
+            yield lambda name=name, layer=layer, changes=changes: self.generate(name, layer, changes, "static")
+
+    def _other_rows(self) -> Iterator[Callable[[], Row]]:
+        model, width = self.scale.widths[0]
+        for d_sae in self.scale.d_sae[:2]:
+            shape = Shape(width, d_sae, torch.bfloat16, 1, self.scale.top_k)
+            yield lambda shape=shape: self.token_step(model, shape)
+        for name, other in self.scale.widths:
+            for tokens in self.scale.tokens:
+                yield lambda name=name, other=other, tokens=tokens: self.encode_density(name, other, tokens)
+        for name, layer, changes in self.scale.models:
+            yield lambda name=name, layer=layer, changes=changes: self.generate(name, layer, changes, None)
+
+    # ---- token_step --------------------------------------------------------------------------------------------------
+
+    def token_step(self, model: str, shape: Shape) -> Row:
+        """Graph replays, L2 emptied before each; and with a warm L2 at batch 1."""
+        row, group = f"{model}, {shape}", "token_step, GPU"
+        cases = {backend: Case(shape, backend, self.sampler.device) for backend in self.backends[:1]}
+        first = cases[self.backends[0]]
+        for backend in self.backends[1:]:
+            cases[backend] = first.on(backend)
+        lists = tuple(name for name in first.lists if shape.k is None or name != "all certainly zero")
+        try:
+            for case in cases.values():
+                case.check(("dense", "lazy"), lists)
+        except AssertionError as failure:
+            return Row(row, group, (), EAGER, failed=_first_line(failure))
+        ways = self._plain_ways(first)
+        for backend, case in cases.items():
+            for label, mode, wanted in OURS:
+                if wanted in lists:
+                    run, restore = case.in_place(wanted, mode)
+                    read = first.sae.W_enc.nbytes if wanted == NEEDS_MAXIMUM else None
+                    ways.append(Way(f"{backend}, {label}", run, read, restore))
+        columns = self.sampler.columns(ways, EAGER, cold=True)
+        if shape.batch == 1:
+            ours = [way for way in ways if way.name == EAGER or way.name.endswith(", dense")]
+            warm = self.sampler.columns(ours, EAGER, cold=False)
+            columns += tuple(replace(column, name=f"{column.name}, warm L2") for column in warm)
+            columns += tuple(self._call_column(backend, case) for backend, case in cases.items())
+        return Row(row, group, columns, EAGER)
+
+    def _plain_ways(self, case: Case) -> list[Way]:
+        plain, hidden = PlainSae.of(case.sae), case.hidden
+        latents = case.lists[NEEDS_MAXIMUM].latents.long()
+        ways = [
+            Way(EAGER, lambda: with_error_term(plain, hidden, latents)),
+            Way(DELTA, lambda: as_delta(plain, hidden, latents)),
+        ]
+        if case.shape.batch == 1:
+            torch.compiler.reset()
+            compiled = torch.compile(as_delta, dynamic=False, backend=self._compiler())
+            ways.append(Way(COMPILED, lambda: compiled(plain, hidden, latents)))
+        return ways
+
+    def _compiler(self) -> str:
+        return "inductor" if self.sampler.device == "cuda" else "aot_eager"
+
+    def _call_column(self, backend: str, case: Case) -> Column:
+        run, _ = case.in_place("none active", "lazy")
+        return Column(f"{backend}, host time of a call", "us", Interval.of_median(self.sampler.call_microseconds(run)))
+
+    # ---- encode_density ----------------------------------------------------------------------------------------------
+
+    def encode_density(self, model: str, d_model: int, tokens: int) -> Row:
+        d_sae, device = self.scale.d_sae[0], self.sampler.device
+        name, group = f"{model}, {d_model}x{d_sae}-bfloat16, {tokens} tokens", "encode_density, GPU"
+        rng = torch.Generator(device).manual_seed(0)
+        W_enc = (torch.randn(d_sae, d_model, generator=rng, device=device) / d_model**0.5).bfloat16()
+        hidden = torch.randn(tokens, d_model, generator=rng, device=device).bfloat16()
+        offsets = torch.tensor([0, tokens // 5, tokens], device=device)
+        ones = torch.ones(d_sae, device=device)
+        sae = SaeWeights(W_enc=W_enc, b_enc=torch.zeros_like(ones), threshold=ones, activation="jumprelu")
+        ways, memory = [Way(PRODUCT, lambda: hidden @ W_enc.T)], []
+        for backend in self.backends:
+            try:
+                _check_density(hidden, offsets, sae, backend)
+            except AssertionError as failure:
+                return Row(name, group, (), PRODUCT, failed=f"{backend}: {_first_line(failure)}")
+            run = lambda backend=backend: encode_density(hidden, offsets, sae, backend=backend)  # noqa: E731
+            ways.append(Way(backend, run))
+            if device == "cuda":
+                memory.append(Column(f"{backend}, peak memory", "MiB", Interval.exactly(_peak_mebibytes(run))))
+        return Row(name, group, (*self.sampler.columns(ways, PRODUCT, cold=True), *memory), PRODUCT)
+
+    # ---- generate ----------------------------------------------------------------------------------------------------
+
+    def generate(self, name: str, layer: int, changes: dict[str, Any], cache: str | None) -> Row:
+        """Steps of whole `generate` calls, steered and not in turn. With a static cache transformers compiles them."""
+        device, count = self.sampler.device, self.scale.new_tokens
+        model = random_model(name, torch.bfloat16, device, **changes)
+        policy = worst_case_policy(model, layer, self.scale.d_sae[0], device)
+        prompt = torch.arange(2, 34, device=device)[None] % model.config.vocab_size
+        options = {} if cache is None else {"cache_implementation": cache}
+
+        def times(backend: str | None) -> list[float]:
+            if backend is None:
+                return step_milliseconds(model, prompt, count, **options)
+            with dspa.steer(model, policy, backend=backend) as steering:
+                taken = step_milliseconds(model, prompt, count, **options)
+            assert steering.summary().tokens_edited == count, "not every token was edited"
+            return taken
+
+        row = f"{name}, {'dynamic cache, eager' if cache is None else f'{cache} cache, compiled'}"
+        samples: dict[str | None, list[float]] = {way: [] for way in (None, *self.backends)}
+        try:
+            for way in samples:
+                times(way)
+            for _ in range(self.scale.generate_rounds):
+                for way, taken in samples.items():
+                    taken += times(way)
+        except AssertionError as failure:
+            return Row(row, "generate, GPU", (), UNSTEERED, failed=_first_line(failure))
+        columns = [time_column(way or UNSTEERED, taken, samples[None]) for way, taken in samples.items()]
+        return Row(row, "generate, GPU", tuple(columns), UNSTEERED)
+
+
+def _check_density(hidden: torch.Tensor, offsets: torch.Tensor, sae: SaeWeights, backend: str) -> None:
+    """A count may differ from the exact one only by gates that rounding can flip."""
+    found = encode_density(hidden, offsets, sae, backend=backend).long()
+    z = hidden.double() @ sae.W_enc.double().T
+    undecided, active = (z - 1).abs() < 1e-4, z > 1
+    for segment, (start, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+        difference = (found[segment] - active[start:end].sum(0)).abs()
+        assert (difference <= undecided[start:end].sum(0)).all(), "counts differ by more than rounding"
+    assert undecided.double().mean() < 1e-3, "too many gates are undecided"
+
+
+def _peak_mebibytes(run: Callable[[], object]) -> float:
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _first_line(failure: AssertionError) -> str:
+    return (str(failure).strip() or "check failed").splitlines()[0]

@@ -1,0 +1,289 @@
+// The same operations for tensors on an NVIDIA GPU, on torch's current stream. No CUDA header is needed in here.
+//
+// The tests compile this file for kernels that run on the CPU, as operations of another name.
+#include "cuda/operations.h"
+#include "tensor_operands.h"
+
+#ifdef DSPA_CUDA_SHIM
+#define DSPA_LIBRARY dspa_cuda_shim
+#define DSPA_DISPATCH_KEY CPU
+#else
+#define DSPA_LIBRARY dspa
+#define DSPA_DISPATCH_KEY CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace dspa::binding {
+
+#ifdef DSPA_CUDA_SHIM
+bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+const char* const device = "CPU";
+#else
+bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
+const char* const device = "GPU";
+#endif
+
+}  // namespace dspa::binding
+
+namespace {
+
+using namespace dspa::binding;
+namespace cpu = dspa::cpu;
+namespace cuda = dspa::cuda;
+
+#ifndef DSPA_CUDA_SHIM
+// torch's stream on a device. A build of torch for the CPU lacks the function: it is looked for where it is needed, so
+// that the library can be loaded there all the same, to say what it has.
+void* current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t device, void** stream);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(
+        dlsym(library == nullptr ? RTLD_DEFAULT : library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(function != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+#endif
+
+// The device of a tensor made the current one, and torch's stream on it.
+class OnDevice {
+ public:
+#ifdef DSPA_CUDA_SHIM
+  explicit OnDevice(const Tensor&) {}
+#else
+  explicit OnDevice(const Tensor& tensor)
+      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
+#endif
+  void* stream() const { return stream_; }
+
+ private:
+#ifndef DSPA_CUDA_SHIM
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  void* stream_ = nullptr;
+};
+
+void check(int error, const char* operation) {
+  STD_TORCH_CHECK(error == 0, operation, " could not be launched: ", cuda::error_text(error));
+}
+
+// Memory to work in, from torch's allocator, which gives it to nobody else before the stream is done with it.
+Tensor workspace(const Tensor& beside, int64_t bytes) {
+  return torch::stable::new_empty(beside, {bytes}, ScalarType::Byte);
+}
+
+template <class Density, class Value>
+cuda::Lookup<Density, Value> lookup_operands(const Tensor& density, const Tensor& row_offsets, const Tensor& columns,
+                                             const Tensor& values, int64_t d_sae_out, int64_t k_prompt, int64_t k_diff,
+                                             const std::string& edit, bool sign_guard, const Tensor& latents,
+                                             const Tensor& signs, const Tensor& counts) {
+  STD_TORCH_CHECK(density.dim() == 2, "density must be [B, d_sae_in]");
+  const int64_t batch = density.size(0), rows = density.size(1);
+  STD_TORCH_CHECK(k_prompt >= 0 && k_prompt <= rows && k_diff >= 0 && k_diff <= d_sae_out,
+                  "k_prompt or k_diff is out of range");
+  cuda::Lookup<Density, Value> lookup;
+  lookup.options = {k_prompt, k_diff, edit_kind_of(edit), sign_guard};
+  lookup.density = elements<Density>(density, batch * rows, "density");
+  lookup.map.rows = rows;
+  lookup.map.columns_count = d_sae_out;
+  lookup.map.row_offsets = elements<int64_t>(row_offsets, rows + 1, "row_offsets");
+  lookup.map.columns = elements<int32_t>(columns, values.numel(), "columns");
+  lookup.map.values = elements<Value>(values, values.numel(), "values");
+  lookup.lists.capacity = lookup.options.edit == cpu::EditKind::both ? 2 * k_diff : k_diff;
+  lookup.lists.latents = elements<int32_t>(latents, batch * lookup.lists.capacity, "latents");
+  lookup.lists.signs = elements<int8_t>(signs, batch * lookup.lists.capacity, "signs");
+  lookup.lists.counts = elements<int32_t>(counts, batch, "counts");
+  return lookup;
+}
+
+// The memory a lookup works in; it has to outlive the launch, not the kernel.
+template <class Density, class Value>
+Tensor give_workspace(cuda::Lookup<Density, Value>& lookup, const Tensor& density) {
+  const int64_t batch = density.size(0), scores = batch * lookup.map.columns_count;
+  const int64_t latents = batch * (lookup.options.k_prompt + 4 * lookup.options.k_diff);
+  const Tensor memory = workspace(density, scores * static_cast<int64_t>(sizeof(Value)) + 4 * latents);
+  lookup.scores = static_cast<Value*>(memory.data_ptr());
+  lookup.latents = reinterpret_cast<int32_t*>(lookup.scores + scores);
+  return memory;
+}
+
+template <class Density, class Value, class... Arguments>
+void run_lookup(const Tensor& density, const Arguments&... arguments) {
+  auto lookup = lookup_operands<Density, Value>(density, arguments...);
+  const OnDevice here(density);
+  const Tensor memory = give_workspace(lookup, density);
+  check(cuda::run_lookup(lookup, density.size(0), here.stream()), "lookup");
+}
+
+void lookup(Tensor density, Tensor row_offsets, Tensor columns, Tensor values, int64_t d_sae_out, int64_t k_prompt,
+            int64_t k_diff, std::string edit, bool sign_guard, Tensor latents, Tensor signs, Tensor counts) {
+  const bool wide_density = density.scalar_type() == ScalarType::Double;
+  const bool wide_values = values.scalar_type() == ScalarType::Double;
+  const auto call = [&](auto run) {
+    run(density, row_offsets, columns, values, d_sae_out, k_prompt, k_diff, edit, sign_guard, latents, signs, counts);
+  };
+  if (wide_density && wide_values)
+    call([](const auto&... all) { run_lookup<double, double>(all...); });
+  else if (wide_density)
+    call([](const auto&... all) { run_lookup<double, float>(all...); });
+  else if (wide_values)
+    call([](const auto&... all) { run_lookup<float, double>(all...); });
+  else
+    call([](const auto&... all) { run_lookup<float, float>(all...); });
+}
+
+bool is_lazy(const std::string& mode) {
+  STD_TORCH_CHECK(mode == "dense" || mode == "lazy" || mode == "screened", "mode ", mode, " is not known");
+  return mode != "dense";  // there are no codes to screen with
+}
+
+cuda::TokenStep step_operands(const Tensor& hidden, const cpu::Sae& encoder, const Tensor& W_dec,
+                              const OptionalTensor& decoder_rows, const Tensor& latents, const Tensor& signs,
+                              const Tensor& counts, double alpha, const OptionalTensor& alpha_of_row,
+                              const OptionalTensor& enabled, const cpu::Stats& stats, const OptionalTensor& work,
+                              const std::string& mode) {
+  cuda::TokenStep step;
+  step.hidden = strided_matrix(hidden, "hidden");
+  step.sae = encoder;
+  step.sae.W_dec = matrix(W_dec, "W_dec");
+  STD_TORCH_CHECK(step.hidden.columns == encoder.d_model() && step.sae.W_dec.columns == encoder.d_model() &&
+                      step.sae.W_dec.dtype == encoder.W_enc.dtype,
+                  "hidden, W_enc and W_dec must have as many columns, W_enc and W_dec one dtype");
+  const int64_t batch = step.hidden.rows;
+  step.sae.decoder_rows = elements<int32_t>(decoder_rows, encoder.d_sae(), "decoder_rows");
+  step.edits = edits_of(latents, signs, counts, batch);
+  step.alpha = static_cast<float>(alpha);
+  step.alpha_of_row = elements<float>(alpha_of_row, batch, "alpha");
+  step.enabled = elements<bool>(enabled, batch, "enabled");
+  step.stats = stats;
+  step.lazy = is_lazy(mode);
+  STD_TORCH_CHECK(work.has_value(), "work must be given: zeros to begin with, and the same tensor from then on");
+  const int64_t words = cuda::scratch_words(batch, step.edits.capacity);
+  step.scratch = cuda::scratch_in(reinterpret_cast<uint32_t*>(elements<int32_t>(*work, words, "work")), batch,
+                                  step.edits.capacity);
+  return step;
+}
+
+void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
+                OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
+                std::string activation, int64_t k, std::string normalization, Tensor W_dec, OptionalTensor decoder_rows,
+                Tensor latents, Tensor signs, Tensor counts, double alpha, OptionalTensor alpha_of_row,
+                OptionalTensor enabled, OptionalTensor seen, OptionalTensor edited, OptionalTensor nonfinite,
+                OptionalTensor maximum, OptionalTensor maximum_sum, OptionalTensor maximum_known,
+                OptionalTensor latent_edits, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor work,
+                std::string step_mode) {
+  const cpu::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
+                               activation, k, normalization);
+  const cpu::Stats stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits,
+                                    hidden.size(0), sae.d_sae());
+  const OnDevice here(hidden);
+  check(cuda::run_token_step(step_operands(hidden, sae, W_dec, decoder_rows, latents, signs, counts, alpha,
+                                           alpha_of_row, enabled, stats, work, step_mode),
+                             here.stream()),
+        "token_step");
+}
+
+void token_step_with_lookup(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
+                            OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
+                            std::string activation, int64_t k, std::string normalization, Tensor W_dec,
+                            OptionalTensor decoder_rows, Tensor density, Tensor row_offsets, Tensor columns,
+                            Tensor values, int64_t k_prompt, int64_t k_diff, std::string edit, bool sign_guard,
+                            Tensor latents, Tensor signs, Tensor counts, double alpha, OptionalTensor alpha_of_row,
+                            OptionalTensor enabled, OptionalTensor seen, OptionalTensor edited,
+                            OptionalTensor nonfinite, OptionalTensor maximum, OptionalTensor maximum_sum,
+                            OptionalTensor maximum_known, OptionalTensor latent_edits, Tensor work,
+                            std::string step_mode) {
+  const cpu::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
+                               activation, k, normalization);
+  const cpu::Stats stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits,
+                                    hidden.size(0), sae.d_sae());
+  const OnDevice here(hidden);
+  cuda::TokenStep step = step_operands(hidden, sae, W_dec, decoder_rows, latents, signs, counts, alpha, alpha_of_row,
+                                       enabled, stats, work, step_mode);
+  STD_TORCH_CHECK(density.dim() == 2 && density.size(0) == step.hidden.rows, "density must have the rows of hidden");
+  step.lookup = lookup_operands<float, float>(density, row_offsets, columns, values, sae.d_sae(), k_prompt, k_diff,
+                                              edit, sign_guard, latents, signs, counts);
+  step.looks_up = true;
+  const Tensor memory = give_workspace(step.lookup, density);
+  check(cuda::run_token_step(step, here.stream()), "token_step");
+}
+
+void encode_density(Tensor hidden, Tensor offsets, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
+                    OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
+                    std::string activation, int64_t k, std::string normalization, Tensor counts) {
+  cuda::EncodeDensity task;
+  task.sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias, activation, k,
+                     normalization);
+  task.hidden = strided_matrix(hidden, "hidden");
+  STD_TORCH_CHECK(task.hidden.columns == task.sae.d_model(), "hidden and W_enc must have as many columns");
+  STD_TORCH_CHECK(k <= task.sae.d_sae(), "a topk SAE cannot keep more latents than there are");
+  task.segments = offsets.numel() - 1;
+  STD_TORCH_CHECK(task.segments >= 0, "offsets must have at least one element");
+  task.offsets = elements<int64_t>(offsets, task.segments + 1, "offsets");
+  task.counts = elements<int32_t>(counts, task.segments * task.sae.d_sae(), "counts");
+  const OnDevice here(hidden);
+  const cuda::DensityPlan plan = cuda::plan_density(task.hidden, task.sae);
+  const Tensor memory = workspace(hidden, plan.bytes);
+  check(cuda::run_encode_density(task, plan, static_cast<char*>(memory.data_ptr()), here.stream()), "encode_density");
+}
+
+int64_t step_scratch_words(int64_t batch, int64_t capacity) { return cuda::scratch_words(batch, capacity); }
+
+void set_cuda_tuning(int64_t threads, int64_t cluster, int64_t density_bytes) {
+  STD_TORCH_CHECK(threads >= 32 && threads <= 256 && threads % 32 == 0, "threads must be a multiple of 32 up to 256");
+  STD_TORCH_CHECK(cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8, "cluster must be 1, 2, 4 or 8");
+  cuda::tuning().threads = static_cast<int>(threads);
+  cuda::tuning().cluster = static_cast<int>(cluster);
+  cuda::tuning().density_bytes = density_bytes;
+}
+
+#ifndef DSPA_CUDA_ARCHS
+#define DSPA_CUDA_ARCHS "the CPU"
+#endif
+std::string cuda_architectures() { return DSPA_CUDA_ARCHS; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DSPA_LIBRARY, library) {
+#ifdef DSPA_CUDA_SHIM  // the library for the CPU defines these
+  library.def(DSPA_TOKEN_STEP_SCHEMA);
+  library.def(DSPA_ENCODE_DENSITY_SCHEMA);
+  library.def(DSPA_LOOKUP_SCHEMA);
+#endif
+  library.def("token_step_with_lookup(Tensor(a!) hidden, " DSPA_ENCODER_SCHEMA
+              ", Tensor W_dec, Tensor? decoder_rows, Tensor density, Tensor row_offsets, Tensor columns, "
+              "Tensor values, int k_prompt, int k_diff, str edit, bool sign_guard, Tensor(b!) latents, "
+              "Tensor(c!) signs, Tensor(d!) counts, float alpha, Tensor? alpha_of_row, Tensor? enabled, "
+              "Tensor(e!)? seen, Tensor(f!)? edited, Tensor(g!)? nonfinite, Tensor(h!)? maximum, "
+              "Tensor(i!)? maximum_sum, Tensor(j!)? maximum_known, Tensor(k!)? latent_edits, Tensor(l!) work, "
+              "str step_mode) -> ()");
+  library.def("step_scratch_words(int batch, int capacity) -> int");
+  library.def("set_cuda_tuning(int threads, int cluster, int density_bytes) -> ()");
+  library.def("cuda_architectures() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(DSPA_LIBRARY, DSPA_DISPATCH_KEY, library) {
+  library.impl("token_step", TORCH_BOX(&token_step));
+  library.impl("token_step_with_lookup", TORCH_BOX(&token_step_with_lookup));
+  library.impl("encode_density", TORCH_BOX(&encode_density));
+  library.impl("lookup", TORCH_BOX(&lookup));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(DSPA_LIBRARY, CompositeExplicitAutograd, library) {
+  library.impl("step_scratch_words", TORCH_BOX(&step_scratch_words));
+  library.impl("set_cuda_tuning", TORCH_BOX(&set_cuda_tuning));
+  library.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(DSPA_LIBRARY, Meta, library) {
+#ifdef DSPA_CUDA_SHIM
+  library.impl("token_step", TORCH_BOX(&decltype(fake_of(&token_step))::call));
+  library.impl("encode_density", TORCH_BOX(&decltype(fake_of(&encode_density))::call));
+  library.impl("lookup", TORCH_BOX(&decltype(fake_of(&lookup))::call));
+#endif
+  library.impl("token_step_with_lookup", TORCH_BOX(&decltype(fake_of(&token_step_with_lookup))::call));
+}

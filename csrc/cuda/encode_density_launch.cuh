@@ -1,0 +1,88 @@
+// The launches of encode_density: which kernels, what they need to work in, and how many tokens at a time.
+#pragma once
+
+#include <algorithm>
+
+#include "encode_density.cuh"
+#include "launch.cuh"
+
+namespace dspa::cuda {
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// The tensor cores multiply numbers of the weights' own dtype. Inputs that are not exact in it go in three pieces of
+// bfloat16, which have all bits of a float32; float16 has not the range for that.
+inline int pieces_of(const StridedMatrix& hidden, const Sae& sae) {
+  if (sae.W_enc.dtype == Dtype::float32 || !is_aligned(sae.W_enc)) return 0;
+  const bool exact =
+      hidden.dtype == sae.W_enc.dtype && sae.normalization == Normalization::none && sae.b_dec == nullptr;
+  if (exact) return 1;
+  return sae.W_enc.dtype == Dtype::bfloat16 ? 3 : 0;
+}
+
+DensityPlan plan_density(const StridedMatrix& hidden, const Sae& sae) {
+  DensityPlan plan;
+  plan.depth = round_up(sae.W_enc.columns, depth_step);
+  plan.pieces = pieces_of(hidden, sae);
+  const int64_t input_bytes = plan.depth * (plan.pieces == 0 ? 4 : 2 * plan.pieces);
+  const int64_t score_bytes = sae.activation == Activation::topk ? 4 * sae.W_enc.rows : 0;
+  const int64_t fitting = tuning().density_bytes / std::max(input_bytes, score_bytes) / tile_tokens * tile_tokens;
+  plan.tokens = std::min(std::max(fitting, tile_tokens), round_up(hidden.rows, tile_tokens));
+  plan.bytes = plan.tokens * (input_bytes + score_bytes + 4);
+  return plan;
+}
+
+template <class Tile, class Kernel>
+cudaError_t launch_tiles(Kernel kernel, const EncodeDensity& task, int64_t tokens, cudaStream_t stream) {
+  constexpr int64_t shared = sizeof(Tile);
+  Room room;
+  const cudaError_t error = room_for(reinterpret_cast<const void*>(kernel), density_threads, shared, room);
+  if (error != cudaSuccess) return error;
+  const int64_t token_tiles = tokens / Tile::tokens;
+  const int64_t latent_tiles = (task.sae.W_enc.rows + Tile::latents - 1) / Tile::latents;
+  // Neighbouring blocks have the same weights, which then come from memory once.
+  return launch(kernel, dim3(static_cast<unsigned>(token_tiles * latent_tiles)), density_threads, shared, 1, stream,
+                task, static_cast<uint32_t>(token_tiles));
+}
+
+template <bool kTopk>
+cudaError_t launch_products(const EncodeDensity& task, int64_t tokens, cudaStream_t stream) {
+  const Dtype dtype = task.sae.W_enc.dtype;
+  if (task.pieces > 0 && dtype == Dtype::bfloat16)
+    return launch_tiles<MatrixTile>(&density_matrix_kernel<ptx::Bfloat16Pairs, kTopk>, task, tokens, stream);
+  if (task.pieces > 0)
+    return launch_tiles<MatrixTile>(&density_matrix_kernel<ptx::Float16Pairs, kTopk>, task, tokens, stream);
+  if (dtype == Dtype::bfloat16)
+    return launch_tiles<NumberTile>(&density_number_kernel<Bfloat16, kTopk>, task, tokens, stream);
+  if (dtype == Dtype::float16)
+    return launch_tiles<NumberTile>(&density_number_kernel<Float16, kTopk>, task, tokens, stream);
+  return launch_tiles<NumberTile>(&density_number_kernel<Float32, kTopk>, task, tokens, stream);
+}
+
+inline cudaError_t encode_density(EncodeDensity task, const DensityPlan& plan, char* memory, cudaStream_t stream) {
+  if (task.segments == 0) return cudaSuccess;
+  const bool topk = task.sae.activation == Activation::topk;
+  task.tokens = plan.tokens;
+  task.depth = plan.depth;
+  task.pieces = plan.pieces;
+  task.halves = reinterpret_cast<uint16_t*>(memory);
+  task.inputs = reinterpret_cast<float*>(memory);
+  memory += plan.tokens * plan.depth * (plan.pieces == 0 ? 4 : 2 * plan.pieces);
+  task.segment_of = reinterpret_cast<int32_t*>(memory);
+  task.scores = reinterpret_cast<float*>(memory + plan.tokens * 4);
+  for (; task.first_token < task.hidden.rows; task.first_token += plan.tokens) {
+    const int64_t tokens = std::min(plan.tokens, round_up(task.hidden.rows - task.first_token, tile_tokens));
+    const dim3 blocks(static_cast<unsigned>(tokens));
+    cudaError_t error = launch(&density_inputs_kernel, blocks, density_threads,
+                               static_cast<int64_t>(most_warps * sizeof(double)), 1, stream, task);
+    if (error == cudaSuccess)
+      error = topk ? launch_products<true>(task, tokens, stream) : launch_products<false>(task, tokens, stream);
+    if (error == cudaSuccess && topk)
+      error = launch(&density_topk_kernel, blocks, density_threads, static_cast<int64_t>(sizeof(SelectionBuffer)), 1,
+                     stream, task);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace dspa::cuda

@@ -1,0 +1,92 @@
+// Launching kernels: how many blocks a device holds at a time, shared memory above 48 KB, clusters.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "operations.h"
+
+namespace dspa::cuda {
+
+// Whether 16 bytes can be loaded from the beginning of every row, and of every multiple of 16 bytes behind it.
+inline bool is_aligned(const cpu::Matrix& matrix) {
+  const int64_t row_bytes = matrix.columns * (matrix.dtype == cpu::Dtype::float32 ? 4 : 2);
+  return row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0;
+}
+
+// What one block may have at most, and how many blocks of a kernel the whole device holds at a time.
+struct Room {
+  int64_t shared_limit = 0;
+  int64_t blocks = 0;
+  bool has_clusters = false;
+};
+
+inline cudaError_t shared_limit_of(int device, int64_t& limit) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  limit = value;
+  return error;
+}
+
+// Asked once for every kernel, device and size; the answer stays.
+inline cudaError_t room_for(const void* kernel, int threads, int64_t shared, Room& room) {
+  struct Entry {
+    const void* kernel;
+    int threads;
+    int64_t shared;
+    int device;
+    Room room;
+  };
+  static std::mutex mutex;
+  static std::vector<Entry> entries;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Entry& entry : entries) {
+    if (entry.kernel == kernel && entry.threads == threads && entry.shared == shared && entry.device == device) {
+      room = entry.room;
+      return cudaSuccess;
+    }
+  }
+  if (const cudaError_t error = shared_limit_of(device, room.shared_limit); error != cudaSuccess) return error;
+  if (shared > room.shared_limit) return cudaErrorInvalidConfiguration;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(room.shared_limit));
+  if (error != cudaSuccess) return error;
+  int processors = 0, of_processor = 0, major = 0;
+  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, threads, static_cast<size_t>(shared));
+  if (error != cudaSuccess) return error;
+  room.blocks = static_cast<int64_t>(processors) * of_processor;
+  room.has_clusters = major >= 9;
+  entries.push_back({kernel, threads, shared, device, room});
+  return cudaSuccess;
+}
+
+// Puts a kernel on the stream. What it answers is about the launch; what goes wrong later shows at the next call.
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int64_t shared, int cluster,
+                   cudaStream_t stream, Parameters... parameters) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  if (cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
+  return error == cudaSuccess ? cudaGetLastError() : error;
+}
+
+}  // namespace dspa::cuda

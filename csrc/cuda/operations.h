@@ -1,0 +1,133 @@
+// What the kernels work on, and their launchers, for the binding: no CUDA and no torch in here. A launcher puts its
+// work on the stream, a cudaStream_t, and answers in CUDA's error codes; 0 is success.
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/lookup.h"
+#include "../cpu/operands.h"
+
+namespace dspa::cuda {
+
+// ---- lookup ---------------------------------------------------------------------------------------------------------
+
+template <class Density, class Value>
+struct Lookup {
+  const Density* density = nullptr;  // [batch, map.rows]
+  cpu::CsrMap<Value> map;
+  cpu::LookupOptions options;
+  cpu::EditLists lists;
+  Value* scores = nullptr;      // [batch, map.columns_count] to work in
+  int32_t* latents = nullptr;   // [batch, k_prompt + 4 k_diff] to work in
+};
+
+int run_lookup(const Lookup<float, float>& lookup, int64_t batch, void* stream);
+int run_lookup(const Lookup<float, double>& lookup, int64_t batch, void* stream);
+int run_lookup(const Lookup<double, float>& lookup, int64_t batch, void* stream);
+int run_lookup(const Lookup<double, double>& lookup, int64_t batch, void* stream);
+
+// ---- token_step -----------------------------------------------------------------------------------------------------
+
+// What clusters tell each other, all zero between launches.
+struct Scratch {
+  uint32_t* ticket = nullptr;       // clusters that started
+  uint32_t* tiles_done = nullptr;
+  uint32_t* clusters_done = nullptr;  // of each tile
+  uint32_t* lists_taken = nullptr;    // of each tile
+  uint32_t* lists_done = nullptr;     // of each tile
+  uint32_t* settled = nullptr;        // of each row: nothing is left to do
+  uint32_t* maximum = nullptr;        // of each row: bits of the largest activation
+  uint32_t* rank = nullptr;           // of each listed latent: how many come before it
+  float* score = nullptr;             // of each listed latent, NaN for a row that is not finite
+};
+
+// A row has three words for the tile that may begin with it, and two of its own.
+inline int64_t scratch_words(int64_t batch, int64_t capacity) { return 2 + 5 * batch + 2 * batch * capacity; }
+
+inline Scratch scratch_in(uint32_t* words, int64_t batch, int64_t capacity) {
+  Scratch scratch;
+  const auto take = [&](int64_t count) {
+    uint32_t* taken = words;
+    words += count;
+    return taken;
+  };
+  scratch.ticket = take(1);
+  scratch.tiles_done = take(1);
+  scratch.clusters_done = take(batch);
+  scratch.lists_taken = take(batch);
+  scratch.lists_done = take(batch);
+  scratch.settled = take(batch);
+  scratch.maximum = take(batch);
+  scratch.rank = take(batch * capacity);
+  scratch.score = reinterpret_cast<float*>(take(batch * capacity));
+  return scratch;
+}
+
+struct TokenStep {
+  cpu::StridedMatrix hidden;
+  cpu::Sae sae;
+  cpu::Edits edits;
+  float alpha = 0.0f;
+  const float* alpha_of_row = nullptr;  // instead of alpha
+  const bool* enabled = nullptr;        // null for all
+  cpu::Stats stats;
+  bool lazy = false;
+  bool looks_up = false;  // fills the edit lists in first
+  Lookup<float, float> lookup;
+  Scratch scratch;
+  uint32_t tiles = 1;
+  uint32_t clusters_per_tile = 1;
+  uint32_t ring_stages = 0;  // 0 for no ring
+};
+
+// One launch. The scratch must be zero, and is again when the kernel is done: no other step may use it meanwhile.
+int run_token_step(const TokenStep& step, void* stream);
+
+// ---- encode_density -------------------------------------------------------------------------------------------------
+
+struct EncodeDensity {
+  cpu::StridedMatrix hidden;
+  cpu::Sae sae;
+  const int64_t* offsets = nullptr;  // [segments + 1]
+  int64_t segments = 0;
+  int32_t* counts = nullptr;         // [segments, d_sae], added to
+  // To work in, for the tokens from `first_token` on.
+  int64_t first_token = 0;
+  int64_t tokens = 0;             // at a time: whole tiles
+  int64_t depth = 0;              // d_model, rounded up to whole steps
+  int pieces = 0;                 // 16-bit numbers that add up to one entry of the input; 0 for float32
+  uint16_t* halves = nullptr;     // [pieces, tokens, depth]
+  float* inputs = nullptr;        // or [tokens, depth]
+  int32_t* segment_of = nullptr;  // [tokens], -1 for a token that activates nothing
+  float* scores = nullptr;        // [tokens, d_sae], for topk
+};
+
+// What a call needs to work in, beside its tensors.
+struct DensityPlan {
+  int64_t tokens = 0;
+  int64_t depth = 0;
+  int pieces = 0;
+  int64_t bytes = 0;
+};
+
+DensityPlan plan_density(const cpu::StridedMatrix& hidden, const cpu::Sae& sae);
+
+// Adds to the counts. `memory` has `plan.bytes`, aligned to 16.
+int run_encode_density(const EncodeDensity& task, const DensityPlan& plan, char* memory, void* stream);
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+// What may be set to measure other shapes. It does not change results, but for the rounding of norms (threads).
+struct Tuning {
+  int threads = 256;  // of a block of token_step: a multiple of 32, at most 256
+  int cluster = 1;    // blocks of a cluster of token_step, on sm_90 and later: 1, 2, 4 or 8
+  // Of inputs, or for topk of scores, that encode_density holds: about what the second-level cache of a large device
+  // has room for.
+  int64_t density_bytes = int64_t{64} << 20;
+};
+
+Tuning& tuning();
+
+const char* error_text(int error);
+
+}  // namespace dspa::cuda

@@ -1,0 +1,234 @@
+// The instructions that CUDA C++ has no name for, one function each. The tests compile the kernels with a C++ compiler
+// and put plain C++ of the same meaning in the place of these.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#ifdef DSPA_CUDA_SHIM
+#include <ptx_on_cpu.h>
+#else
+
+namespace dspa::cuda::ptx {
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+// The block's dynamic shared memory, aligned to 128 bytes.
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(128) char dspa_dynamic_shared[];
+  return dspa_dynamic_shared;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// For what is read once: the cache gives it up first.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 16 bytes that nobody writes during the kernel. Not volatile: the compiler may put several in flight.
+__device__ __forceinline__ uint4 load_streaming(const void* address, uint64_t policy) {
+  uint4 value;
+  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "l"(address), "l"(policy));
+  return value;
+}
+
+__device__ __forceinline__ uint4 load_16(const void* address) { return *static_cast<const uint4*>(address); }
+
+// Takes part in ordering: what this thread, and those it has met at a barrier, wrote before is seen by whoever adds
+// or loads here afterwards.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.global.acq_rel.gpu.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.global.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// The value as it is now or was a moment ago; orders nothing.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.global.relaxed.gpu.u32 %0, [%1];" : "=r"(value) : "l"(address));
+  return value;
+}
+
+// Between two looks at a value that another block is about to write.
+__device__ __forceinline__ void wait_a_moment() { __nanosleep(64); }
+
+// ---- conversions, rounding to nearest, ties to even -----------------------------------------------------------------
+
+__device__ __forceinline__ float float_of_float16(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+__device__ __forceinline__ uint16_t float16_of_float(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ __forceinline__ uint16_t bfloat16_of_float(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// ---- thread-block clusters (sm_90); elsewhere every block is a cluster of its own -----------------------------------
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Writes to the same place in the shared memory of the cluster's block `rank`.
+__device__ __forceinline__ void store_in_cluster(uint32_t* pointer, uint32_t rank, uint32_t value) {
+  asm volatile(
+      "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.u32 [there], %2; }" ::"r"(
+          shared_address(pointer)),
+      "r"(rank), "r"(value)
+      : "memory");
+}
+
+#else
+
+__device__ __forceinline__ uint32_t cluster_rank() { return 0; }
+__device__ __forceinline__ uint32_t cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_barrier() { __syncthreads(); }
+__device__ __forceinline__ void store_in_cluster(uint32_t* pointer, uint32_t, uint32_t value) { *pointer = value; }
+
+#endif
+
+// ---- bulk copies into shared memory, and the barriers that they arrive at (sm_90) ----------------------------------
+
+#if __CUDA_ARCH__ >= 900
+
+constexpr bool has_bulk_copies = true;
+
+// `count` threads arrive in each of its phases.
+__device__ __forceinline__ void barrier_begin(uint64_t* barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Makes barriers that have begun known to the copy engine.
+__device__ __forceinline__ void barriers_have_begun() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and lets the phase last until so many bytes have been copied as well.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of this parity is over.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred over;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra wait;\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// A multiple of 16 bytes, from and to multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+#else
+
+constexpr bool has_bulk_copies = false;
+
+__device__ __forceinline__ void barrier_begin(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void barriers_have_begun() {}
+__device__ __forceinline__ void barrier_arrive(uint64_t*) {}
+__device__ __forceinline__ void barrier_expect(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void barrier_wait(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void copy_bulk(void*, const void*, uint32_t, uint64_t*, uint64_t) {}
+
+#endif
+
+// ---- matrix tiles ---------------------------------------------------------------------------------------------------
+
+// Copies 16 bytes from global to shared memory in the background; 16 bytes of zeros unless `valid`.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `kPending` of this thread's latest groups of copies are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+struct Bfloat16Pairs {};
+struct Float16Pairs {};
+
+// sums[16, 8] += a[16, 16] * b[16, 8], a by rows and b by columns, in the fragments of PTX's m16n8k16.
+__device__ __forceinline__ void multiply_add(Bfloat16Pairs, float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply_add(Float16Pairs, float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace dspa::cuda::ptx
+
+#endif

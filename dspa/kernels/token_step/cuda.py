@@ -1,0 +1,131 @@
+"""`token_step` in CUDA C++ (`csrc/cuda/token_step.cuh`): one launch for the batch, with or without the lookup."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from dspa.kernels.lookup.cuda import lookup
+from dspa.kernels.native import encoder_arguments
+from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
+from dspa.kernels.registry import StepMode
+from dspa.kernels.sae_weights import SaeWeights
+from dspa.kernels.token_step.cpu import counters_of
+
+DEFAULT_MODE: StepMode = "lazy"  # no pass where none is needed; not yet measured on a GPU
+
+_ScratchKey = tuple[torch.device, int, int, int]
+_scratch: WeakKeyDictionary[SaeWeights, dict[_ScratchKey, Tensor]] = WeakKeyDictionary()
+
+
+def scratch_of(sae: SaeWeights, hidden: Tensor, capacity: int, library: Any) -> Tensor:
+    """What the blocks of a step tell each other, `[words]` int32, zero between steps. Each stream has its own, and one
+    address as long as the SAE lives, so that captured graphs may keep it.
+
+    Args:
+        sae: the SAE of the step.
+        hidden: `[B, d_model]`, the rows of the step.
+        capacity: entries that an edit list has room for.
+        library: where the operations are.
+    """
+    stream = 0
+    if hidden.is_cuda and not torch.compiler.is_compiling():
+        stream = torch.cuda.current_stream(hidden.device).cuda_stream
+    key = (hidden.device, stream, hidden.shape[0], capacity)
+    of_sae = _scratch.get(sae)
+    if of_sae is None:
+        of_sae = _scratch[sae] = {}
+    scratch = of_sae.get(key)
+    if scratch is None:
+        words = library.step_scratch_words(hidden.shape[0], capacity)
+        scratch = of_sae[key] = torch.zeros(words, dtype=torch.int32, device=hidden.device)
+    return scratch
+
+
+def token_step(
+    hidden: Tensor,
+    sae: SaeWeights,
+    edits: EditList,
+    alpha: float | Tensor,
+    enabled: Tensor | None,
+    stats: TokenStats | None,
+    mode: StepMode | None,
+    *,
+    library: Any = torch.ops.dspa,
+) -> None:
+    """See `dspa.kernels.token_step`. An entry of a list that is out of bounds, or has no decoder row, is ignored: the
+    device cannot refuse it. `library` is where the operations are."""
+    library.token_step(
+        hidden,
+        *encoder_arguments(sae),
+        sae.W_dec,
+        sae.decoder_rows,
+        edits.latents.contiguous(),
+        edits.signs.contiguous(),
+        edits.counts.contiguous(),
+        *_strength(alpha, enabled, stats),
+        None,  # what follows is the CPU's: leaders, codes and their factors
+        None,
+        None,
+        scratch_of(sae, hidden, edits.k, library),
+        mode or DEFAULT_MODE,
+    )
+
+
+def token_step_with_lookup(
+    hidden: Tensor,
+    sae: SaeWeights,
+    density: Tensor,
+    conditional_map: CsrMap,
+    k_prompt: int,
+    k_diff: int,
+    edit: EditKind,
+    sign_guard: bool,
+    alpha: float | Tensor,
+    enabled: Tensor | None,
+    stats: TokenStats | None,
+    mode: StepMode | None,
+    *,
+    library: Any = torch.ops.dspa,
+) -> EditList:
+    """See `dspa.kernels.token_step_with_lookup`: one launch, or two if the density or the map is float64. `library` is
+    where the operations are."""
+    if torch.float64 in (density.dtype, conditional_map.values.dtype):
+        edits = lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard, library=library)
+        token_step(hidden, sae, edits, alpha, enabled, stats, mode, library=library)
+        return edits
+    edits = EditList.empty(hidden.shape[0], 2 * k_diff if edit == "both" else k_diff, hidden.device)
+    library.token_step_with_lookup(
+        hidden,
+        *encoder_arguments(sae),
+        sae.W_dec,
+        sae.decoder_rows,
+        density.float().contiguous(),
+        conditional_map.row_offsets,
+        conditional_map.columns,
+        conditional_map.values,
+        k_prompt,
+        k_diff,
+        edit,
+        sign_guard,
+        edits.latents,
+        edits.signs,
+        edits.counts,
+        *_strength(alpha, enabled, stats),
+        scratch_of(sae, hidden, edits.k, library),
+        mode or DEFAULT_MODE,
+    )
+    return edits
+
+
+def _strength(alpha: float | Tensor, enabled: Tensor | None, stats: TokenStats | None) -> tuple[object, ...]:
+    """alpha, enabled and the counters in the order of the schemas."""
+    return (
+        0.0 if isinstance(alpha, Tensor) else alpha,
+        alpha.float().contiguous() if isinstance(alpha, Tensor) else None,
+        None if enabled is None else enabled.contiguous(),
+        *((None,) * 7 if stats is None else counters_of(stats)),
+    )

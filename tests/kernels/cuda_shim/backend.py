@@ -1,0 +1,92 @@
+"""The kernels on the shim as the backend "cuda-shim", through the very Python code that calls them on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cuda_shim import build
+from dspa.kernels.encode_density.cuda import encode_density
+from dspa.kernels.lookup.cuda import lookup
+from dspa.kernels.registry import Backend, OperationName, Operations, register_backend
+from dspa.kernels.sae_weights import SaeWeights
+from dspa.kernels.token_step.cuda import token_step, token_step_with_lookup
+
+NAME = "cuda-shim"
+THREADS = 64  # of a block; what a GPU gets is more, and the same kernel
+SHARED_LIMIT = 227 * 1024
+DENSITY_BYTES = 64 << 20
+
+
+def refuses(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> str | None:
+    """As on a GPU."""
+    tensors = operands if sae is None else (*operands, sae.W_enc)
+    wide = operation != "lookup" and any(tensor.dtype == torch.float64 for tensor in tensors)
+    return "a tensor is torch.float64" if wide else None
+
+
+def operations() -> Any:
+    """`torch.ops.dspa_cuda_shim`, built and loaded."""
+    path = str(build.library())
+    torch.ops.load_library(path)
+    found = torch.ops.dspa_cuda_shim
+    found.set_cuda_tuning(THREADS, 1, DENSITY_BYTES)
+    return found
+
+
+def load() -> Operations:
+    given = operations()
+    return Operations(
+        partial(encode_density, library=given),
+        partial(lookup, library=given),
+        partial(token_step, library=given),
+        refuses,
+        partial(token_step_with_lookup, library=given),
+    )
+
+
+def register() -> None:
+    """Makes the backend known by its name; "auto" never picks it."""
+    register_backend(Backend(NAME, (), load))
+
+
+@contextmanager
+def machine(
+    *,
+    clusters_at_a_time: int = 3,
+    processors: int = 2,
+    shared_limit: int = SHARED_LIMIT,
+    compute_capability: int = 9,
+    seed: int = 1,
+    cluster: int = 1,
+    threads: int = THREADS,
+    density_bytes: int = DENSITY_BYTES,
+) -> Iterator[None]:
+    """Another GPU, another shape of the launch, or another order of the threads, for a while.
+
+    Args:
+        clusters_at_a_time: how many really run; one is enough for a kernel that is right.
+        processors: of two blocks each, as the launcher is told.
+        shared_limit: bytes of shared memory that a block may have.
+        compute_capability: clusters are there from 9 on.
+        seed: of the order in which threads go on.
+        cluster: blocks of a cluster.
+        threads: of a block.
+        density_bytes: of inputs, or scores, that encode_density holds.
+    """
+    configure = ctypes.CDLL(str(build.library())).cuda_shim_configure
+    configure.argtypes = [ctypes.c_int] * 4 + [ctypes.c_uint64]
+    tune = operations().set_cuda_tuning
+    configure(clusters_at_a_time, processors, shared_limit, compute_capability, seed)
+    tune(threads, cluster, density_bytes)
+    try:
+        yield
+    finally:
+        configure(3, 2, SHARED_LIMIT, 9, 1)
+        tune(THREADS, 1, DENSITY_BYTES)

@@ -1,0 +1,75 @@
+"""Compiling the CUDA sources and the shim with a C++ compiler: a library for torch, and programs of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+SHIM = Path(__file__).parent
+ROOT = SHIM.parent.parent.parent
+CSRC = ROOT / "csrc"
+KERNEL_FLAGS = ("-std=c++20", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra")
+SHIM_FLAGS = ("-Wno-unknown-pragmas", "-DDSPA_CUDA_SHIM", f"-I{SHIM}", f"-I{CSRC}")
+BINDING_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden")
+
+
+def compiler() -> str | None:
+    """A C++ compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def library() -> Path:
+    """The operations `torch.ops.dspa_cuda_shim.*`, on CPU tensors, from the kernels and their binding as they are.
+    DSPA_SHIM_FLAGS holds further flags for the kernels."""
+    flags = ("-O2", *os.environ.get("DSPA_SHIM_FLAGS", "").split())
+    folder = _folder(("library", *flags))
+    built = folder / "dspa_cuda_shim.so"
+    if not built.exists():
+        include = Path(torch.__file__).parent / "include"
+        target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+        binding = [*BINDING_FLAGS, target, "-DDSPA_CUDA_SHIM", f"-I{CSRC}", "-isystem", str(include)]
+        _run("-c", *KERNEL_FLAGS, *SHIM_FLAGS, *flags, SHIM / "kernels_on_cpu.cpp", "-o", folder / "kernels.o")
+        _run("-c", *KERNEL_FLAGS, *flags, SHIM / "engine.cpp", "-o", folder / "engine.o")
+        _run("-c", *binding, CSRC / "bindings_cuda.cpp", "-o", folder / "binding.o")
+        objects = [folder / f"{name}.o" for name in ("kernels", "engine", "binding")]
+        torch_libraries = f"-L{include.parent / 'lib'}"
+        unfinished = folder / f"{os.getpid()}.so"
+        _run("-shared", *flags, *objects, torch_libraries, "-ltorch_cpu", "-lc10", "-o", unfinished)
+        unfinished.replace(built)
+    return built
+
+
+def program(name: str, flags: tuple[str, ...]) -> Path:
+    """One of the programs in this folder, with the shim, and the kernels if it asks for them."""
+    folder = _folder((name, *flags))
+    built = folder / name
+    if not built.exists():
+        unfinished = folder / f"{name}.{os.getpid()}"
+        sources = [SHIM / f"{name}.cpp", SHIM / "engine.cpp"]
+        _run(*KERNEL_FLAGS, *SHIM_FLAGS, *flags, *sources, "-pthread", "-o", unfinished)
+        unfinished.replace(built)
+    return built
+
+
+def _run(*arguments: str | Path) -> None:
+    found = compiler()
+    assert found is not None
+    done = subprocess.run([found, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode != 0 or "warning:" in done.stderr:
+        raise RuntimeError(f"{' '.join(map(str, arguments))}:\n{done.stderr}")
+
+
+def _folder(what: tuple[str, ...]) -> Path:
+    """A folder for what follows from these flags and the present sources, so that nothing is compiled twice."""
+    digest = hashlib.sha256("\n".join((*what, torch.__version__)).encode())
+    sources = [*SHIM.glob("*.h"), *SHIM.glob("*.cpp"), *CSRC.glob("cuda/*"), *CSRC.glob("*.h"), *CSRC.glob("*.cpp")]
+    for source in sorted([*sources, *CSRC.glob("cpu/*.h")]):
+        digest.update(source.name.encode() + source.read_bytes())
+    folder = ROOT / "build" / "cuda_shim" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,187 @@
+// A stand-in for CUDA's header of this name: the kernels of csrc/cuda compiled by a C++ compiler and run on the CPU.
+//
+// Only what the kernels use is here. `__shared__` is not: shared memory whose size the launch gives is all they have.
+// A block's threads are fibers of one thread, taken in a random order from one barrier to the next, or threads of the
+// operating system (see engine.h). Any number of blocks runs at a time; the others start when one of these has ended.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "engine.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+// threadIdx.x and the like: what they say depends on who asks.
+template <class Ask>
+struct CudaShimIndex {
+  struct {
+    operator unsigned() const { return Ask{}(); }
+  } x;
+};
+
+struct CudaShimThread {
+  unsigned operator()() const { return cuda_shim::self().thread_index.x; }
+};
+struct CudaShimBlock {
+  unsigned operator()() const { return cuda_shim::self().block->index.x; }
+};
+struct CudaShimBlockSize {
+  unsigned operator()() const { return cuda_shim::self().block->launch->threads.x; }
+};
+
+inline constexpr CudaShimIndex<CudaShimThread> threadIdx{};
+inline constexpr CudaShimIndex<CudaShimBlock> blockIdx{};
+inline constexpr CudaShimIndex<CudaShimBlockSize> blockDim{};
+
+using dim3 = cuda_shim::Index3;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+// ---- numbers --------------------------------------------------------------------------------------------------------
+
+template <class To, class From>
+To cuda_shim_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline uint32_t __float_as_uint(float value) { return cuda_shim_bits<uint32_t>(value); }
+inline float __uint_as_float(uint32_t bits) { return cuda_shim_bits<float>(bits); }
+inline long long __double_as_longlong(double value) { return cuda_shim_bits<long long>(value); }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+
+// ---- threads together -----------------------------------------------------------------------------------------------
+
+inline void __syncthreads() { cuda_shim::self().block->barrier.wait(); }
+inline void __syncwarp() { cuda_shim::self().warp->barrier.wait(); }
+inline int __syncthreads_and(int flag) { return cuda_shim::vote_in_block(flag == 0) == 0; }
+inline int __syncthreads_or(int flag) { return cuda_shim::vote_in_block(flag != 0) != 0; }
+
+template <class Value>
+Value __shfl_xor_sync(uint32_t lanes, Value value, int offset) {
+  return cuda_shim::read_lane(lanes, value, cuda_shim::self().lane() ^ static_cast<unsigned>(offset));
+}
+
+template <class Value>
+Value __shfl_up_sync(uint32_t lanes, Value value, unsigned offset) {
+  const unsigned lane = cuda_shim::self().lane();
+  return cuda_shim::read_lane(lanes, value, lane < offset ? lane : lane - offset);
+}
+
+inline uint32_t __ballot_sync(uint32_t lanes, int flag) {
+  return cuda_shim::fold_lanes(lanes, static_cast<uint32_t>(flag != 0) << cuda_shim::self().lane(),
+                               [](uint32_t a, uint32_t b) { return a | b; });
+}
+
+inline int __all_sync(uint32_t lanes, int flag) { return __ballot_sync(lanes, flag) == 0xffffffffu; }
+inline int __any_sync(uint32_t lanes, int flag) { return __ballot_sync(lanes, flag) != 0; }
+
+inline uint32_t __reduce_max_sync(uint32_t lanes, uint32_t value) {
+  return cuda_shim::fold_lanes(lanes, value, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+}
+
+// ---- atomics, which order nothing -----------------------------------------------------------------------------------
+
+template <class Integer>
+Integer atomicAdd(Integer* address, Integer value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
+inline uint32_t atomicMax(uint32_t* address, uint32_t value) {
+  uint32_t before = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (before < value &&
+         !__atomic_compare_exchange_n(address, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return before;
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor
+};
+using cudaStream_t = void*;
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid value" : "invalid configuration";
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_shim::Machine& machine = cuda_shim::machine();
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? machine.processors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? machine.shared_limit
+                                                                  : machine.compute_capability;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > cuda_shim::machine().shared_limit) return cudaErrorInvalidValue;
+  cuda_shim::allow_shared(kernel, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = cuda_shim::machine().blocks_per_processor;
+  return cudaSuccess;
+}
+
+// Runs the kernel to its end.
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  const bool allowed = static_cast<int>(config->dynamicSmemBytes) <=
+                       cuda_shim::shared_allowed(reinterpret_cast<const void*>(kernel));
+  if (!allowed || config->blockDim.x % 32 != 0 || config->gridDim.x % cluster != 0 || config->gridDim.x == 0)
+    return cudaErrorInvalidConfiguration;
+  cuda_shim::Launch launch;
+  launch.blocks = config->gridDim;
+  launch.threads = config->blockDim;
+  launch.cluster = cluster;
+  launch.shared_bytes = config->dynamicSmemBytes;
+  launch.body = [&] { kernel(arguments...); };
+  cuda_shim::run(launch);
+  return cudaSuccess;
+}

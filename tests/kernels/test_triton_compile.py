@@ -1,0 +1,123 @@
+"""The Triton kernels compile for GPUs that are not here, within their registers and memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from dspa.kernels import triton_configurations
+from dspa.kernels.triton_configurations import ENCODE_DENSITY, TOKEN_STEP
+from dspa.kernels.triton_table import Tile, listed_architecture, tile_of
+
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # of a program
+FEWEST_REGISTERS = 16
+TUNING = Path(__file__).parents[2] / "benchmarks" / "tune_triton.py"
+KERNELS = {"token_step_kernel", "count_gates", "write_scores", "count_largest", "lookup_kernel"}
+
+
+def compiled(*options: str) -> list[dict[str, object]]:
+    """What compiling in a process of its own, where kernels are not interpreted, reports."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "dspa.kernels.triton_compile", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(kernels: list[dict[str, object]], architecture: str) -> None:
+    assert kernels
+    for kernel in kernels:
+        assert kernel["stack_bytes"] == 0, f"registers are spilled: {kernel}"
+        assert int(str(kernel["registers"])) > FEWEST_REGISTERS, f"the compiler took it for empty: {kernel}"
+        assert int(str(kernel["shared_bytes"])) <= SHARED_MEMORY[architecture], kernel
+
+
+@pytest.fixture(scope="module")
+def spanning() -> list[dict[str, object]]:
+    """Few combinations that span all activations, normalisations, dtypes, modes and table entries."""
+    return compiled()
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_kernels_compile_without_spills(architecture: str, spanning: list[dict[str, object]]) -> None:
+    check([kernel for kernel in spanning if kernel["architecture"] == architecture], architecture)
+
+
+def test_every_kernel_is_compiled(spanning: list[dict[str, object]]) -> None:
+    assert {str(kernel["kernel"]) for kernel in spanning} == KERNELS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_every_combination_compiles_without_spills(architecture: str) -> None:
+    """About an hour each: all activations, normalisations, dtypes and modes at all table entries."""
+    found = compiled("--architecture", architecture, "--every-combination")
+    assert {str(kernel["kernel"]) for kernel in found} == KERNELS
+    check(found, architecture)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "listed"),
+    [
+        ("sm_80", "sm_80"),
+        ("sm_86", "sm_80"),
+        ("sm_90", "sm_90"),
+        ("sm_103", "sm_100"),
+        ("sm_120", "sm_100"),
+        ("sm_75", "sm_80"),
+        ("gfx942", "gfx942"),
+        ("gfx950", "gfx942"),
+    ],
+)
+def test_an_architecture_uses_the_entry_of_its_ancestor(architecture: str, listed: str) -> None:
+    assert listed_architecture(architecture) == listed
+
+
+def test_a_shape_uses_the_entry_of_the_nearest() -> None:
+    small, large = TOKEN_STEP["sm_90"][2304, 16384][0], TOKEN_STEP["sm_90"][3584, 65536][0]
+    assert small != large
+    for shape, sizes in (
+        ((2304, 16384), small),
+        ((2048, 24576), small),
+        ((4096, 65536), large),
+        ((3584, 131072), large),
+    ):
+        assert tile_of("token_step", "sm_90", *shape, False) == Tile(*sizes)
+
+
+def test_entries_are_block_sizes() -> None:
+    for table in (TOKEN_STEP, ENCODE_DENSITY):
+        assert set(table) == set(SHARED_MEMORY)
+        for of_shape in table.values():
+            for sizes in of_shape.values():
+                for tile in (Tile(*pair) for pair in sizes):
+                    assert all(size & (size - 1) == 0 for size in tile[:4]), tile
+                    assert min(tile.tokens, tile.model) >= 16, tile
+    assert all(Tile(*s).tokens == 16 for t in TOKEN_STEP.values() for pair in t.values() for s in pair)
+
+
+def test_tuning_without_a_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, str(TUNING)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "no GPU was found" in done.stderr
+
+
+def test_tuning_can_be_tried_without_a_gpu() -> None:
+    before = Path(triton_configurations.__file__).read_bytes()
+    done = subprocess.run([sys.executable, str(TUNING), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    assert Path(triton_configurations.__file__).read_bytes() == before

@@ -1,0 +1,370 @@
+"""The Triton token_step beyond the shared matrix: one launch, in any order of its programs, and what it moves."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from kernel_cases import (
+    KINDS,
+    LOW_PRECISION,
+    Kind,
+    dense_map,
+    edit_list,
+    generator,
+    integers,
+    make_sae,
+    normal,
+    random_lists,
+    same_bits,
+)
+from torch import Tensor
+
+from dspa.errors import BackendUnavailableError
+from dspa.kernels import (
+    EditKind,
+    EditList,
+    SaeWeights,
+    StepMode,
+    TokenStats,
+    available,
+    token_step,
+    token_step_with_lookup,
+)
+
+if available()["triton"] != "available":
+    pytest.skip(f"backend triton: {available()['triton']}", allow_module_level=True)
+
+from dspa.kernels import triton_launch
+from dspa.kernels.native import encoder_arguments
+from dspa.kernels.registry import operations_for
+from dspa.kernels.token_step import bytes_moved
+from dspa.kernels.token_step.cpu import counters_of
+from dspa.kernels.token_step.triton import Scratch, scratch_of
+from dspa.kernels.triton_launch import Launch
+from dspa.kernels.triton_table import INTERPRETER, tile_of
+from dspa.kernels.triton_tiles import INTERPRETED
+
+if not INTERPRETED.value:
+    pytest.skip("these tests watch the interpreter; set TRITON_INTERPRET=1", allow_module_level=True)
+
+from triton_interpreter import counting_bytes, interleaved
+
+BATCH = 18  # two groups of rows
+
+
+def case(kind: Kind, dtype: torch.dtype = torch.bfloat16) -> tuple[SaeWeights, Tensor, EditList]:
+    """An SAE of several tiles, rows of several groups, and lists of more than one block."""
+    sae = make_sae(kind, 37, 300, dtype, seed=3)
+    rows = (normal(generator(4), BATCH, 37) * 2).bfloat16()
+    edits = edit_list(*random_lists(sae, BATCH, 20, 5), 20)
+    edits.signs[::2].fill_(-1)  # what may do without the pass
+    return sae, rows, edits
+
+
+def run(sae: SaeWeights, rows: Tensor, edits: EditList, mode: StepMode) -> tuple[Tensor, TokenStats]:
+    hidden, stats = rows.clone(), TokenStats.zeros(len(rows), sae.d_sae)
+    token_step(hidden, sae, edits, 0.2, None, stats, mode=mode, backend="triton")
+    return hidden, stats
+
+
+def assert_same_stats(found: TokenStats, expected: TokenStats) -> None:
+    for field in fields(TokenStats):
+        a, b = getattr(found, field.name), getattr(expected, field.name)
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)), field.name
+
+
+def assert_clean(sae: SaeWeights, batch: int, k: int) -> None:
+    """The next launch finds the scratch as the first did."""
+    scratch = scratch_of(sae, batch, k)
+    for tensor in (scratch.counters, scratch.maxima, scratch.ranks):
+        assert not tensor.any()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches that a test makes."""
+    made: list[Launch] = []
+    original = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: (made.append(launch), original(launch)))
+    return made
+
+
+# ---- one launch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", "layer_norm", subtract_b_dec=True)], ids=str)
+def test_a_token_is_one_launch(kind: Kind, mode: StepMode, launches: list[Launch]) -> None:
+    sae, rows, edits = case(kind)
+    for token in range(2):
+        run(sae, rows, edits, mode)
+        assert len(launches) == token + 1
+    assert_clean(sae, BATCH, 20)
+
+
+@pytest.mark.parametrize("edit", ["ablate", "both"])
+def test_a_token_with_lookup_is_one_launch(edit: EditKind, launches: list[Launch]) -> None:
+    sae, rows, _ = case(Kind())
+    conditional_map = dense_map(integers(generator(6), -3, 3, 30, 300).float())
+    density = torch.rand(BATCH, 30, generator=generator(7))
+    hidden = rows.clone()
+    lists = token_step_with_lookup(
+        hidden, sae, density, conditional_map, 0.2, k_prompt=5, k_diff=3, edit=edit, backend="triton"
+    )
+    assert len(launches) == 1
+    assert same_bits(hidden, run(sae, rows, lists, "lazy")[0])
+    assert not same_bits(hidden, rows)
+
+
+# ---- any order -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [2, 12])
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk", "layer_norm", compact=True)], ids=str)
+def test_the_order_of_programs_changes_no_bit(kind: Kind, mode: StepMode, slots: int) -> None:
+    """However few programs run at a time, in whatever order they start, the launch ends with the same bits."""
+    sae, rows, edits = case(kind)
+    expected, expected_stats = run(sae, rows, edits, mode)
+    assert int(expected_stats.edited.sum()) > BATCH // 2
+    with interleaved(slots, seed=slots) as runner:
+        written, stats = run(sae, rows, edits, mode)
+    assert len(runner.launches) == 1
+    assert same_bits(written, expected)
+    assert_same_stats(stats, expected_stats)
+    assert_clean(sae, BATCH, 20)
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+def test_rows_that_are_not_finite_hold_up_nobody(mode: StepMode) -> None:
+    sae, rows, edits = case(Kind("topk"))
+    rows[3], rows[17, 5] = torch.nan, torch.inf
+    expected, expected_stats = run(sae, rows, edits, mode)
+    assert expected_stats.nonfinite.nonzero().flatten().tolist() == [3, 17]
+    with interleaved(4, seed=0):
+        written, stats = run(sae, rows, edits, mode)
+    assert same_bits(written, expected)
+    assert_same_stats(stats, expected_stats)
+    assert_clean(sae, BATCH, 20)
+
+
+def test_a_launch_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, rows, edits = case(Kind())
+    expected, _ = run(sae, rows, edits, "lazy")
+
+    def fail(launch: Launch) -> None:
+        cast = launch.arguments["scratch"]
+        assert isinstance(cast, Scratch)
+        cast.counters.fill_(7)
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Launch, "run", fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(sae, rows, edits, "lazy")
+    assert same_bits(run(sae, rows, edits, "lazy")[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", "layer_norm")], ids=str)
+def test_what_is_left_in_the_scratch_is_not_read(kind: Kind, mode: StepMode) -> None:
+    sae, rows, edits = case(kind)
+    expected, _ = run(sae, rows, edits, mode)
+    scratch = scratch_of(sae, BATCH, 20)
+    for poisoned in (scratch.numbers, scratch.listed):
+        poisoned.fill_(torch.nan)
+    scratch.states.fill_(77)
+    assert same_bits(run(sae, rows, edits, mode)[0], expected)
+
+
+def test_batches_share_their_scratch() -> None:
+    """A prompt is a batch of its tokens: were there a scratch for each length, they would add up."""
+    sae, rows, edits = case(Kind())
+    expected, _ = run(sae, rows, edits, "lazy")
+    for batch in (17, 3, 18, 11, 4):
+        index = torch.arange(batch)
+        assert same_bits(run(sae, rows[:batch], edits.rows(index), "lazy")[0], expected[:batch])
+    found = [scratch_of(sae, batch, 20) for batch in range(1, 33)]
+    assert len({id(scratch) for scratch in found}) == 6
+    assert all(scratch.states.shape[0] >= batch for batch, scratch in enumerate(found, start=1))
+
+
+# ---- lazy ------------------------------------------------------------------------------------------------------------
+
+
+def weights_read(sae: SaeWeights, rows: Tensor, edits: EditList, mode: StepMode) -> float:
+    """How often all of `W_enc` was read."""
+    with counting_bytes({"W_enc": sae.W_enc}) as counted:
+        run(sae, rows, edits, mode)
+    return counted.bytes["W_enc"] / (sae.W_enc.numel() * sae.W_enc.element_size())
+
+
+def test_no_pass_where_no_listed_latent_is_active() -> None:
+    sae, rows, edits = case(Kind())
+    quiet = replace(sae, threshold=torch.full((300,), 1e9))
+    assert weights_read(quiet, rows, edits, "lazy") == int(edits.counts.sum()) / 300
+    assert weights_read(quiet, rows, edits, "dense") == int(edits.counts.sum()) / 300 + 2
+
+
+@pytest.mark.parametrize("kind", [Kind("relu"), Kind("gated"), Kind("relu", "layer_norm")], ids=str)
+def test_leaders_spare_the_pass(kind: Kind) -> None:
+    """A latent that towers above all others is remembered, and from then on proves the edit by itself."""
+    plain, rows, _ = case(kind)
+    biases = {"b_enc": plain.b_enc, "magnitude_bias": plain.magnitude_bias}
+    towering = {name: bias.index_fill(0, torch.tensor([100]), 1e3) for name, bias in biases.items() if bias is not None}
+    sae = replace(plain, **towering)
+    edits = edit_list([[]] * BATCH, [list(range(16))] * BATCH, 16)
+    reading = 16 * BATCH / 300
+    tile = tile_of("token_step", INTERPRETER, 37, 300, False).latents
+    assert weights_read(sae, rows, edits, "lazy") == pytest.approx(reading + 2 * tile / 300), "the first tile proves it"
+    leaders = scratch_of(sae, BATCH, 16).leaders
+    assert (leaders[:, 0] == 100).sum() > BATCH // 2
+    known = int((leaders[:, 0] == 100).sum())
+    assert weights_read(sae, rows, edits, "lazy") == pytest.approx(reading + known / 300), "and the leader alone"
+    expected, _ = run(sae, rows, edits, "dense")
+    assert same_bits(run(sae, rows, edits, "lazy")[0], expected)
+
+
+@pytest.mark.parametrize("leaders", [-1, 300, 2**31 - 1, 17], ids=str)
+def test_leaders_never_change_the_result(leaders: int) -> None:
+    sae, rows, edits = case(Kind())
+    expected, dense = run(sae, rows, edits, "dense")
+    scratch_of(sae, BATCH, 20).leaders.fill_(leaders)  # none, nonsense, nonsense, listed now and then
+    written, stats = run(sae, rows, edits, "lazy")
+    assert same_bits(written, expected)
+    assert torch.equal(stats.latent_edits, dense.latent_edits)
+
+
+def test_leaders_are_the_latest_maxima() -> None:
+    sae, rows, edits = case(Kind("relu"))
+    f = torch.relu(rows.float() @ sae.W_enc.float().T + sae.b_enc)
+    edits = edit_list([[0, 1, 2]] * BATCH, [[]] * BATCH, 20)  # augmented, so that M_t is needed
+    active = (f[:, :3] > 0).any(dim=1)
+    f[:, :3] = 0
+    for shift in range(3):
+        run(sae, rows.roll(shift, 0), edits, "lazy")
+    latest = [f.roll(shift, 0).argmax(dim=1) for shift in (2, 1, 0)]
+    row = int((active & active.roll(1) & active.roll(2)).nonzero()[0])
+    distinct = list(dict.fromkeys(int(latent[row]) for latent in latest))
+    assert scratch_of(sae, BATCH, 20).leaders[row, : len(distinct)].tolist() == distinct
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [True, False])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.compact], ids=str)
+def test_the_model_of_bytes_moved_is_what_the_kernel_loads(kind: Kind, passes: bool) -> None:
+    sae, rows, _ = case(kind)
+    if not passes:
+        sae = replace(sae, b_enc=torch.full((300,), -1e4))
+    edits = edit_list([[0, 20]] * BATCH, [[100, 120]] * BATCH, 5)
+    mode: StepMode = "dense" if passes else "lazy"
+    groups = {
+        "encoder": [sae.W_enc],
+        "decoder": [sae.W_dec],
+        "hidden": [rows],
+        "parameters": [
+            sae.b_enc,
+            sae.threshold,
+            sae.b_dec if sae.subtract_b_dec else None,
+            sae.decoder_norm,
+            sae.magnitude_scale,
+            sae.magnitude_bias,
+        ],
+    }
+    named = {f"{name} {i}": t for name, tensors in groups.items() for i, t in enumerate(tensors) if t is not None}
+    stats = TokenStats.zeros(BATCH, 300)
+    with counting_bytes(named) as counted:
+        token_step(rows, sae, edits, 0.2, None, stats, mode=mode, backend="triton")
+    expected = bytes_moved(
+        sae,
+        rows.dtype,
+        BATCH,
+        listed=4,
+        changed=int(stats.latent_edits.sum()),
+        edited=int(stats.edited.sum()),
+        passes=passes,
+        latents_per_program=tile_of("token_step", INTERPRETER, 37, 300, False).latents,
+    )
+    for name in groups:
+        loaded = sum(number for key, number in counted.bytes.items() if key.startswith(name))
+        assert loaded == getattr(expected, name), name
+    assert bool(stats.edited.any()) == passes
+
+
+# ---- compiled graphs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiles_as_one_graph(compiler: str) -> None:
+    sae, rows, edits = case(Kind())
+    stats = TokenStats.zeros(BATCH, 300)
+    enabled = torch.ones(BATCH, dtype=torch.bool)
+
+    def block(hidden: Tensor) -> Tensor:
+        hidden = hidden * 2
+        token_step(hidden, sae, edits, 0.2, enabled, stats, backend="triton")
+        return hidden + 1
+
+    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    assert same_bits(compiled(rows), block(rows))
+    assert (stats.seen == 2).all()
+    enabled.fill_(False)  # a flag on the device switches the edit off, without another graph
+    assert same_bits(compiled(rows), rows * 2 + 1)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("kind", [Kind(), Kind("gated", "layer_norm")], ids=str)
+def test_passes_opcheck(kind: Kind, optional: bool) -> None:
+    sae, rows, edits = case(kind)
+    batch = 2
+    stats = TokenStats.zeros(batch, 300)
+    arguments = (
+        rows[:batch],
+        *encoder_arguments(sae),
+        sae.W_dec,
+        sae.decoder_rows,
+        edits.latents[:batch],
+        edits.signs[:batch],
+        edits.counts[:batch],
+        0.2,
+        torch.full((batch,), 0.2) if optional else None,
+        torch.tensor([True, False]) if optional else None,
+        *(counters_of(stats) if optional else (None,) * 7),
+        *scratch_of(sae, batch, 20).tensors(),
+        True,
+    )
+    torch.library.opcheck(torch.ops.dspa_triton.token_step.default, arguments)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hidden", "weights"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_float64_is_refused(hidden: torch.dtype, weights: torch.dtype) -> None:
+    sae = make_sae(Kind(), 37, 64, weights, seed=0)
+    with pytest.raises(BackendUnavailableError, match="float64"):
+        token_step(torch.zeros(1, 37, dtype=hidden), sae, EditList.empty(1, 4), 0.2, backend="triton")
+
+
+def test_auto_never_interprets() -> None:
+    """Interpreting is for tests: on the CPU it is chosen by name only."""
+    sae, rows, _ = case(Kind())
+    operations = operations_for("auto", "token_step", (rows,), sae)
+    assert operations.token_step.__module__ != "dspa.kernels.token_step.triton"
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_products_in_parts_are_as_precise_as_float32(dtype: torch.dtype) -> None:
+    """Parts of 8 bits that add up to all of a number: the product of one column has no error but the last rounding."""
+    assert triton_launch.parts_of(torch.float32, dtype, True) == 3
+    plain = make_sae(Kind("relu"), 1, 128, dtype, seed=1)
+    sae = replace(plain, b_enc=torch.zeros(128))
+    rows = normal(generator(2), 64, 1).float()
+    stats = TokenStats.zeros(64, 128)
+    token_step(rows, sae, EditList.empty(64, 0), 0.2, None, stats, mode="dense", backend="triton")
+    exact = torch.relu(rows.double() @ sae.W_enc.double().T).amax(dim=1)
+    assert ((stats.maximum - exact).abs() <= 2**-23 * exact).all()

@@ -1,0 +1,180 @@
+"""Triton's interpreter under the control of tests: faster, in another order, and watched.
+
+It reaches into `triton.runtime.interpreter`, whose parts have no public handle.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import pytest
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+
+from dspa.kernels.triton_launch import Launch
+
+
+class PatchOncePerLaunch:
+    """The interpreter replaces the functions of triton.language each time a device function is called, which takes
+    longer than most device functions. Once per launch and module does the same."""
+
+    def __init__(self) -> None:
+        self._original: Any = interpreter._patch_lang  # pyright: ignore[reportPrivateUsage]
+        self._scopes: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in self._scopes:
+            return None
+        with self._lock:
+            if module in self._scopes:
+                return None
+            outermost = not self._scopes
+            self._scopes[module] = self._original(function)
+            return self if outermost else None
+
+    def restore(self) -> None:
+        """Called by the interpreter when the launch is over."""
+        for scope in reversed(self._scopes.values()):
+            scope.restore()
+        self._scopes.clear()
+
+
+class NumpyTypes(dict[str, Any]):
+    """The interpreter builds a table of types whenever it wants to know one; this remembers what it found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._original: Any = interpreter._get_np_dtype  # pyright: ignore[reportPrivateUsage]
+
+    def __call__(self, triton_type: Any) -> Any:
+        name = triton_type.name
+        if name not in self:
+            self[name] = self._original(triton_type)
+        return self[name]
+
+
+def speed_up() -> None:
+    """Interprets faster from now on, without checks of integers for overflow: the shapes of tests are small."""
+    if not isinstance(interpreter._patch_lang, PatchOncePerLaunch):  # pyright: ignore[reportPrivateUsage]
+        interpreter._patch_lang = PatchOncePerLaunch()  # pyright: ignore[reportPrivateUsage]
+        interpreter._get_np_dtype = NumpyTypes()  # pyright: ignore[reportPrivateUsage]
+        options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        interpreter.interpreter_builder.options = options
+
+
+PATIENCE = 60  # seconds that a launch may take before its programs are taken to wait for each other forever
+
+
+class Interleaved:
+    """Runs the programs of a launch in a shuffled order, some of them at the same time.
+
+    Attributes:
+        slots: how many programs run at a time, each in a thread. The others start when a slot is free, so that whoever
+            waits for a program that has not started waits forever.
+        launches: the launches so far.
+    """
+
+    def __init__(self, slots: int, seed: int) -> None:
+        self.slots = slots
+        self.launches: list[Launch] = []
+        self._order = random.Random(seed)
+
+    def __call__(self, launch: Launch) -> None:
+        self.launches.append(launch)
+        function = launch.kernel.rewrite()
+        executor = interpreter.GridExecutor(function, launch.kernel.arg_names, (launch.programs,))
+        arguments = {
+            name: value if name in executor.constexprs else interpreter._implicit_cvt(value)  # pyright: ignore[reportPrivateUsage]
+            for name, value in launch.arguments.items()
+        }
+        waiting: SimpleQueue[int] = SimpleQueue()
+        for program in self._order.sample(range(launch.programs), launch.programs):
+            waiting.put(program)
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                while True:
+                    # The interpreter knows one program's number at a time: kernels that ask for it need one slot.
+                    interpreter.interpreter_builder.set_grid_idx(waiting.get_nowait(), 0, 0)
+                    function(**arguments)
+            except Empty:
+                pass
+            except BaseException as failure:
+                failures.append(failure)
+
+        scope = interpreter._patch_lang(function)  # pyright: ignore[reportPrivateUsage]
+        interpreter.interpreter_builder.set_grid_dim(launch.programs, 1, 1)
+        try:
+            threads = [threading.Thread(target=work, daemon=True) for _ in range(self.slots)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
+            assert not any(thread.is_alive() for thread in threads), "programs wait for each other"
+        finally:
+            scope.restore()
+        if failures:
+            raise failures[0]
+
+
+@contextmanager
+def interleaved(slots: int, seed: int) -> Iterator[Interleaved]:
+    """Within it, launches are run by `Interleaved`."""
+    runner, builder = Interleaved(slots, seed), interpreter.interpreter_builder
+    original = builder.create_atomic_rmw
+
+    def atomic(*arguments: Any) -> Any:
+        time.sleep(0.0002)  # lets another program go on
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launch, "run", lambda launch: runner(launch))
+        patch.setattr(builder, "create_atomic_rmw", atomic)
+        yield runner
+
+
+class Counted:
+    """Bytes loaded from and stored to some tensors, by name."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.bytes = dict.fromkeys(tensors, 0)
+        self._ranges = {
+            name: (tensor.data_ptr(), tensor.data_ptr() + tensor.untyped_storage().nbytes(), tensor.element_size())
+            for name, tensor in tensors.items()
+        }
+
+    def add(self, pointers: Any, mask: Any) -> None:
+        """Counts one load or store."""
+        at = pointers.data[mask.data]
+        for name, (begin, end, size) in self._ranges.items():
+            self.bytes[name] += int(((at >= begin) & (at < end)).sum()) * size
+
+
+@contextmanager
+def counting_bytes(tensors: dict[str, Tensor]) -> Iterator[Counted]:
+    """Within it, the interpreter's loads and stores are counted."""
+    counted, builder = Counted(tensors), interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def counting_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        counted.add(pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        counted.add(pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_masked_load", counting_load)
+        patch.setattr(builder, "create_masked_store", counting_store)
+        yield counted
