@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,31 +32,45 @@ def library() -> Path:
     flags = ("-O2", *os.environ.get("DSPA_SHIM_FLAGS", "").split())
     folder = _folder(("library", *flags))
     built = folder / "dspa_cuda_shim.so"
-    if not built.exists():
-        include = Path(torch.__file__).parent / "include"
-        target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-        binding = [*BINDING_FLAGS, target, "-DDSPA_CUDA_SHIM", f"-I{CSRC}", "-isystem", str(include)]
-        _run("-c", *KERNEL_FLAGS, *SHIM_FLAGS, *flags, SHIM / "kernels_on_cpu.cpp", "-o", folder / "kernels.o")
-        _run("-c", *KERNEL_FLAGS, *flags, SHIM / "engine.cpp", "-o", folder / "engine.o")
-        _run("-c", *binding, CSRC / "bindings_cuda.cpp", "-o", folder / "binding.o")
-        objects = [folder / f"{name}.o" for name in ("kernels", "engine", "binding")]
-        torch_libraries = f"-L{include.parent / 'lib'}"
-        unfinished = folder / f"{os.getpid()}.so"
-        _run("-shared", *flags, *objects, torch_libraries, "-ltorch_cpu", "-lc10", "-o", unfinished)
-        unfinished.replace(built)
+    with _alone(folder):
+        if not built.exists():
+            _build_library(folder, flags, built)
     return built
+
+
+def _build_library(folder: Path, flags: tuple[str, ...], built: Path) -> None:
+    include = Path(torch.__file__).parent / "include"
+    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    binding = [*BINDING_FLAGS, target, "-DDSPA_CUDA_SHIM", f"-I{CSRC}", "-isystem", str(include)]
+    _run("-c", *KERNEL_FLAGS, *SHIM_FLAGS, *flags, SHIM / "kernels_on_cpu.cpp", "-o", folder / "kernels.o")
+    _run("-c", *KERNEL_FLAGS, *flags, SHIM / "engine.cpp", "-o", folder / "engine.o")
+    _run("-c", *binding, CSRC / "bindings_cuda.cpp", "-o", folder / "binding.o")
+    objects = [folder / f"{name}.o" for name in ("kernels", "engine", "binding")]
+    torch_libraries = f"-L{include.parent / 'lib'}"
+    unfinished = folder / f"{os.getpid()}.so"
+    _run("-shared", *flags, *objects, torch_libraries, "-ltorch_cpu", "-lc10", "-o", unfinished)
+    unfinished.replace(built)
 
 
 def program(name: str, flags: tuple[str, ...]) -> Path:
     """One of the programs in this folder, with the shim, and the kernels if it asks for them."""
     folder = _folder((name, *flags))
     built = folder / name
-    if not built.exists():
-        unfinished = folder / f"{name}.{os.getpid()}"
-        sources = [SHIM / f"{name}.cpp", SHIM / "engine.cpp"]
-        _run(*KERNEL_FLAGS, *SHIM_FLAGS, *flags, *sources, "-pthread", "-o", unfinished)
-        unfinished.replace(built)
+    with _alone(folder):
+        if not built.exists():
+            unfinished = folder / f"{name}.{os.getpid()}"
+            sources = [SHIM / f"{name}.cpp", SHIM / "engine.cpp"]
+            _run(*KERNEL_FLAGS, *SHIM_FLAGS, *flags, *sources, "-pthread", "-o", unfinished)
+            unfinished.replace(built)
     return built
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Other processes that want to build in this folder wait: the tests run in several."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _run(*arguments: str | Path) -> None:
