@@ -16,7 +16,7 @@ import torch
 
 from dspa.bench_records import Column, Interval
 
-SECONDS = float(os.environ.get("DSPA_BENCH_SECONDS", "4"))  # per row
+SECONDS = float(os.environ.get("DSPA_BENCH_SECONDS", "2"))  # per row
 EVICTING_BYTES = 512 << 20
 
 

@@ -20,7 +20,7 @@ D_SAE = 16384
 OUTPUT_LAYER = 24
 PROMPT_TOKENS = 32
 NEW_TOKENS = 9
-ROUNDS = int(os.environ.get("DSPA_BENCH_DECODE_ROUNDS", "8"))
+ROUNDS = int(os.environ.get("DSPA_BENCH_DECODE_ROUNDS", "6"))
 
 pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}")
 

@@ -105,7 +105,7 @@ def test_collection(record: Record) -> None:
         ways = [Way(PLAIN, collection.plain), Way("dspa.collect", collection.collect)]
         forms = ((PLAIN, prepare_plain), ("dspa.collect", prepare_collect)) if STATUS.exists() else ()
         memory = [peak_column(f"peak memory, {name}", prepare) for name, prepare in forms]
-        return (*timed(ways, PLAIN, seconds=12), *memory)
+        return (*timed(ways, PLAIN, seconds=8), *memory)
 
     record("collection of 250 triples", GROUP, run, check=check, reference=PLAIN)
 

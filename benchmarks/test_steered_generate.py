@@ -88,7 +88,7 @@ def random_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         return {"input_ids": ids, "attention_mask": mask}
 
     policy = worst_case_policy(model, layer=8, d_sae=16384)
-    return Case("random Llama, 200 M, bfloat16", model, policy, prompts, new_tokens=8, rounds=7)
+    return Case("random Llama, 200 M, bfloat16", model, policy, prompts, new_tokens=8, rounds=5)
 
 
 @pytest.fixture(scope="module", params=[organism_case, random_case], ids=["organism", "random"])
