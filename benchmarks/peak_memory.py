@@ -10,7 +10,7 @@ from typing import Any
 from dspa.bench_records import Column, Interval
 
 STATUS = Path("/proc/self/status")
-PROCESSES = 3
+PROCESSES = 2
 
 
 def peak_column(name: str, prepare: Callable[..., Callable[[], object]], *arguments: Any) -> Column:

@@ -34,6 +34,8 @@ class ObservedGenerate(MethodOverride):
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         observers = list(self.observers)
+        if not observers:  # somebody wrapped this method while it was observed, and calls it still
+            return self.original(inputs, *args, **kwargs)
         config = args[0] if args else kwargs.get("generation_config")
         if getattr(config, "is_assistant", False):
             return self._draft(observers, inputs, *args, **kwargs)
@@ -51,8 +53,14 @@ class ObservedGenerate(MethodOverride):
                 new_tokens = sequences.shape[1] - (0 if token_ids is None else token_ids.shape[1])
             return result
         finally:
-            for observer in begun:
-                observer.generate_ends(new_tokens)
+            errors = []
+            for observer in begun:  # every one of them, also when another raises
+                try:
+                    observer.generate_ends(new_tokens)
+                except BaseException as error:
+                    errors.append(error)
+            if errors:
+                raise errors[0]
 
     def _draft(self, observers: list[GenerateObserver], *args: Any, **kwargs: Any) -> Any:
         for observer in observers:
@@ -64,6 +72,8 @@ class ObservedGenerate(MethodOverride):
                 observer.draft_ends()
 
     def _refuse_what_cannot_be_followed(self, config: Any, kwargs: dict[str, Any]) -> None:
+        # An adapter in front of this model hands it the inputs by a method of its own.
+        refuse_virtual_tokens(getattr(vars(self.module).get("prepare_inputs_for_generation"), "__self__", None))
         guidance = self._option("guidance_scale", config, kwargs)
         if guidance is not None and guidance != 1:
             raise InvalidInputError(
@@ -107,14 +117,32 @@ class ObservedGenerate(MethodOverride):
 
 
 class RefusedMethod(MethodOverride):
-    """A method that cannot be steered, and says so."""
+    """A method that cannot be steered, and says so while `generate` is observed."""
 
-    def __init__(self, model: nn.Module, name: str, reason: str) -> None:
+    def __init__(self, model: nn.Module, name: str, reason: str, observed: ObservedGenerate) -> None:
         super().__init__(model, name)
         self._reason = reason
+        self._observed = observed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise InvalidInputError(self._reason)
+        if self._observed.observers:
+            raise InvalidInputError(self._reason)
+        return self.original(*args, **kwargs)
+
+
+def refuse_virtual_tokens(model: object) -> None:
+    """Refuses adapters that put trained columns before the prompt, such as those of prompt tuning and prefix tuning.
+
+    Raises:
+        InvalidInputError: if the model is wrapped into one.
+    """
+    configs = getattr(model, "peft_config", None)
+    for name, config in configs.items() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise InvalidInputError(
+                f"adapter {name!r} puts virtual tokens before the prompt ({type(config).__name__}), which shifts the "
+                "positions to be edited; steer the model without it, or with an adapter of weights such as LoRA"
+            )
 
 
 # Also, it skips prompt tokens that another request has in the cache, and replays captured graphs of whole steps.
@@ -147,15 +175,16 @@ def observe_generate(model: nn.Module, observer: GenerateObserver) -> ObserverHa
     batching is refused meanwhile.
 
     Raises:
-        InvalidInputError: if nothing in the model can generate.
+        InvalidInputError: if nothing in the model can generate, or an adapter puts virtual tokens before prompts.
     """
+    refuse_virtual_tokens(model)
     generating = generating_module(model)
     observed = vars(generating).get("generate")
     if not isinstance(observed, ObservedGenerate):
         observed = ObservedGenerate(generating)
         observed.install()
         if callable(getattr(generating, "init_continuous_batching", None)):
-            RefusedMethod(generating, "init_continuous_batching", PACKED).install()
+            RefusedMethod(generating, "init_continuous_batching", PACKED, observed).install()
     observed.observers.append(observer)
     return ObserverHandle(observed, observer)
 

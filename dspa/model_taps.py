@@ -37,9 +37,15 @@ _library.define("visited(Tensor hidden, Tensor order, int model, int layer) -> T
 class PassObserver(Protocol):
     """Who listens to the passes of a model."""
 
-    def pass_begins(self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool) -> None:
+    def pass_begins(
+        self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool, cache: object | None
+    ) -> None:
         """The decoder is about to run on `tokens`, ids `[B, T]` or embeddings `[B, T, d_model]`; `past` columns are in
-        the cache. `mask` is what was passed for the attention mask, if that was a tensor."""
+        the cache. `mask` is what was passed for the attention mask, if that was a tensor. `cache` is the cache itself;
+        None where there is none, and in a compiled model, which cannot tell."""
+
+    def pass_ends(self, cache: object | None) -> None:
+        """The decoder has returned, with this cache or without one. Not called by compiled models."""
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """A tapped layer has returned `hidden [B, T, d_model]`, which may be edited in place; returns what takes its
@@ -85,9 +91,15 @@ class ModelTaps:
         if not self.observers:
             self._stack_tap.remove()
 
-    def begin_pass(self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool) -> None:
+    def begin_pass(
+        self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool, cache: object | None = None
+    ) -> None:
         for observer in self.observers:
-            observer.pass_begins(tokens, mask, past, has_cache)
+            observer.pass_begins(tokens, mask, past, has_cache, cache)
+
+    def end_pass(self, cache: object | None) -> None:
+        for observer in self.observers:
+            observer.pass_ends(cache)
 
     def visit(self, layer: int, hidden: Tensor) -> Tensor | None:
         """What takes the place of `hidden`, or None if it was edited in place or not at all."""
@@ -127,7 +139,9 @@ class StackTap(MethodOverride):
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
         tokens, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if tokens is None:
-            tokens = arguments["inputs_embeds"]
+            tokens = arguments.get("inputs_embeds")
+        if tokens is None:
+            return self.original(*args, **kwargs)  # which says what is missing
         if "cu_seq_lens_q" in arguments:
             raise InvalidInputError(PACKED)
         cache = arguments.get("past_key_values")
@@ -142,8 +156,10 @@ class StackTap(MethodOverride):
         if not self._taps.running.acquire(blocking=False):
             raise InvalidInputError("two threads run this steered model at once; run one at a time")
         try:
-            self._taps.begin_pass(tokens, mask, past, cache is not None)
-            return self.original(*args, **kwargs)
+            self._taps.begin_pass(tokens, mask, past, cache is not None, cache)
+            output = self.original(*args, **kwargs)
+            self._taps.end_pass(_cache_in(output) if cache is None else cache)
+            return output
         finally:
             self._taps.running.release()
 
@@ -169,6 +185,12 @@ class LayerTap(MethodOverride):
             return with_hidden(output, edited)
         torch.ops.dspa_steering.visit(hidden, self._order, self._number, self._layer)
         return output
+
+
+def _cache_in(output: Any) -> object | None:
+    """The cache that a decoder made itself, among what it returns."""
+    values = output.values() if isinstance(output, dict) else output
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
 def _begin_pass(

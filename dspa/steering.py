@@ -6,9 +6,10 @@ A forward pass computes columns `past` to `past + T` of the batch; the first P c
                           counts become densities and the policy selects the edit lists: once per prompt.
     after output_layer    Prompt columns the policy edits, and every column from P on, go through `token_step`.
 
-In a `generate` call the prompt is what was passed to it, whatever its cache does. In a plain forward call the prompt
-is the whole input, unless a cache with columns is passed (then the call continues the last prompt) or `scoring` says
-how much of it is prompt.
+In a `generate` call the prompt is what was passed to it; of a cache that was passed with it, the columns it holds do
+not come by, so that the edit lists follow the others, and a warning says so. In a plain forward call the prompt is the
+whole input, unless a cache with columns is passed (then the call continues the last prompt, whose cache it has to be)
+or `scoring` says how much of it is prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import html
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,8 +63,10 @@ def steer(
 
     What cannot be followed is refused with one line when it is tried: continuous batching (`generate_batch`),
     classifier-free guidance, token healing, a prompt read in chunks while all of its positions are to be edited, models
-    with several residual streams, and two threads at once. Candidates of assisted decoding are edited each at its own
-    position; those that are rejected leave no trace in counters or traces. Drafts are not steered.
+    with several residual streams, adapters with virtual tokens (prompt tuning, prefix tuning), forward calls inside a
+    generate call, a `custom_generate` function that calls `generate` or repeats its cache for more rows, conversations
+    by turns with a cache each in forward calls, and two threads at once. Candidates of assisted decoding are edited
+    each at its own position; those that are rejected leave no trace in counters or traces. Drafts are not steered.
 
     Args:
         model: a transformers causal language model.
@@ -75,8 +79,8 @@ def steer(
 
     Raises:
         MismatchError: if a policy was made for another model, or policies contradict each other.
-        InvalidInputError: if the model's decoder layers cannot be found, or it cannot generate; if there is no policy
-            or a selected one is not there.
+        InvalidInputError: if the model's decoder layers cannot be found, it cannot generate, or an adapter puts virtual
+            tokens before prompts; if there is no policy or a selected one is not there.
     """
     named = isinstance(policy, Mapping)
     policies: dict[str, Policy] = dict(policy) if isinstance(policy, Mapping) else {THE_POLICY: policy}
@@ -142,11 +146,15 @@ class Steering:
         self._thread: int | None = None
         self._generating: PromptColumns | None = None
         self._generating_names: list[str | None] = []
+        self._before: list[Tensor] = []  # of each editor, its totals when the call began
         self._drafting = False
         # of the prompt, a generate call's or a forward call's, a row per row of the pass
         self._prompt: PromptColumns | None = None
         self._present = torch.zeros(0, 0)  # where the prompt has tokens, a row per prompt
+        self._lengths: Tensor | None = None  # how many of these are prompt; None for all
+        self._cache: Callable[[], object | None] | None = None  # the one it is kept in; None while that is not known
         self._names: list[str | None] = []
+        self._repeats = 1  # rows of each prompt
         self._rows: dict[str, Tensor] = {}
         self._unread: list[PromptReader] = []
         self._counted_until = 0  # columns before this one have been counted: decoding without a cache comes again
@@ -156,7 +164,6 @@ class Steering:
         self._on_trial = False
 
         self._prompts = 0
-        self._known: dict[tuple[int, int], list[int]] = {}
         self._warned_of_nonfinite = False
         if select is not _CHOOSE:
             self.select(select)
@@ -282,18 +289,21 @@ class Steering:
             InvalidInputError: if another generate call is running on this model, or no policy was selected.
         """
         if not self._running.acquire(blocking=False):
-            raise InvalidInputError("another generate call is running on this steered model; run one at a time")
+            raise InvalidInputError(
+                "another generate call is running on this steered model; run one at a time, and none inside another"
+            )
         try:
             names = self._names_of(len(present))
+            self._before = [editor.totals() for editor in self._editors]
             self._generating = self._columns(token_ids, present, names, None)
         except BaseException:
             self._running.release()
             raise
         self._thread = threading.get_ident()
         self._generating_names = names
-        self._prompt = None
+        self._prompt, self._names = None, []
         self._on_trial = False
-        self._present = present
+        self._present, self._lengths = present, None
 
     def generate_ends(self, new_tokens: int | None) -> None:
         """Called when `model.generate` has returned or raised."""
@@ -320,7 +330,9 @@ class Steering:
 
     # ------------------------------------------------------------------------------------------------------- the passes
 
-    def pass_begins(self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool) -> None:
+    def pass_begins(
+        self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool, cache: object | None
+    ) -> None:
         """Finds out which columns the pass is about to compute, and of which prompt."""
         if self._drafting:
             return
@@ -335,12 +347,19 @@ class Steering:
             if self._prompt is None:
                 self._past = int(past)
                 self._begin_prompt(self._generating.expanded_to(batch), self._generating_names)
+                self._warn_of_cached_prompt()
             else:
+                if not self._is_next_pass(width, has_cache, cache):
+                    raise InvalidInputError(
+                        "a forward call came from inside a generate call on this steered model (from a logits "
+                        "processor or a custom_generate function); call a copy of the model that is not steered"
+                    )
                 # The length of a static cache is on its device, where a look at it would wait for all that runs there.
                 self._begin_next_pass(self._end if isinstance(past, Tensor) else past)
         else:
             past = int(past)
             if past:
+                self._check_continued(cache)
                 self._begin_next_pass(past)
             else:
                 self._past = 0
@@ -348,12 +367,19 @@ class Steering:
         self._end = self._past + width
         if self._prompt is None:
             return
+        if cache is not None:
+            self._cache = weakref.ref(cache)
         if self._prompt.batch != batch:
             raise InvalidInputError(f"a pass has {batch} rows, its prompt {self._prompt.batch}; expected as many")
         generated = self._end > max(self._past, self._prompt.width)
         self._on_trial = generated and has_cache and width > 1 and self._generating is not None
         if self._recorder is not None:
             self._recorder.read(tokens if tokens.ndim == 2 else None, self._past)
+
+    def pass_ends(self, cache: object | None) -> None:
+        """Keeps in mind which cache the prompt is in, or that it is in none."""
+        if not self._drafting and self._prompt is not None:
+            self._cache = _no_cache if cache is None else weakref.ref(cache)
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Reads prompt columns after an input layer, edits columns after an output layer."""
@@ -388,13 +414,14 @@ class Steering:
             if lengths.ndim and len(lengths) != batch:
                 raise InvalidInputError(f"scoring got {len(lengths)} prompt lengths for {batch} rows; expected as many")
             lengths = lengths.expand(batch)
-        self._present = mask
+        self._present, self._lengths = mask, lengths
         self._begin_prompt(self._columns(tokens if tokens.ndim == 2 else None, mask, names, lengths), names)
 
     def _begin_prompt(self, prompt: PromptColumns, prompt_names: list[str | None]) -> None:
         """A prompt whose edit lists are not known yet."""
-        repeats = prompt.batch // max(len(prompt_names), 1)
+        repeats = self._repeats = prompt.batch // max(len(prompt_names), 1)
         self._prompt = prompt
+        self._cache = None
         self._names = [name for name in prompt_names for _ in range(repeats)]
         self._rows = {
             policy: torch.tensor([row for row, name in enumerate(self._names) if name == policy], dtype=torch.int64)
@@ -409,10 +436,36 @@ class Steering:
         for editor in self._editors:
             editor.begin(self._names)
         if self._recorder is not None:
-            self._recorder.begin(self._names, self._present.repeat_interleave(repeats, dim=0))
+            self._recorder.begin(self._names, self._present.repeat_interleave(repeats, dim=0), self._lengths)
+
+    def _is_next_pass(self, width: int, has_cache: bool, cache: object | None) -> bool:
+        """Whether a pass belongs to the running generate call: it continues its cache or, where there is none, computes
+        everything again and more."""
+        known = None if self._cache is None else self._cache()
+        if has_cache:
+            return self._cache is None or cache is None or cache is known
+        return known is None and width > self._end
+
+    def _check_continued(self, cache: object | None) -> None:
+        """Refuses to continue, outside of generate, what was not read, or not last."""
+        if self._selection is None and all(name is None for name in self._names):
+            return  # nobody is steered
+        if self._prompt is None:
+            raise InvalidInputError(
+                "a forward call continues a cache, but no prompt was read since the policy was attached; begin with a "
+                "call that passes the prompt"
+            )
+        if self._cache is not None and cache is not None and cache is not self._cache():
+            raise InvalidInputError(
+                "a forward call continues another cache than that of the last prompt, whose edit lists are the ones "
+                "that are known; finish one conversation before the next, or pass its whole text again"
+            )
 
     def _begin_next_pass(self, past: int) -> None:
-        self._counted_until = max(self._counted_until, past if self._on_trial else self._end)
+        if self._generating is None:
+            self._counted_until = past  # what was cropped from the cache is gone
+        else:
+            self._counted_until = max(self._counted_until, past if self._on_trial else self._end)
         if self._on_trial:
             self._settle(past)
         self._past = past
@@ -438,7 +491,7 @@ class Steering:
             finished = reader.columns_read == prompt.width
             if (finished or to_be_edited) and reader.counts is not None:
                 for name in names:
-                    edits = reader.select(self.policies[name], self._rows[name])
+                    edits = reader.select(self.policies[name], self._rows[name], self._repeats)
                     self._editor_of[name].take(edits, self._rows[name], prompt.batch)
             if finished:
                 self._unread.remove(reader)
@@ -539,20 +592,26 @@ class Steering:
                     stacklevel=4,
                 )
 
+    def _warn_of_cached_prompt(self) -> None:
+        """Says what the edit lists follow, if the cache of a generate call held some of its prompt."""
+        if not self._past or all(name is None for name in self._names):
+            return
+        tokens, missing = int(self._present.bool().sum()), int(self._present[:, : self._past].bool().sum())
+        warnings.warn(
+            f"{missing} of {tokens} prompt tokens are in the cache passed to generate and were not read: the edit "
+            f"lists follow the other {tokens - missing}; pass the prompt without a cache to have all of it read",
+            stacklevel=2,
+        )
+
     def _warn_of_no_edit(self, prompt: PromptColumns) -> None:
         """Says why, if the generate call that ends here has edited nothing."""
         names = {name for name in self._names if name is not None}
         if not names:
             return  # as was asked for
-        seen = edited = nonfinite = 0
-        for index, editor in enumerate(self._editors):
-            stats = editor.buffers(prompt.batch).stats
-            total = torch.stack([stats.seen.sum(), stats.edited.sum(), stats.nonfinite.sum()]).tolist()
-            known = self._known.get((index, prompt.batch), [0, 0, 0])
-            self._known[index, prompt.batch] = total
-            seen, edited, nonfinite = (
-                old + new - before for old, new, before in zip((seen, edited, nonfinite), total, known, strict=True)
-            )
+        totals = [
+            (editor.totals() - before).tolist() for editor, before in zip(self._editors, self._before, strict=True)
+        ]
+        seen, edited, nonfinite = (sum(numbers) for numbers in zip(*totals, strict=True))
         if edited:
             return
         layers = sorted({self.policies[name].output_layer for name in names})
@@ -573,3 +632,7 @@ class Steering:
                 "with every prompt, see that the SAE belongs to this layer and this model"
             )
         warnings.warn(f"steering changed nothing in this generate call: {reason}", stacklevel=4)
+
+
+def _no_cache() -> None:
+    """The cache of a prompt that is in none."""

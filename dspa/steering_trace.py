@@ -189,11 +189,17 @@ class RecordedCall:
     earlier ones, so that what was computed on trial and rejected is gone."""
 
     names: list[str | None]
-    first_position: list[int]
-    width: int
+    positions: list[list[int]]  # of each row's tokens, by column of the prompt
+    lengths: list[int]  # tokens of each row in these columns
+    prompt_tokens: list[int]  # how many of these are its prompt
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     maxima: dict[int, list[float | None]] = field(default_factory=dict)
     edits: dict[int, dict[int, dict[int, tuple[TracedEdit, ...]]]] = field(default_factory=dict)  # column, layer, row
+
+    def position(self, column: int, row: int) -> int:
+        """Of a token in its sequence, padding on either side not counted."""
+        generated = column - len(self.positions[row])
+        return self.positions[row][column] if generated < 0 else self.lengths[row] + generated
 
 
 class TraceRecorder:
@@ -202,10 +208,13 @@ class TraceRecorder:
     def __init__(self) -> None:
         self._calls: list[RecordedCall] = []
 
-    def begin(self, names: list[str | None], present: Tensor) -> None:
-        """A prompt begins: the rows' policies, and `[B, P]` nonzero where there is a token."""
-        width = present.shape[1]
-        self._calls.append(RecordedCall(names, (present.bool().sum(dim=1) - width).tolist(), width))
+    def begin(self, names: list[str | None], present: Tensor, prompt_tokens: Tensor | None) -> None:
+        """A prompt begins: the rows' policies, `[B, P]` nonzero where there is a token, and how many tokens of each row
+        are its prompt, `[B]`; None if all of them are."""
+        tokens = present.bool().cumsum(dim=1)
+        lengths = tokens[:, -1].tolist()
+        prompt = lengths if prompt_tokens is None else prompt_tokens.tolist()
+        self._calls.append(RecordedCall(names, (tokens - 1).tolist(), lengths, prompt))
 
     def read(self, token_ids: Tensor | None, past: int) -> None:
         """A pass begins, over `token_ids [B, T]` from column `past` on."""
@@ -262,9 +271,9 @@ class TraceRecorder:
             for row, name in enumerate(call.names):
                 tokens = tuple(
                     TracedToken(
-                        position=column + call.first_position[row],
+                        position=call.position(column, row),
                         token_id=call.token_ids[column][row] if column in call.token_ids else None,
-                        in_prompt=column < call.width,
+                        in_prompt=call.position(column, row) < call.prompt_tokens[row],
                         maximum=float(maxima[row]),  # type: ignore[arg-type]
                         edits=tuple(
                             edit

@@ -69,17 +69,21 @@ class PromptReader:
         self.tokens = tokens if self.tokens is None else self.tokens + tokens
         self.columns_read = end
 
-    def select(self, policy: Policy, rows: Tensor) -> EditList:
-        """A policy's edit lists for some rows, `rows [n]` int64; empty for a row without a counted token."""
+    def select(self, policy: Policy, rows: Tensor, repeats: int = 1) -> EditList:
+        """A policy's edit lists for some rows, `rows [n]` int64; empty for a row without a counted token.
+
+        A rule that does not look at the prompt may have a list for each prompt of the batch, of which there are
+        `repeats` rows each."""
         assert self.counts is not None
         assert self.tokens is not None
+        if self._sae is None:
+            edits = policy.select(self.counts[::repeats].float())
+            return edits.rows(rows.to(edits.latents.device) // repeats)
         if len(rows) < len(self.tokens):
             counts, tokens = self.counts[rows.to(self.counts.device)], self.tokens[rows.to(self.tokens.device)]
         else:
             counts, tokens = self.counts, self.tokens
         edits = policy.select(counts / tokens.clamp(min=1)[:, None])
-        if self._sae is None:  # a rule that does not look at the prompt
-            return edits
         return EditList(edits.latents, edits.signs, edits.counts * (tokens > 0).to(edits.counts.device))
 
 
@@ -89,7 +93,7 @@ class EditBuffers:
     which were captured or compiled with them serve the next prompt as well.
 
     Attributes:
-        edits: the lists, `[B, k]`; None before the first prompt.
+        edits: the lists, `[B, k]`, k that of the group's longest; None before the first prompt.
         rows: `[B]` bool, the rows this editor edits.
         alpha: one strength for all, or `[B]`.
         stats: counters of everything so far.
@@ -111,6 +115,8 @@ class TokenEditor:
         group: whose rows are edited.
         sae: the output SAE, where the layer is.
         all_rows: whether every row of every batch is edited, so that no rows have to be told apart.
+        always_launches: whether `token_step` runs also for batches without a row to edit. It does on a GPU: the step
+            may be captured in a graph just then, which will serve other batches.
     """
 
     def __init__(
@@ -128,9 +134,11 @@ class TokenEditor:
         self.group = group
         self.sae: SaeWeights = group.sae.to(device)
         self._alphas = {name: float(policies[name].alpha) for name in group.names}
+        self._longest = max(_longest_list(policies[name]) for name in group.names)
         self._backend = backend
         self._mode: StepMode | None = mode
         self.all_rows = all_rows
+        self.always_launches = device.type == "cuda"
         self._recorder = recorder
         self._buffers: dict[int, EditBuffers] = {}
         self._waiting: dict[int, TokenStats] = {}
@@ -155,6 +163,11 @@ class TokenEditor:
         """The counters of every size of batch."""
         return [buffers.stats for buffers in self._buffers.values()]
 
+    def totals(self) -> Tensor:
+        """Tokens seen, edited and not finite so far, `[3]` int64."""
+        sums = [torch.stack([s.seen.sum(), s.edited.sum(), s.nonfinite.sum()]) for s in self.all_stats()]
+        return torch.stack(sums).sum(dim=0) if sums else torch.zeros(3, dtype=torch.int64, device=self.sae.device)
+
     def begin(self, row_names: list[str | None]) -> None:
         """Another prompt: which policy each row has; nobody's edit lists are known yet."""
         buffers = self.buffers(len(row_names))
@@ -173,8 +186,7 @@ class TokenEditor:
         buffers, k = self.buffers(batch), edits.k
         lists = buffers.edits
         if lists is None or lists.k < k:
-            with outside_inference_mode():
-                lists = EditList.empty(batch, k, self.sae.device)
+            lists = self._empty_lists(batch, k)
             if buffers.edits is not None:
                 for new, old in zip(_tensors(lists), _tensors(buffers.edits), strict=True):
                     new[:, : old.shape[1]].copy_(old) if old.ndim == 2 else new.copy_(old)
@@ -199,10 +211,12 @@ class TokenEditor:
             counted: False for a column that was counted before and is computed again.
             on_trial: whether it may be rejected; then `settle` decides.
         """
-        if self._idle:
+        if self._idle and not self.always_launches:
             return
         batch = len(hidden)
         buffers = self._buffers[batch]
+        if buffers.edits is None and self._idle:
+            buffers.edits = self._empty_lists(batch, 0)
         if buffers.edits is None:
             raise InvalidInputError(f"a token was to be edited after layer {self.group.layer} before a prompt was read")
         if enabled is not None:
@@ -227,6 +241,10 @@ class TokenEditor:
             self._spare.append(stats)
         self._waiting.clear()
 
+    def _empty_lists(self, batch: int, k: int) -> EditList:
+        with outside_inference_mode():
+            return EditList.empty(batch, max(k, self._longest), self.sae.device)
+
     def _spare_stats(self, batch: int) -> TokenStats:
         while self._spare:
             stats = self._spare.pop()
@@ -236,6 +254,15 @@ class TokenEditor:
                 return stats
         with outside_inference_mode():
             return TokenStats.zeros(batch, self.sae.d_sae, self.sae.device)
+
+
+def _longest_list(policy: Policy) -> int:
+    """How long its lists can be, where it says so; 0 where it does not."""
+    edits = getattr(policy, "edits", None)
+    if isinstance(edits, EditList):
+        return edits.k
+    sides = 2 if getattr(policy, "edit", None) == "both" else 1
+    return sides * getattr(policy, "k_diff", 0)
 
 
 def _tensors(record: EditList | TokenStats) -> list[Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import BOS, PAD, left_padded, prompts, tiny_model
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from dspa.errors import InvalidInputError
 from dspa.generate_calls import observe_generate
@@ -22,8 +22,8 @@ SHORT: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
 class Ear:
     """Writes down what it hears."""
 
-    def __init__(self, refuses: bool = False) -> None:
-        self.refuses = refuses
+    def __init__(self, refuses: bool = False, fails: bool = False) -> None:
+        self.refuses, self.fails = refuses, fails
         self.heard: list[tuple[Tensor | None, Tensor] | str] = []
 
     def generate_begins(self, token_ids: Tensor | None, present: Tensor) -> None:
@@ -34,6 +34,8 @@ class Ear:
     def generate_ends(self, new_tokens: int | None) -> None:
         self.new_tokens = new_tokens
         self.heard.append("end")
+        if self.fails:
+            raise RuntimeError("on purpose")
 
     def draft_begins(self) -> None:
         self.heard.append("draft")
@@ -185,7 +187,28 @@ def test_a_later_replacement_of_generate_is_left_alone() -> None:
     handle.remove()
     assert model.generate is replacement
     model.generate(**left_padded(prompts((4,))), **SHORT)
+    model.generate(**left_padded(prompts((4,))), **SHORT, guidance_scale=1.5)  # refused only while it was observed
     assert ear.heard == []
+
+
+def test_a_later_replacement_of_a_refused_method_is_no_longer_refused() -> None:
+    model: Any = tiny_model()
+    handle = observe_generate(model, Ear())
+    refused = model.init_continuous_batching
+    with pytest.raises(InvalidInputError, match="continuous batching packs"):
+        refused()
+    handle.remove()
+    assert type(refused(continuous_batching_config=ContinuousBatchingConfig())).__name__ == "ContinuousBatchingManager"
+
+
+def test_every_observer_hears_the_end_also_when_one_raises_there() -> None:
+    model: Any = tiny_model()
+    ears = [Ear(fails=True), Ear(), Ear(fails=True)]
+    for ear in ears:
+        observe_generate(model, ear)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model.generate(**left_padded(prompts((4,))), **SHORT)
+    assert [ear.heard[-1] for ear in ears] == ["end"] * 3
 
 
 def test_a_model_without_generate_is_refused() -> None:

@@ -23,9 +23,16 @@ class Ear:
     def __init__(self, added: float = 0.0, in_place: bool = True) -> None:
         self.added, self.in_place = added, in_place
         self.heard: list[Any] = []
+        self.caches: list[tuple[object | None, object | None]] = []  # before and after each pass
 
-    def pass_begins(self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool) -> None:
+    def pass_begins(
+        self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool, cache: object | None
+    ) -> None:
         self.heard.append((tuple(tokens.shape), None if mask is None else tuple(mask.shape), int(past), has_cache))
+        self.passed = cache
+
+    def pass_ends(self, cache: object | None) -> None:
+        self.caches.append((self.passed, cache))
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         self.heard.append(layer)
@@ -103,6 +110,28 @@ def test_a_copy_has_taps_of_its_own() -> None:
     twin = copy.deepcopy(model)
     assert taps_of(decoder_stack(twin)) is not taps
     assert taps_of(decoder_stack(twin)).number != taps.number
+
+
+@pytest.mark.parametrize("as_record", [True, False])
+def test_which_cache(as_record: bool) -> None:
+    """Also where the model makes it by itself."""
+    model, ear = tiny_model("llama"), Ear()
+    tapped(model, ear, layers=set())
+    ids, own = torch.tensor(prompts((4,))), DynamicCache(config=model.config)
+    made = model(ids, return_dict=as_record)
+    model(ids, past_key_values=own)
+    model(ids, use_cache=False)
+    assert ear.caches == [(None, made.past_key_values if as_record else made[1]), (own, own), (None, None)]
+
+
+def test_a_call_without_input_gets_the_models_own_error() -> None:
+    model, messages = tiny_model("llama"), []
+    for ears in ([], [Ear()]):
+        tapped(model, *ears, layers=set())
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds") as error:
+            model(attention_mask=torch.ones(1, 3))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 def test_packed_requests_are_refused() -> None:

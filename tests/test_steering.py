@@ -51,6 +51,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -307,7 +308,9 @@ def test_a_conversation_continued_from_its_cache() -> None:
     everything = known + more
     with steer(model, policy) as steering:
         inputs = {"input_ids": torch.tensor([everything]), "past_key_values": first.past_key_values}
-        steered = generate_from(model, inputs, 8)[0, len(everything) :].tolist()
+        with pytest.warns(UserWarning, match="9 of 14 prompt tokens are in the cache .* follow the other 5") as warned:
+            steered = generate_from(model, inputs, 8)[0, len(everything) :].tolist()
+        assert len(warned) == 1
         assert steering.edits is not None
         found = (steering.edits.augmented(0), steering.edits.ablated(0))
     caught = hidden_after(model, INPUT_LAYER, lambda: model(torch.tensor([everything])))
@@ -460,24 +463,55 @@ def test_an_exception_inside_generate_spoils_nothing() -> None:
     assert generate(model, rows) == unsteered
 
 
-class NestedProcessor(LogitsProcessor):
-    """Generates while generating."""
+def test_a_warning_that_is_an_error_leaves_every_policy_free_for_the_next_call() -> None:
+    model, rows = tiny_model(), prompts((6,))
+    nothing, policy = tiny_policy(model, alpha=0.0), tiny_policy(model, seed=1)
+    expected = naive_generate(model, policy, rows, 3)
+    with steer(model, nothing), steer(model, policy):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="alpha is 0"):
+                generate(model, rows, 3)
+        with pytest.warns(UserWarning, match="alpha is 0"):
+            assert generate(model, rows, 3) == expected
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+
+class NestedProcessor(LogitsProcessor):
+    """Calls the model while it generates."""
+
+    def __init__(self, model: nn.Module, call: Callable[[Any, Tensor], Any], line: str) -> None:
+        self.model, self.call, self.line = model, call, line
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        with pytest.raises(InvalidInputError, match="one at a time"):
-            generate(self.model, prompts((3,)))
+        with pytest.raises(InvalidInputError, match=self.line):
+            self.call(self.model, input_ids)
         return scores
 
 
-def test_generate_inside_generate_is_refused_and_the_outer_one_goes_on() -> None:
+NESTED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "generate": (lambda model, ids: generate(model, prompts((3,))), "one at a time, and none inside another"),
+    "last token": (lambda model, ids: model(ids[:, -1:]), "from inside a generate call"),
+    "everything": (lambda model, ids: model(ids, use_cache=False), "from inside a generate call"),
+    "a cache of its own": (
+        lambda model, ids: model(ids, past_key_values=DynamicCache(config=model.config)),
+        "from inside a generate call",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 2}], ids=str
+)
+@pytest.mark.parametrize("nested", NESTED)
+def test_a_call_inside_generate_is_refused_and_the_outer_one_goes_on(nested: str, options: dict[str, Any]) -> None:
     model, rows = tiny_model(), prompts((6, 4))
     policy = tiny_policy(model)
-    with steer(model, policy):
-        steered = generate(model, rows, 4, logits_processor=LogitsProcessorList([NestedProcessor(model)]))
-    assert steered == naive_generate(model, policy, rows, 4)
+    with steer(model, policy) as alone:
+        expected = generate(model, rows, 4, **options)
+    with steer(model, policy) as steering:
+        processors = LogitsProcessorList([NestedProcessor(model, *NESTED[nested])])
+        assert generate(model, rows, 4, logits_processor=processors, **options) == expected
+    assert steering.summary() == alone.summary()
 
 
 # --------------------------------------------------------------------------------------- forward calls without generate
@@ -529,6 +563,52 @@ def test_a_forward_pass_continues_a_generate_call() -> None:
         logits = model(out.sequences[:, -1:], past_key_values=out.past_key_values).logits[0, -1]
     expected = naive_logits(model, policy, prompt, tokens, naive_lists(model, policy, prompt))[-1]
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_cache_filled_before_the_policy_came_cannot_be_continued() -> None:
+    model, (prompt,) = tiny_model("llama"), prompts((6,))
+    policy, ids = tiny_policy(model), torch.tensor([prompt])
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1:]
+        cache = model(ids[:, :-1]).past_key_values
+        with steer(model, {"a": policy}, select="a") as steering:
+            with pytest.raises(InvalidInputError, match="no prompt was read since the policy was attached"):
+                model(ids[:, -1:], past_key_values=cache)
+            steering.select(None)
+            torch.testing.assert_close(model(ids[:, -1:], past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("last", ["with a cache", "with a cache of its own making", "without a cache"])
+def test_conversations_by_turns_are_refused(last: str) -> None:
+    """The edit lists are those of the last prompt; they are not those of another conversation."""
+    model, (first, second) = tiny_model("llama"), prompts((6, 6))
+    policy, token = tiny_policy(model), torch.tensor([[9]])
+    expected = naive_logits(model, policy, second, [*second, 9], naive_lists(model, policy, second))[-1]
+    with steer(model, policy), torch.no_grad():
+        earlier = model(torch.tensor([first])).past_key_values
+        cache = DynamicCache(config=model.config) if last == "with a cache" else None
+        out = model(torch.tensor([second]), past_key_values=cache, use_cache=last != "without a cache")
+        with pytest.raises(InvalidInputError, match="continues another cache than that of the last prompt"):
+            model(token, past_key_values=earlier)
+        if last != "without a cache":
+            logits = model(token, past_key_values=out.past_key_values).logits[0, -1]
+            torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_cropped_cache_is_continued_and_what_follows_counts_again() -> None:
+    model, (prompt,) = tiny_model("llama"), prompts((6,))
+    policy = tiny_policy(model)
+    lists = naive_lists(model, policy, prompt)
+    answers = [[7, 8, 9], [10, 11, 12], [13, 14, 15]]
+    expected = [naive_logits(model, policy, prompt, prompt + answer, lists)[6:] for answer in answers]
+    with steer(model, policy) as steering, torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor([prompt]), past_key_values=cache)
+        for answer, logits in zip(answers, expected, strict=True):
+            found = model(torch.tensor([answer]), past_key_values=cache).logits[0]
+            torch.testing.assert_close(found, logits, rtol=1e-9, atol=1e-9)
+            cache.crop(-3)
+    assert steering.summary().tokens_seen == 1 + 9
 
 
 def test_gradients_flow_past_the_edit() -> None:
@@ -633,6 +713,23 @@ def test_static_lists(rows: int) -> None:
             more += greedily(naive_logits(model, policy, prompt, prompt + more, each)[-1:].float())
     assert steered == new
     assert all(more != old for more, old in zip(steered, generate(model, batch, 8), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "repeats"), [({"num_beams": 3}, 3), ({"num_return_sequences": 2, "do_sample": True}, 2)], ids=str
+)
+@pytest.mark.parametrize("select", [("a", "a"), ("a", None), (None, "a")], ids=str)
+def test_static_lists_follow_their_prompts(select: tuple[Any, ...], options: dict[str, Any], repeats: int) -> None:
+    """Beams and samples of a prompt have its list, also where the other prompt is not steered."""
+    model, batch = tiny_model(), prompts((6, 4))
+    lists = EditList.of([[1, 2], [20, 21]], [[3], [22]])
+    policy = StaticPolicy.with_edits(tiny_policy(model, alpha=0.8), lists)
+    with steer(model, {"a": policy}, select=select) as steering:
+        generate(model, batch, 2, **options)
+        assert steering.edits is not None
+        found = [(steering.edits.augmented(row), steering.edits.ablated(row)) for row in range(2 * repeats)]
+    each = [(lists.augmented(row), lists.ablated(row)) if select[row] else ([], []) for row in range(2)]
+    assert found == [each[0]] * repeats + [each[1]] * repeats
 
 
 class KeptListPolicy:

@@ -19,6 +19,7 @@ from tiny_models import layer_of, prompts, randomize, tiny_model, tiny_policy
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dspa.errors import InvalidInputError
 from dspa.steering import steer
 
 COUNT = 8
@@ -62,6 +63,21 @@ def test_a_model_with_an_adapter(attach_to: str, call: str, cache: dict[str, Any
         assert generate(chosen[call], rows, COUNT, **cache) == expected
     assert generate(wrapped, rows, COUNT) == unsteered
     assert unsteered not in (expected, without_adapter)
+    assert is_clean(wrapped)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_an_adapter_with_virtual_tokens_is_refused(kind: str) -> None:
+    """It puts columns before the prompt, of which `generate` does not tell; also when it comes after the policy."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    model, (prompt,) = tiny_model("llama"), prompts((6,))
+    policy, line = tiny_policy(model), rf"adapter 'default' puts virtual tokens before the prompt \({kind}\)"
+    with steer(model, policy):
+        wrapped = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        with pytest.raises(InvalidInputError, match=line):
+            wrapped.to(torch.float64).generate(input_ids=torch.tensor([prompt]), max_new_tokens=2)
+    with pytest.raises(InvalidInputError, match=line):
+        steer(wrapped, policy)
     assert is_clean(wrapped)
 
 

@@ -33,12 +33,15 @@ from tiny_models import (
 from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
+    DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
     TextStreamer,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
     pipeline,
 )
 
@@ -80,6 +83,7 @@ class Way:
         sequences: per prompt.
         caches: in which it is offered.
         batches: on how many prompts.
+        drafted: whether another model proposes tokens, of which some are accepted and some rejected.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +91,7 @@ class Way:
     sequences: int = 1
     caches: tuple[str, ...] = ("dynamic", "none", "static")
     batches: tuple[tuple[int, ...], ...] = (ONE, FOUR)
+    drafted: bool = False
 
 
 def draft(seed: int) -> dict[str, Any]:
@@ -119,10 +124,10 @@ WAYS = {
     ),
     "stopping criterion": Way({"stopping_criteria": StoppingCriteriaList([StopsAt(14)])}, caches=DYNAMIC),
     "ends of sequences": Way({"eos_token_id": list(range(20, 30))}),
-    "assisted by a draft model": Way(steered=lambda: draft(1), caches=DYNAMIC, batches=(ONE,)),
-    "assisted by a perfect draft": Way(steered=lambda: draft(0), caches=DYNAMIC, batches=(ONE,)),
+    "assisted by a draft model": Way(steered=lambda: draft(2), caches=DYNAMIC, batches=(ONE,), drafted=True),
+    "assisted by the model unsteered": Way(steered=lambda: draft(0), caches=DYNAMIC, batches=(ONE,), drafted=True),
     "speculative sampling, which the likeliest token always wins": Way(
-        {"do_sample": True, "top_k": 1}, steered=lambda: draft(1), caches=DYNAMIC, batches=(ONE,)
+        {"do_sample": True, "top_k": 1}, steered=lambda: draft(2), caches=DYNAMIC, batches=(ONE,), drafted=True
     ),
     "assisted by itself, early exit": Way(steered=lambda: {"assistant_early_exit": 3}, caches=DYNAMIC, batches=(ONE,)),
     "prompt lookup": Way(steered=lambda: {"prompt_lookup_num_tokens": 3}, caches=DYNAMIC, batches=(ONE,)),
@@ -164,8 +169,14 @@ def test_way_by_cache(way: str, cache: str, lengths: tuple[int, ...]) -> None:
         return generate(model, rows, **options, **more)
 
     expected, unsteered = run(naive, use_cache=False), run(model)
+    widths: list[int] = []
+    hook = layer_of(model, 0).register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
     with steer(model, policy, backend=BACKEND) as steering:
         steered = run(model, **CACHES[cache], **row.steered())
+    hook.remove()
+    if row.drafted:  # each pass reads what is known, and candidates; one more token than it accepts is chosen by it
+        candidates, accepted = sum(widths) - len(rows[0]) - (len(widths) - 1), COUNT - len(widths)
+        assert 0 < accepted < candidates
     assert steered == expected
     assert steered != unsteered
     assert len(steered) == len(rows) * row.sequences
@@ -427,6 +438,15 @@ def test_text(way: Callable[..., list[str]], capsys: pytest.CaptureFixture[str])
 
 # ------------------------------------------------------------------------------------------------------------- refused
 
+
+def repeating(model: Any, input_ids: Tensor, **options: Any) -> Any:
+    """A loop like that of contrastive search: it tries four tokens at once."""
+    cache = DynamicCache(config=model.config)
+    candidates = model(input_ids, past_key_values=cache).logits[0, -1].topk(4).indices[:, None]
+    cache.batch_repeat_interleave(4)
+    return model(candidates, past_key_values=cache)
+
+
 REFUSED: dict[str, tuple[Callable[[Any, list[list[int]]], Any], str]] = {
     "generate_batch": (
         lambda model, rows: model.generate_batch(rows, generation_config=GenerationConfig(max_new_tokens=2)),
@@ -443,6 +463,25 @@ REFUSED: dict[str, tuple[Callable[[Any, list[list[int]]], Any], str]] = {
     "classifier-free guidance": (
         lambda model, rows: generate(model, rows[:1], 2, guidance_scale=1.5),
         "guidance_scale is 1.5",
+    ),
+    "classifier-free guidance by a logits processor": (
+        lambda model, rows: generate(
+            model,
+            rows[:1],
+            4,
+            logits_processor=LogitsProcessorList([UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, model)]),
+        ),
+        "a forward call came from inside a generate call",
+    ),
+    "custom loop that generates": (
+        lambda model, rows: model.generate(
+            torch.tensor(rows[:1]), custom_generate=lambda model, input_ids, **options: model.generate(input_ids)
+        ),
+        "run one at a time, and none inside another",
+    ),
+    "custom loop that repeats its cache": (
+        lambda model, rows: model.generate(torch.tensor(rows[:1]), custom_generate=repeating),
+        "a pass has 4 rows, its prompt 1",
     ),
     "token healing": (
         lambda model, rows: generate(model, rows[:1], 2, token_healing=True, tokenizer=tiny_tokenizer()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from dataclasses import replace
@@ -116,6 +117,41 @@ def test_rows_calls_and_policies_are_told_apart() -> None:
     assert {edit.layer for edit in steering.summary().latents} == {2, 3}
     assert "2/" in str(steering.summary())
     assert "3/" in str(steering.summary())
+
+
+RIGHT_PADDED = {
+    "input_ids": torch.tensor([[BOS, 7, 8, 9, 10], [BOS, 11, 12, PAD, PAD]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+}
+
+
+def places(steering: Steering) -> list[list[tuple[int, bool]]]:
+    return [[(token.position, token.in_prompt) for token in row.tokens] for row in steering.trace().sequences]
+
+
+def test_positions_with_padding_on_the_right() -> None:
+    model = tiny_model("llama")
+    with steer(model, tiny_policy(model), trace=True) as steering:
+        generate_from(model, RIGHT_PADDED, 3)
+    assert places(steering) == [[(4, True), (5, False), (6, False)], [(2, True), (3, False), (4, False)]]
+
+
+def test_positions_of_prompts_and_responses_that_are_scored() -> None:
+    model = tiny_model("llama")
+    with steer(model, tiny_policy(model), trace=True) as steering, torch.no_grad(), steering.scoring([3, 2]):
+        model(**RIGHT_PADDED)
+    assert places(steering) == [[(2, True), (3, False), (4, False)], [(1, True), (2, False)]]
+
+
+def test_a_forward_call_before_does_not_hide_that_a_generate_call_edited_nothing() -> None:
+    model = tiny_model("llama")
+    with steer(model, tiny_policy(model)) as steering:
+        with torch.no_grad():
+            model(torch.tensor(prompts((6,))))
+        assert steering.summary().tokens_edited == 1
+        with pytest.warns(UserWarning, match="the prompt has no token that counts") as warned:
+            generate(model, [[BOS]], 3)
+    assert warned[0].filename == inspect.getsourcefile(generate_from)  # where generate was called
 
 
 def test_a_trace_has_to_be_asked_for() -> None:

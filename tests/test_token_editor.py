@@ -9,7 +9,7 @@ import torch
 from tiny_models import D_MODEL, tiny_model, tiny_policy
 
 from dspa.errors import InvalidInputError
-from dspa.kernels import EditList
+from dspa.kernels import EditList, token_step
 from dspa.policy_groups import editing_groups
 from dspa.token_editor import TokenEditor
 
@@ -90,6 +90,40 @@ def test_a_row_of_nobody_is_not_touched() -> None:
     before = hidden.clone()
     found.edit(hidden, 0, None, counted=True, on_trial=False)
     assert torch.equal(hidden, before)
+
+
+def test_where_graphs_are_captured_a_row_of_nobody_is_launched_and_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[int] = []
+
+    def counting(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        launches.append(len(hidden))
+        token_step(hidden, *args, **kwargs)
+
+    monkeypatch.setattr("dspa.token_editor.token_step", counting)
+    found = editor()
+    assert not found.always_launches  # on a CPU
+    found.always_launches = True
+    found.begin([None, None])
+    hidden = torch.randn(2, D_MODEL, dtype=torch.float64)
+    before = hidden.clone()
+    found.edit(hidden, 0, None, counted=True, on_trial=False)
+    assert torch.equal(hidden, before)
+    assert launches == [2]
+    assert not found.totals().any()
+
+
+def test_lists_stay_where_they_are_whichever_policy_of_the_group_comes_first() -> None:
+    model = tiny_model("llama")
+    policies = {"short": tiny_policy(model, k_diff=2), "long": tiny_policy(model, k_diff=7)}
+    (group,) = editing_groups(policies)
+    found = TokenEditor(group, policies, torch.device("cpu"), "reference", None, all_rows=False, recorder=None)
+    addresses = set()
+    for name, length in (("short", 4), ("long", 14)):
+        found.begin([name])
+        found.take(EditList.of([list(range(length))], [[]]), torch.tensor([0]), 1)
+        assert lists_of(found.buffers(1).edits, 0) == (list(range(length)), [])
+        addresses.add(found.buffers(1).edits.latents.data_ptr())  # type: ignore[union-attr]
+    assert len(addresses) == 1
 
 
 def test_an_edit_before_the_lists_are_known_is_refused() -> None:
