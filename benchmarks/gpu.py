@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dspa.bench_records import Row, Run
     from dspa.flops_report import Provenance
     from dspa.kernels import available
+    from dspa.kernels.gpu_architecture import architecture
 
     status = available()
     backends = tuple(name for name in ("triton", "cuda") if status.get(name) == "available")
@@ -109,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen.dry_run:
         steps.append(sanitize(end, "cuda" in backends))
     default = Path(tempfile.mkdtemp(prefix="dspa-dry-run-")) if chosen.dry_run else ROOT / "benchmarks" / "results"
-    written = write_report(run, ceilings, steps, failures, skipped, chosen.out or default, measured=not chosen.dry_run)
+    device = None if chosen.dry_run else architecture(torch.device("cuda"))
+    written = write_report(run, ceilings, steps, failures, skipped, chosen.out or default, architecture=device)
     print(f"report: {written}")
     failed = [step.name for step in steps if not step.passed] + [row.name for row in rows if row.failed is not None]
     print(f"failed: {', '.join(failed) or 'nothing'}; rows that raised: {len(failures)}; rows without time: {skipped}")

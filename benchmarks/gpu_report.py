@@ -43,14 +43,14 @@ def write_report(
     skipped: int,
     folder: Path,
     *,
-    measured: bool,
+    architecture: str | None,
 ) -> str:
     """Writes the files and returns what they are called, without their endings.
 
     Args:
         run, ceilings, steps, failures, skipped: what was found.
         folder: where the files go.
-        measured: False for a dry run, whose times are held against no budget.
+        architecture: of the GPU; None for a dry run, whose times are held against no budget.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / run.name
@@ -59,6 +59,7 @@ def write_report(
         "datetime": run.time,
         "commit_info": {"id": commit, "dirty": bool(changes)},
         "machine_info": {"dspa": run.machine},
+        "architecture": architecture,
         "benchmarks": [{"extra_info": row.as_json()} for row in run.rows],
         "ceilings": asdict(ceilings),
         "steps": [asdict(step) for step in steps],
@@ -66,7 +67,9 @@ def write_report(
         "rows_without_time": skipped,
     }
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
-    stem.with_suffix(".md").write_text(markdown(run, ceilings, steps, failures, skipped, measured))
+    stem.with_suffix(".md").write_text(
+        markdown(run, ceilings, steps, failures, skipped, measured=architecture is not None)
+    )
     try:
         stem.with_suffix(".png").write_bytes(roofline(run, ceilings))
     except InvalidInputError as error:  # matplotlib is not asked for
@@ -75,7 +78,7 @@ def write_report(
 
 
 def markdown(
-    run: Run, ceilings: Ceilings, steps: Sequence[Any], failures: Sequence[Failure], skipped: int, measured: bool
+    run: Run, ceilings: Ceilings, steps: Sequence[Any], failures: Sequence[Failure], skipped: int, *, measured: bool
 ) -> str:
     """Machine, steps, budgets met and missed, and every row."""
     lines = [

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from dspa.errors import BackendUnavailableError
+from dspa.kernels.backend_choice import measured_fastest
 from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
 from dspa.kernels.sae_weights import SaeWeights
 
@@ -96,14 +97,16 @@ _loaded: dict[str, Operations | BackendUnavailableError] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Adds a backend. "auto" asks those registered last first: the reference comes first and so is the last resort."""
+    """Adds a backend. "auto" asks those registered last first, unless measurements say otherwise
+    (`dspa.kernels.backend_choice`): the reference comes first and so is the last resort."""
     _backends.pop(backend.name, None)
     _backends[backend.name] = backend
     _loaded.pop(backend.name, None)
 
 
 def available() -> dict[str, str]:
-    """Every registered backend with "available", or with the reason why it is not."""
+    """Every registered backend with "available", or with the reason why it is not. Loads them all: torch.compile cannot
+    load a backend while it traces a call of it."""
     answers = {name: _try_load(name) for name in _backends}
     return {name: str(answer) if isinstance(answer, Exception) else "available" for name, answer in answers.items()}
 
@@ -126,13 +129,16 @@ def operations_for(
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if backend != "auto":
         return _named(backend, operation, operands, sae)
-    device_type = operands[0].device.type
-    for name, candidate in reversed(_backends.items()):
-        if device_type in candidate.device_types or name == "reference":
+    device = operands[0].device
+    fastest, order = measured_fastest(operation, device, sae), list(reversed(_backends))
+    if fastest in _backends:
+        order.insert(0, fastest)
+    for name in order:
+        if device.type in _backends[name].device_types or name == "reference":
             found = _try_load(name)
             if isinstance(found, Operations) and found.refuses(operation, operands, sae) is None:
                 return found
-    raise BackendUnavailableError(f"no backend serves {operation} on {device_type}; the reference is not registered")
+    raise BackendUnavailableError(f"no backend serves {operation} on {device.type}; the reference is not registered")
 
 
 def _named(name: str, operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> Operations:

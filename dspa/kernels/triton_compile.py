@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
@@ -41,7 +41,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ACTIVATIONS: tuple[Activation, ...] = ("jumprelu", "gated", "topk")  # those that are code of their own
+NORMALIZATIONS: tuple[InputNormalization, ...] = get_args(InputNormalization)
 LOW_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
+MODES = ("dense", "lazy", "lookup")
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -94,28 +97,31 @@ def every_case(architecture: str) -> Iterator[Case]:
     """Every activation, normalisation, pair of dtypes and mode at every shape of the table."""
     for shape in entries(architecture):
         for activation, normalization, subtract, hidden, weights, mode in itertools.product(
-            ("jumprelu", "gated", "topk"),
-            ("none", "constant_norm_rescale", "layer_norm"),
+            ACTIVATIONS,
+            NORMALIZATIONS,
             (False, True),
             LOW_PRECISION,
             LOW_PRECISION,
-            ("dense", "lazy", "lookup"),
+            MODES,
         ):
             yield Case(activation, normalization, subtract, hidden, weights, mode, shape)
 
 
 def spanning_cases(architecture: str) -> Iterator[Case]:
-    """Few cases. Those of all architectures together have every value of each field, and every way to multiply."""
-    bf16, f16, f32 = LOW_PRECISION
-    first, *others = entries(architecture)
-    yield Case("jumprelu", "none", False, bf16, bf16, "lazy", first)
-    yield Case("gated", "layer_norm", True, f32, bf16, "dense", first)
-    if architecture in ("sm_90", "gfx942"):
-        yield Case("topk", "constant_norm_rescale", False, f16, f16, "lookup", first)
-    else:
-        yield Case("topk", "none", False, bf16, f32, "lazy", first)
-    for shape in others:
-        yield Case("jumprelu", "none", False, bf16, bf16, "dense", shape)
+    """Every pair of dtypes at every shape of the table. The other fields take turns, so that the architectures together
+    have every pair of values of any two fields."""
+    first = sum(len(entries(earlier)) for earlier in itertools.takewhile(architecture.__ne__, TARGETS))
+    for turn, shape in enumerate(entries(architecture), first):
+        for (i, hidden), (j, weights) in itertools.product(enumerate(LOW_PRECISION), repeat=2):
+            yield Case(
+                ACTIVATIONS[(i + j + turn) % 3],
+                NORMALIZATIONS[(i + 2 * j + turn // 3) % 3],
+                (i + turn // 2) % 2 == 1,
+                hidden,
+                weights,
+                MODES[(i + turn) % 3],
+                shape,
+            )
 
 
 def launches_of(case: Case, architecture: str) -> list[Launch]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from dspa.errors import BackendUnavailableError
+from dspa.kernels import gpu_architecture
 from dspa.kernels.triton_table import INTERPRETER, Operation, Tile, tile_of
 from dspa.kernels.triton_tiles import INTERPRETED
 
@@ -36,15 +36,9 @@ def tile_for(operation: Operation, W_enc: Tensor, x_parts: int) -> Tile:
     return tile_of(operation, _architecture or architecture(W_enc.device), d_model, d_sae, in_parts)
 
 
-@cache
 def architecture(device: torch.device) -> str:
-    """The name of a device in the table: "sm_90", "gfx942", ..., or "interpreter"."""
-    if INTERPRETED.value:
-        return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    """The name of a device in the table: that of a GPU, or "interpreter"."""
+    return INTERPRETER if INTERPRETED.value else gpu_architecture.architecture(device)
 
 
 @dataclass(frozen=True)

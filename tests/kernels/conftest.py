@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import get_args
 
 import pytest
 import torch
@@ -13,13 +12,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton looks at it once, when it is imported
 
-from kernel_cases import DEVICE_TYPES, KINDS, LOW_PRECISION, Backend, distinct_modes
+from kernel_cases import DEVICE_TYPES, Backend, distinct_modes
 
 from dspa.errors import BackendUnavailableError
-from dspa.kernels import EditKind, available
+from dspa.kernels import available
 from dspa.kernels.registry import operations_for
-
-EDITS = get_args(EditKind)
 
 
 def parameters() -> list[object]:
@@ -38,31 +35,18 @@ if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INT
     import triton_interpreter
 
     triton_interpreter.speed_up()
+    triton_interpreter.shuffle_programs()
 
 
 def is_left_out(item: pytest.Item) -> bool:
-    """What the interpreter, which takes a millisecond for an operation on a block, is not made to repeat: modes that
-    are the same code, two of three pairs of dtypes of each SAE kind (each pair still meets a third of the kinds), and
-    half of what takes many calls.
-    """
+    """Modes that are the same code as another one, where kernels are interpreted: that takes seconds."""
     if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
         return False
     parameters = item.callspec.params
     backend = parameters.get("backend")
     if not isinstance(backend, Backend) or backend.name != "triton" or backend.device != "cpu":
         return False
-    if parameters.get("mode", "dense") not in distinct_modes(backend):
-        return True
-    if item.originalname == "test_a_row_depends_on_nothing_else_in_the_batch":
-        if "kind" in parameters:  # each kind in one of the two modes
-            return (KINDS.index(parameters["kind"]) + (parameters["mode"] == "lazy")) % 2 != 0
-        return int(str(parameters["batch"])) > 16
-    if "edit" in parameters and "d_sae_in" in parameters:
-        return (EDITS.index(parameters["edit"]) + bool(parameters["sign_guard"])) % 2 != 0
-    if "kind" in parameters and "hidden_dtype" in parameters and "sae_dtype" in parameters:
-        dtypes = (LOW_PRECISION.index(parameters[name]) for name in ("hidden_dtype", "sae_dtype"))
-        return (KINDS.index(parameters["kind"]) + sum(dtypes)) % 3 != 0
-    return False
+    return parameters.get("mode", "dense") not in distinct_modes(backend)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -95,3 +79,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The Triton launches that a test makes."""
+    from dspa.kernels.triton_launch import Launch
+
+    made: list[object] = []
+    original = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda launch: (made.append(launch), original(launch)))
+    return made

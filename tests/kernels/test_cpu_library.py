@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dspa.kernels.native as native
 from dspa.errors import BackendUnavailableError
-from dspa.kernels import CsrMap, EditList, SaeWeights, TokenStats, available, lookup, token_step
+from dspa.kernels import CsrMap, EditList, SaeWeights, TokenStats, available, encode_density, lookup, token_step
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step.cpu import Codes, StepScratch, counters_of
 
@@ -93,6 +93,20 @@ def test_compiles_as_one_graph(compiler: str) -> None:
     first = compiled(rows, alpha)  # the scratch of this SAE is made while compiling
     assert same_bits(first, block(rows, alpha))
     assert stats.seen.tolist() == [2, 2, 2]
+
+
+def test_density_and_lookup_compile_as_one_graph() -> None:
+    sae, A = make_sae(Kind(), 37, 64, torch.bfloat16, seed=0), small_map()
+    rows, offsets = normal(generator(1), 9, 37).bfloat16(), torch.tensor([0, 4, 9])
+
+    def select(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        counts = encode_density(hidden * 2, offsets, sae, backend="cpu")
+        return counts, lookup(counts[:, :3].float(), A, 2, 2, backend="cpu").latents + 1
+
+    for found, expected in zip(
+        torch.compile(select, fullgraph=True, backend="aot_eager")(rows), select(rows), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("capability", ["portable", "avx2"])

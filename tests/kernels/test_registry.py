@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import Kind, make_sae
 from torch import Tensor
 
 from dspa.errors import BackendUnavailableError, DspaError
-from dspa.kernels import Backend, EditList, Operations, SaeWeights, available, register_backend, registry, token_step
+from dspa.kernels import (
+    Backend,
+    EditList,
+    Operations,
+    SaeWeights,
+    available,
+    backend_choice,
+    register_backend,
+    registry,
+    token_step,
+)
 from dspa.kernels.registry import OperationName, operations_for
 
 HIDDEN = torch.zeros(1, 8)
@@ -142,6 +155,73 @@ def test_operations_are_reached_through_the_registry(monkeypatch: pytest.MonkeyP
         token_step(HIDDEN, sae, edits, 0.2)
     monkeypatch.setenv("DSPA_BACKEND", "reference")
     token_step(HIDDEN, sae, edits, 0.2)
+
+
+# ---- what was measured -----------------------------------------------------------------------------------------------
+
+MEASURED = {
+    "sm_90": {
+        "token_step": {(2304, 16384, False): "one", (4096, 131072, False): "other", (2304, 16384, True): "other"},
+        "encode_density": {(2304, 16384, False): "other"},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "architecture", "d_model", "d_sae", "topk", "expected"),
+    [
+        ("token_step", "sm_90", 2304, 16384, False, "one"),
+        ("token_step", "sm_90", 2048, 24576, False, "one"),
+        ("token_step", "sm_90", 4096, 65536, False, "other"),
+        ("token_step", "sm_90", 4096, 131072, True, "other"),
+        ("encode_density", "sm_90", 4096, 131072, True, "other"),
+        ("token_step", "sm_80", 2304, 16384, False, None),
+        ("lookup", "sm_90", 2304, 16384, False, None),
+    ],
+)
+def test_the_nearest_measured_sae_decides(
+    operation: str,
+    architecture: str,
+    d_model: int,
+    d_sae: int,
+    topk: bool,
+    expected: str | None,
+    measured: None,
+) -> None:
+    assert backend_choice._nearest(operation, architecture, d_model, d_sae, topk) == expected
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(backend_choice, "FASTEST", MEASURED)
+    monkeypatch.setattr(backend_choice, "architecture", lambda device: "sm_90")
+    backend_choice._nearest.cache_clear()
+    yield
+    backend_choice._nearest.cache_clear()
+
+
+class OnGpu:
+    """What the registry looks at, of a tensor on a GPU."""
+
+    device, dtype = torch.device("cuda", 0), torch.float32
+
+
+@pytest.mark.parametrize(("d_sae", "expected"), [(16384, "one"), (131072, "other")])
+def test_auto_asks_the_measured_fastest_first(d_sae: int, expected: str, measured: None) -> None:
+    register_backend(Backend("one", ("cuda",), lambda: operations("one")))
+    register_backend(Backend("other", ("cuda",), lambda: operations("other")))
+    numbers = torch.empty(d_sae, device="meta")
+    W_enc = torch.empty(d_sae, 2304 if d_sae == 16384 else 4096, device="meta")
+    sae = SaeWeights(W_enc=W_enc, b_enc=numbers, threshold=numbers, activation="jumprelu")
+    operands: Any = (OnGpu(),)
+
+    def asked_first(operation: OperationName, sae: SaeWeights | None) -> Any:
+        return operations_for("auto", operation, operands, sae).token_step
+
+    assert asked_first("token_step", sae).owner == expected
+    assert asked_first("lookup", None).owner == "other"
+    register_backend(Backend(expected, ("cuda",), missing))
+    assert asked_first("token_step", sae).owner == ("other" if expected == "one" else "one")
 
 
 def test_no_backend_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

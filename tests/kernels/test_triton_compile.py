@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import LOW_PRECISION
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from dspa.kernels import triton_configurations
+from dspa.kernels import triton_compile, triton_configurations
 from dspa.kernels.triton_configurations import ENCODE_DENSITY, TOKEN_STEP
-from dspa.kernels.triton_table import Tile, listed_architecture, tile_of
+from dspa.kernels.triton_table import Tile, entries, listed_architecture, tile_of
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # of a program
 FEWEST_REGISTERS = 16
@@ -44,7 +47,7 @@ def check(kernels: list[dict[str, object]], architecture: str) -> None:
 
 @pytest.fixture(scope="module")
 def spanning() -> list[dict[str, object]]:
-    """Few combinations that span all activations, normalisations, dtypes, modes and table entries."""
+    """All dtypes at all table entries; activations, normalisations and modes take turns."""
     return compiled()
 
 
@@ -57,11 +60,25 @@ def test_every_kernel_is_compiled(spanning: list[dict[str, object]]) -> None:
     assert {str(kernel["kernel"]) for kernel in spanning} == KERNELS
 
 
+def test_every_dtype_and_every_pair_of_settings_is_compiled() -> None:
+    cases = {architecture: list(triton_compile.spanning_cases(architecture)) for architecture in SHARED_MEMORY}
+    for architecture, of_architecture in cases.items():
+        dtypes = {(case.hidden, case.weights, case.shape) for case in of_architecture}
+        assert dtypes == set(itertools.product(LOW_PRECISION, LOW_PRECISION, entries(architecture)))
+    every = list(triton_compile.every_case("sm_90"))
+    for one, other in itertools.combinations([field.name for field in fields(triton_compile.Case)], 2):
+        pairs, possible = (
+            {(getattr(case, one), getattr(case, other)) for case in chosen}
+            for chosen in (itertools.chain(*cases.values()), every)
+        )
+        assert pairs >= possible, (one, other)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_every_combination_compiles_without_spills(architecture: str) -> None:
-    """About an hour each: all activations, normalisations, dtypes and modes at all table entries."""
+    """Minutes to an hour each: all activations, normalisations, dtypes and modes at all table entries."""
     found = compiled("--architecture", architecture, "--every-combination")
     assert {str(kernel["kernel"]) for kernel in found} == KERNELS
     check(found, architecture)

@@ -9,7 +9,7 @@ import torch
 from kernel_cases import Kind, dense_map, generator, integers, make_sae, normal
 from torch import Tensor
 
-from dspa.kernels import CsrMap, EditList, SaeWeights, available, encode_density, lookup
+from dspa.kernels import CsrMap, EditKind, EditList, SaeWeights, available, encode_density, lookup
 
 if available()["triton"] != "available":
     pytest.skip(f"backend triton: {available()['triton']}", allow_module_level=True)
@@ -17,12 +17,13 @@ if available()["triton"] != "available":
 from dspa.kernels.encode_density import triton as triton_density
 from dspa.kernels.lookup import triton as triton_lookup
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.triton_launch import Launch
 from dspa.kernels.triton_tiles import INTERPRETED
 
 if not INTERPRETED.value:
     pytest.skip("these tests watch the interpreter; set TRITON_INTERPRET=1", allow_module_level=True)
 
-from triton_interpreter import interleaved
+from triton_interpreter import in_sequence
 
 OFFSETS = torch.tensor([0, 5, 5, 70, 83, 90])
 
@@ -51,35 +52,37 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("kind", [Kind(), Kind("gated", "layer_norm")], ids=str)
-def test_segments_share_a_launch_in_any_order_of_programs(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [Kind(), Kind("gated", "layer_norm"), Kind("topk")], ids=str)
+def test_segments_share_launches_in_any_order_of_programs(kind: Kind, launches: list[Launch]) -> None:
     hidden, sae = density_case(kind)
-    expected = encode_density(hidden, OFFSETS, sae, backend="triton")
-    with interleaved(1, seed=0) as runner:
-        assert torch.equal(encode_density(hidden, OFFSETS, sae, backend="triton"), expected)
-    assert len(runner.launches) == 1
+    shuffled = encode_density(hidden, OFFSETS, sae, backend="triton")
+    assert len(launches) == (2 if kind.activation == "topk" else 1)
+    assert max(launch.programs for launch in launches) > 3
+    with in_sequence():
+        assert torch.equal(encode_density(hidden, OFFSETS, sae, backend="triton"), shuffled)
 
 
-def test_scores_of_topk_are_held_for_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_topk_are_held_for_some_tokens_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, launches: list[Launch]
+) -> None:
     hidden, sae = density_case(Kind("topk"))
     expected = encode_density(hidden, OFFSETS, sae, backend="reference")
     monkeypatch.setattr(triton_density, "MOST_SCORES", 64 * 150)
-    with interleaved(1, seed=0) as runner:
-        assert torch.equal(encode_density(hidden, OFFSETS, sae, backend="triton"), expected)
-    assert len(runner.launches) == 4  # two for each 64 tokens
-    z = runner.launches[0].arguments["z"]
+    assert torch.equal(encode_density(hidden, OFFSETS, sae, backend="triton"), expected)
+    assert len(launches) == 4  # two for each 64 tokens
+    z = launches[0].arguments["z"]
     assert isinstance(z, Tensor)
     assert z.shape == (64, 150)
 
 
 @pytest.mark.parametrize("edit", ["ablate", "both"])
-def test_lookup_is_one_launch_in_any_order_of_programs(edit: str) -> None:
+def test_lookup_is_one_launch_in_any_order_of_programs(edit: EditKind, launches: list[Launch]) -> None:
     density, conditional_map = lookup_case()
-    expected = lookup(density, conditional_map, 8, 20, edit, backend="reference")  # pyright: ignore[reportArgumentType]
-    with interleaved(1, seed=0) as runner:
-        found = lookup(density, conditional_map, 8, 20, edit, backend="triton")  # pyright: ignore[reportArgumentType]
-    assert len(runner.launches) == 1
-    assert same_lists(found, expected)
+    expected = lookup(density, conditional_map, 8, 20, edit, backend="reference")
+    assert same_lists(lookup(density, conditional_map, 8, 20, edit, backend="triton"), expected)
+    assert len(launches) == 1
+    with in_sequence():
+        assert same_lists(lookup(density, conditional_map, 8, 20, edit, backend="triton"), expected)
 
 
 def test_operations_pass_opcheck() -> None:
@@ -88,6 +91,17 @@ def test_operations_pass_opcheck() -> None:
     density, conditional_map = lookup_case()
     arguments = (density, *triton_lookup.map_arguments(conditional_map), 8, 3, "both", True)
     torch.library.opcheck(torch.ops.dspa_triton.lookup.default, arguments)
+
+
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk")], ids=str)
+def test_encode_density_compiles_as_one_graph(kind: Kind) -> None:
+    hidden, sae = density_case(kind)
+
+    def active(hidden: Tensor) -> Tensor:
+        return encode_density(hidden * 2, OFFSETS, sae, backend="triton") + 1
+
+    compiled = torch.compile(active, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden), active(hidden))
 
 
 def test_lookup_compiles_as_one_graph() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dspa.errors import BackendUnavailableError
 from dspa.kernels import (
+    CsrMap,
     EditKind,
     EditList,
     SaeWeights,
@@ -37,6 +38,7 @@ if available()["triton"] != "available":
     pytest.skip(f"backend triton: {available()['triton']}", allow_module_level=True)
 
 from dspa.kernels import triton_launch
+from dspa.kernels.lookup.triton import map_arguments
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.registry import operations_for
 from dspa.kernels.token_step import bytes_moved
@@ -63,6 +65,11 @@ def case(kind: Kind, dtype: torch.dtype = torch.bfloat16) -> tuple[SaeWeights, T
     return sae, rows, edits
 
 
+def prompts() -> tuple[CsrMap, Tensor]:
+    """A map to the latents of `case`, and a density for each of its rows."""
+    return dense_map(integers(generator(6), -3, 3, 30, 300).float()), torch.rand(BATCH, 30, generator=generator(7))
+
+
 def run(sae: SaeWeights, rows: Tensor, edits: EditList, mode: StepMode) -> tuple[Tensor, TokenStats]:
     hidden, stats = rows.clone(), TokenStats.zeros(len(rows), sae.d_sae)
     token_step(hidden, sae, edits, 0.2, None, stats, mode=mode, backend="triton")
@@ -82,15 +89,6 @@ def assert_clean(sae: SaeWeights, batch: int, k: int) -> None:
         assert not tensor.any()
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The launches that a test makes."""
-    made: list[Launch] = []
-    original = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda launch: (made.append(launch), original(launch)))
-    return made
-
-
 # ---- one launch ------------------------------------------------------------------------------------------------------
 
 
@@ -107,8 +105,7 @@ def test_a_token_is_one_launch(kind: Kind, mode: StepMode, launches: list[Launch
 @pytest.mark.parametrize("edit", ["ablate", "both"])
 def test_a_token_with_lookup_is_one_launch(edit: EditKind, launches: list[Launch]) -> None:
     sae, rows, _ = case(Kind())
-    conditional_map = dense_map(integers(generator(6), -3, 3, 30, 300).float())
-    density = torch.rand(BATCH, 30, generator=generator(7))
+    conditional_map, density = prompts()
     hidden = rows.clone()
     lists = token_step_with_lookup(
         hidden, sae, density, conditional_map, 0.2, k_prompt=5, k_diff=3, edit=edit, backend="triton"
@@ -316,28 +313,59 @@ def test_compiles_as_one_graph(compiler: str) -> None:
     assert same_bits(compiled(rows), rows * 2 + 1)
 
 
+def test_compiles_as_one_graph_with_the_lookup() -> None:
+    sae, rows, _ = case(Kind())
+    conditional_map, density = prompts()
+
+    def block(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden * 2
+        lists = token_step_with_lookup(
+            hidden, sae, density, conditional_map, 0.2, k_prompt=5, k_diff=3, edit="both", backend="triton"
+        )
+        return hidden + 1, lists.latents
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    (written, latents), (expected, expected_latents) = compiled(rows), block(rows)
+    assert same_bits(written, expected)
+    assert torch.equal(latents, expected_latents)
+    assert not same_bits(written, rows * 2 + 1)
+
+
+def step_arguments(sae: SaeWeights, hidden: Tensor, lists: EditList, optional: bool) -> tuple[object, ...]:
+    """The arguments of the operation, with those that may be missing or without."""
+    batch = len(hidden)
+    return (
+        hidden,
+        *encoder_arguments(sae),
+        sae.W_dec,
+        sae.decoder_rows,
+        lists.latents,
+        lists.signs,
+        lists.counts,
+        0.2,
+        torch.full((batch,), 0.2) if optional else None,
+        torch.arange(batch) % 2 == 0 if optional else None,
+        *(counters_of(TokenStats.zeros(batch, sae.d_sae)) if optional else (None,) * 7),
+        *scratch_of(sae, batch, lists.k).tensors(),
+        True,
+    )
+
+
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("kind", [Kind(), Kind("gated", "layer_norm")], ids=str)
 def test_passes_opcheck(kind: Kind, optional: bool) -> None:
     sae, rows, edits = case(kind)
-    batch = 2
-    stats = TokenStats.zeros(batch, 300)
-    arguments = (
-        rows[:batch],
-        *encoder_arguments(sae),
-        sae.W_dec,
-        sae.decoder_rows,
-        edits.latents[:batch],
-        edits.signs[:batch],
-        edits.counts[:batch],
-        0.2,
-        torch.full((batch,), 0.2) if optional else None,
-        torch.tensor([True, False]) if optional else None,
-        *(counters_of(stats) if optional else (None,) * 7),
-        *scratch_of(sae, batch, 20).tensors(),
-        True,
-    )
+    arguments = step_arguments(sae, rows[:2], edits.rows(torch.arange(2)), optional)
     torch.library.opcheck(torch.ops.dspa_triton.token_step.default, arguments)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_the_step_with_lookup_passes_opcheck(optional: bool) -> None:
+    sae, rows, _ = case(Kind("topk"))
+    conditional_map, density = prompts()
+    arguments = step_arguments(sae, rows[:2], EditList.empty(2, 6), optional)
+    prompt = (density[:2], *map_arguments(conditional_map), 5, 3, "both", False)
+    torch.library.opcheck(torch.ops.dspa_triton.token_step_with_lookup.default, (*arguments, *prompt))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

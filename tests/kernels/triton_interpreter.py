@@ -62,6 +62,45 @@ class NumpyTypes(dict[str, Any]):
         return self[name]
 
 
+class ShuffledGrid:
+    """Which program comes when: each launch runs its programs in a shuffled order, the same for as many programs."""
+
+    def __init__(self) -> None:
+        builder = interpreter.interpreter_builder
+        self._set_dim, self._set_idx = builder.set_grid_dim, builder.set_grid_idx
+        self._order: list[int] = []
+        self.shuffles = True
+
+    def set_dim(self, nx: int, ny: int, nz: int) -> None:
+        """Called by the interpreter when a launch begins."""
+        self._order = random.Random(nx).sample(range(nx), nx) if self.shuffles else list(range(nx))
+        self._set_dim(nx, ny, nz)
+
+    def set_idx(self, x: int, y: int, z: int) -> None:
+        """Called by the interpreter before each program."""
+        self._set_idx(self._order[x], y, z)
+
+
+def shuffle_programs() -> None:
+    """From now on, launches run their programs in a shuffled order, except within `in_sequence`."""
+    builder = interpreter.interpreter_builder
+    if not isinstance(getattr(builder.set_grid_dim, "__self__", None), ShuffledGrid):
+        grid = ShuffledGrid()
+        builder.set_grid_dim, builder.set_grid_idx = grid.set_dim, grid.set_idx
+
+
+@contextmanager
+def in_sequence() -> Iterator[None]:
+    """Within it, programs run in the order of their numbers."""
+    grid = interpreter.interpreter_builder.set_grid_dim.__self__
+    assert isinstance(grid, ShuffledGrid)
+    grid.shuffles = False
+    try:
+        yield
+    finally:
+        grid.shuffles = True
+
+
 def speed_up() -> None:
     """Interprets faster from now on, without checks of integers for overflow: the shapes of tests are small."""
     if not isinstance(interpreter._patch_lang, PatchOncePerLaunch):  # pyright: ignore[reportPrivateUsage]
