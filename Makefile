@@ -40,9 +40,12 @@ bench: $(READY)
 bench-compare: $(READY)
 	$(BIN)/dspa bench --base $(BASE)
 
-# Uses the Python that the GPU machine has, with torch and triton in it; nothing is installed.
+# Uses the Python that the GPU machine has, with torch and triton in it, or else that of an earlier make; nothing is
+# installed.
+GPU_PYTHON = $(shell $(PYTHON) -c 'import torch' 2>/dev/null || ! test -x $(BIN)/python && echo $(PYTHON) || echo $(BIN)/python)
+
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
+	$(GPU_PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
 sanitize: $(READY)
 	PYTHON=$(BIN)/python csrc/sanitize.sh

@@ -15,29 +15,45 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_SECONDS = 200
+RESULTS = ROOT / "benchmarks" / "results"
 BUILD_SECONDS = 120
+TEST_SECONDS = 150
 ALL_SECONDS = 520
-REAL_SHAPES = "tests/kernels/test_gpu.py"
+SECONDS_AFTER_ROWS = 90  # for the tests at small shapes and the sanitizer
+SECONDS_OF_GRACE = 20  # for a row that was begun in time
+REAL_SHAPES = ("tests/kernels/test_gpu.py", "tests/kernels/test_cuda_gpu.py")
+SMALL_SHAPES = "tests/kernels"
 SANITIZED = "tests/kernels/test_cuda_gpu.py"
+
+State = Literal["passed", "failed", "not done"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command that was run before measuring."""
+    """What was done beside measuring.
+
+    Attributes:
+        name: what.
+        state: "not done" is what there was no time or no tool for.
+        summary: its last words, or why it was not done.
+    """
 
     name: str
-    passed: bool
+    state: State
     summary: str
 
 
@@ -63,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen.dry_run and not (torch.cuda.is_available() and torch.version.cuda):
         print("make gpu: no NVIDIA GPU was found; run it on a machine with one, or make gpu DRY_RUN=1", file=sys.stderr)
         return 2
-    steps = [run_tests(True)] if chosen.dry_run else [build(), run_tests(False)]
+    steps = [real_shapes(True)] if chosen.dry_run else [build(), real_shapes(False)]
 
-    from gpu_report import Failure, write_report
+    from gpu_report import Failure, Report
     from gpu_rows import REAL, TOY, Rows
     from gpu_timing import Ceilings, Sampler
 
-    from dspa.bench_records import Row, Run
+    from dspa.bench_records import Run
     from dspa.flops_report import Provenance
     from dspa.kernels import available
     from dspa.kernels.gpu_architecture import architecture
@@ -80,94 +96,133 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"make gpu: no GPU backend is available: {status}", file=sys.stderr)
         return 1
     sampler = Sampler("cpu" if chosen.dry_run else "cuda", 3 if chosen.dry_run else chosen.rounds)
-    ceilings = Ceilings.measure(sampler)
-    rows: list[Row] = []
-    failures: list[Failure] = []
-    skipped = 0
-    for make_row in Rows(sampler, TOY if chosen.dry_run else REAL, backends).all():
-        if time.monotonic() > end:
-            skipped += 1
-            continue
-        try:
-            rows.append(make_row())
-            print(rows[-1].name, rows[-1].failed or "", flush=True)
-        except Exception as error:  # one row's trouble must not cost the others
-            failures.append(
-                Failure(len(rows), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            )
-            print(f"row failed: {failures[-1].reason}", flush=True)
-        if not chosen.dry_run:
-            torch.cuda.empty_cache()
     commit = Provenance.here().commit
     now = datetime.now(timezone.utc)
-    run = Run(
-        name=f"{now:%Y%m%d-%H%M}-{commit[:7]}-{'dry-run' if chosen.dry_run else 'gpu'}",
-        time=now.isoformat(timespec="seconds"),
-        commit=commit,
-        machine=machine(chosen.dry_run),
-        rows=tuple(rows),
+    report = Report(
+        run=Run(
+            name=f"{now:%Y%m%d-%H%M}-{commit[:7]}-{'dry-run' if chosen.dry_run else 'gpu'}",
+            time=now.isoformat(timespec="seconds"),
+            commit=commit,
+            machine=machine(chosen.dry_run),
+            rows=(),
+        ),
+        ceilings=Ceilings.measure(sampler),
+        steps=steps,
+        folder=chosen.out or (Path(tempfile.mkdtemp(prefix="dspa-dry-run-")) if chosen.dry_run else RESULTS),
+        architecture=None if chosen.dry_run else architecture(torch.device("cuda")),
     )
+    with watchdog(end + SECONDS_OF_GRACE, report):
+        for make_row in Rows(sampler, TOY if chosen.dry_run else REAL, backends).all():
+            if time.monotonic() > end - SECONDS_AFTER_ROWS:
+                report.skipped += 1
+                continue
+            try:
+                report.add(make_row())
+                print(report.run.rows[-1].name, report.run.rows[-1].failed or "", flush=True)
+            except Exception as error:  # one row's trouble must not cost the others
+                first_line = (str(error).splitlines() or [""])[0]
+                report.fail(Failure(len(report.run.rows), f"{type(error).__name__}: {first_line}"))
+                print(f"row failed: {report.failures[-1].reason}", flush=True)
+            if not chosen.dry_run:
+                torch.cuda.empty_cache()
     if not chosen.dry_run:
-        steps.append(sanitize(end, "cuda" in backends))
-    default = Path(tempfile.mkdtemp(prefix="dspa-dry-run-")) if chosen.dry_run else ROOT / "benchmarks" / "results"
-    device = None if chosen.dry_run else architecture(torch.device("cuda"))
-    written = write_report(run, ceilings, steps, failures, skipped, chosen.out or default, architecture=device)
-    print(f"report: {written}")
-    failed = [step.name for step in steps if not step.passed] + [row.name for row in rows if row.failed is not None]
-    print(f"failed: {', '.join(failed) or 'nothing'}; rows that raised: {len(failures)}; rows without time: {skipped}")
-    return 1 if failed or failures else 0
+        steps.append(sanitize("cuda" in backends, end - time.monotonic()))
+        steps.append(small_shapes(end + SECONDS_OF_GRACE - time.monotonic()))
+    print(f"report: {report.write(plot=True)}")
+    failed = [step.name for step in steps if step.state == "failed"]
+    failed += [row.name for row in report.run.rows if row.failed is not None]
+    not_done = [step.name for step in steps if step.state == "not done"]
+    print(
+        f"failed: {', '.join(failed) or 'nothing'}; rows that raised: {len(report.failures)}; "
+        f"not done: {', '.join(not_done) or 'nothing'}; rows without time: {report.skipped}"
+    )
+    return 1 if failed or report.failures else 0
+
+
+@contextlib.contextmanager
+def watchdog(end: float, report: Any) -> Iterator[None]:
+    """Within it, a row that hangs, a kernel that waits forever say, ends the whole process with the report so far."""
+
+    def stop() -> None:
+        from gpu_report import Failure
+
+        report.fail(Failure(len(report.run.rows), "not done in time: the row hangs, and ended the run"))
+        print(f"a row hangs; report: {report.write()}", flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(max(1.0, end - time.monotonic()), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def build() -> Step:
     """The CUDA extension for this GPU alone, where nvcc is."""
+    if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+        return Step("build", "not done", "there is no nvcc, and so no CUDA backend")
     command = ["env", "DSPA_CUDA=require", sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run_step("build", command, BUILD_SECONDS, optional=True)
+    return run_step("build", command, BUILD_SECONDS)
 
 
-def run_tests(dry_run: bool) -> Step:
-    """Every test marked gpu; for a dry run those at real shapes, made toy ones, which carry the mark in any case."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+def real_shapes(dry_run: bool) -> Step:
+    """The tests that are about a GPU, at real shapes; for a dry run made toy ones."""
+    command = pytest_command("-m", "gpu", *REAL_SHAPES[: 1 if dry_run else None])
     if not dry_run and importlib.util.find_spec("xdist"):
         command += ["-n", "8"]  # most of the time goes into compiling kernels, on the CPU
-    return run_step("tests", [*command, REAL_SHAPES if dry_run else "tests"], TEST_SECONDS)
+    return run_step("tests at real shapes", command, TEST_SECONDS)
 
 
-def sanitize(end: float, has_cuda: bool) -> Step:
+def small_shapes(seconds: float) -> Step:
+    """The tests of every backend, on the GPU backends, as far as there is time: each variant is compiled anew."""
+    command = pytest_command("-m", "gpu", SMALL_SHAPES, *(f"--ignore={file}" for file in REAL_SHAPES))
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "16"]
+    return run_step("tests at small shapes", command, seconds, late="not done")
+
+
+def pytest_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+def sanitize(has_cuda: bool, seconds: float) -> Step:
     """memcheck and racecheck on the small shapes, where compute-sanitizer is installed and time is left."""
-    from shutil import which
-
-    tool, left = which("compute-sanitizer"), end + 20 - time.monotonic()
-    if not has_cuda or tool is None or left < 20:
-        reason = (
-            "no CUDA backend"
-            if not has_cuda
-            else "compute-sanitizer is not installed"
-            if tool is None
-            else "no time left"
-        )
-        return Step("compute-sanitizer", True, f"not run: {reason}")
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-k", "clusters or graph", SANITIZED]
+    tool = shutil.which("compute-sanitizer")
+    if not has_cuda or tool is None:
+        reason = "compute-sanitizer is not installed" if has_cuda else "there is no CUDA backend"
+        return Step("compute-sanitizer", "not done", reason)
+    tests = pytest_command("-x", "-m", "gpu", "-k", "clusters or graph", SANITIZED)
     steps = [
-        run_step(check, [tool, "--tool", check, "--error-exitcode", "9", *tests], left / 2)
+        run_step(check, [tool, "--tool", check, "--error-exitcode", "9", *tests], seconds / 3, late="not done")
         for check in ("memcheck", "racecheck")
     ]
-    return Step("compute-sanitizer", all(step.passed for step in steps), "; ".join(step.summary for step in steps))
+    states = {step.state for step in steps}
+    state: State = "failed" if "failed" in states else "not done" if "not done" in states else "passed"
+    return Step("compute-sanitizer", state, "; ".join(step.summary for step in steps))
 
 
-def run_step(name: str, command: Sequence[str], seconds: float, *, optional: bool = False) -> Step:
-    """Runs a command in the repository; what did not end in time has not passed, unless it is optional."""
+def run_step(name: str, command: Sequence[str], seconds: float, *, late: State = "failed") -> Step:
+    """Runs a command in the repository; `late` is its state if it is stopped after so many seconds."""
+    if seconds < 5:
+        return Step(name, "not done", "no time was left")
     started = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        passed, last = done.returncode == 0, lines[-1] if lines else "no output"
-        if not passed:
-            print("\n".join(lines[-60:]), flush=True)
-    except subprocess.TimeoutExpired:
-        passed, last = False, f"not done after {seconds:.0f} s"
-    summary = f"{re.sub(r'=+', '', last).strip()} ({time.monotonic() - started:.0f} s)"
-    print(f"{name}: {summary}", flush=True)
-    return Step(name, passed or optional, summary)
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe: what the command leaves running would hold it open
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        try:
+            state: State = "passed" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            process.wait()
+            state = late
+        output.seek(0)
+        lines = output.read().strip().splitlines() or ["no output"]
+    if state == "failed":
+        print("\n".join(lines[-60:]), flush=True)
+    summary = f"{re.sub(r'=+', '', lines[-1]).strip()} ({time.monotonic() - started:.0f} s of {seconds:.0f})"
+    print(f"{name}: {state}: {summary}", flush=True)
+    return Step(name, state, summary)
 
 
 def machine(dry_run: bool) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,52 +35,65 @@ class Failure:
     reason: str
 
 
-def write_report(
-    run: Run,
-    ceilings: Ceilings,
-    steps: Sequence[Any],
-    failures: Sequence[Failure],
-    skipped: int,
-    folder: Path,
-    *,
-    architecture: str | None,
-) -> str:
-    """Writes the files and returns what they are called, without their endings.
+@dataclass
+class Report:
+    """What a run of `make gpu` has found so far; kept on disk from the first row on.
 
-    Args:
-        run, ceilings, steps, failures, skipped: what was found.
+    Attributes:
+        run: the rows, and where and when they were measured.
+        ceilings: what the GPU does at most.
+        steps: what was done beside measuring.
         folder: where the files go.
         architecture: of the GPU; None for a dry run, whose times are held against no budget.
+        failures: rows that raised an error.
+        skipped: rows that there was no time for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / run.name
-    commit, _, changes = run.commit.partition(" ")
-    record = {
-        "datetime": run.time,
-        "commit_info": {"id": commit, "dirty": bool(changes)},
-        "machine_info": {"dspa": run.machine},
-        "architecture": architecture,
-        "benchmarks": [{"extra_info": row.as_json()} for row in run.rows],
-        "ceilings": asdict(ceilings),
-        "steps": [asdict(step) for step in steps],
-        "failures": [asdict(failure) for failure in failures],
-        "rows_without_time": skipped,
-    }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
-    stem.with_suffix(".md").write_text(
-        markdown(run, ceilings, steps, failures, skipped, measured=architecture is not None)
-    )
-    try:
-        stem.with_suffix(".png").write_bytes(roofline(run, ceilings))
-    except InvalidInputError as error:  # matplotlib is not asked for
-        print(f"no plot: {error}")
-    return str(stem)
+
+    run: Run
+    ceilings: Ceilings
+    steps: list[Any]
+    folder: Path
+    architecture: str | None
+    failures: list[Failure] = field(default_factory=list[Failure])
+    skipped: int = 0
+
+    def add(self, row: Row) -> None:
+        self.run = replace(self.run, rows=(*self.run.rows, row))
+        self.write()
+
+    def fail(self, failure: Failure) -> None:
+        self.failures.append(failure)
+        self.write()
+
+    def write(self, *, plot: bool = False) -> str:
+        """Writes the files and returns what they are called, without their endings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stem = self.folder / self.run.name
+        commit, _, changes = self.run.commit.partition(" ")
+        record = {
+            "datetime": self.run.time,
+            "commit_info": {"id": commit, "dirty": bool(changes)},
+            "machine_info": {"dspa": self.run.machine},
+            "architecture": self.architecture,
+            "benchmarks": [{"extra_info": row.as_json()} for row in self.run.rows],
+            "ceilings": asdict(self.ceilings),
+            "steps": [asdict(step) for step in self.steps],
+            "failures": [asdict(failure) for failure in self.failures],
+            "rows_without_time": self.skipped,
+        }
+        stem.with_suffix(".json").write_text(json.dumps(record, indent=1))
+        stem.with_suffix(".md").write_text(markdown(self))
+        if plot:
+            try:
+                stem.with_suffix(".png").write_bytes(roofline(self.run, self.ceilings))
+            except InvalidInputError as error:  # matplotlib is not asked for
+                print(f"no plot: {error}")
+        return str(stem)
 
 
-def markdown(
-    run: Run, ceilings: Ceilings, steps: Sequence[Any], failures: Sequence[Failure], skipped: int, *, measured: bool
-) -> str:
+def markdown(report: Report) -> str:
     """Machine, steps, budgets met and missed, and every row."""
+    run, ceilings = report.run, report.ceilings
     lines = [
         "# GPU report",
         "",
@@ -92,10 +105,10 @@ def markdown(
         "otherwise.",
         "",
     ]
-    lines += [f"- {step.name}: {'passed' if step.passed else 'FAILED'}; {step.summary}" for step in steps]
-    lines += [f"- row {failure.after + 1} raised: {failure.reason}" for failure in failures]
-    lines += [f"- {skipped} rows had no time left" if skipped else "- every row was reached", ""]
-    if measured:
+    lines += [f"- {step.name}: {step.state.upper()}; {step.summary}" for step in report.steps]
+    lines += [f"- row {failure.after + 1} raised: {failure.reason}" for failure in report.failures]
+    lines += [f"- {report.skipped} rows had no time left" if report.skipped else "- every row was reached", ""]
+    if report.architecture is not None:
         lines.append(budget_table(run, ceilings).to_markdown())
     lines += [table.to_markdown() for table in run_tables(run)]
     return "\n".join(lines)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from decode_step import step_milliseconds, worst_case_policy
 from gpu_timing import Sampler
 from interleaved import Way, time_column
+from launch_shapes import LaunchShape, of_token_step
 from random_model import random_model
 from token_step_case import NEEDS_MAXIMUM, Case, PlainSae, Shape, as_delta, with_error_term
 
@@ -38,6 +40,8 @@ class Scale:
     d_sae: tuple[int, ...]
     batches: tuple[int, ...]
     top_k: int
+    launched: tuple[tuple[str, int, int], ...]
+    """Model, width and d_sae for which shapes of launches are compared."""
     tokens: tuple[int, ...]
     models: tuple[tuple[str, int, dict[str, Any]], ...]
     """Configuration, output layer, and changes to the configuration."""
@@ -50,6 +54,7 @@ REAL = Scale(
     d_sae=(16384, 65536, 131072),
     batches=(1, 4, 16, 64),
     top_k=64,
+    launched=(("Gemma-2-2B", 2304, 16384), ("Qwen3-8B", 4096, 65536)),
     tokens=(128, 1024, 8192),
     models=(("gemma-2-2b", 24, {}), ("qwen3-8b", 18, {}), ("gemma-2-9b", 39, {})),
     new_tokens=33,
@@ -69,6 +74,7 @@ TOY = Scale(
     d_sae=(256,),
     batches=(1, 2),
     top_k=8,
+    launched=(("toy", 48, 256),),
     tokens=(16,),
     models=(("gemma-2-2b", 1, TOY_MODEL),),
     new_tokens=4,
@@ -84,11 +90,15 @@ class Rows:
         sampler: how times are taken.
         scale: how large everything is.
         backends: the kernel backends to measure, each a set of columns.
+        cuda: the one of them whose launches have other shapes too.
+        library: where the operations of that one are.
     """
 
     sampler: Sampler
     scale: Scale
     backends: tuple[str, ...]
+    cuda: str = "cuda"
+    library: Any = torch.ops.dspa
 
     def all(self) -> Iterator[Callable[[], Row]]:
         """The most telling rows first: what time runs out for comes last."""
@@ -99,19 +109,24 @@ class Rows:
                     yield lambda model=model, shape=shape: self.token_step(model, shape)
             if batch == self.scale.batches[0]:
                 yield from self._other_rows()
-        for name, layer, changes in self.scale.models[:2]:
-            yield lambda name=name, layer=layer, changes=changes: self.generate(name, layer, changes, "static")
+        for model in self.scale.models[1:2]:
+            yield lambda model=model: self.generate(*model, "static")
 
     def _other_rows(self) -> Iterator[Callable[[], Row]]:
-        model, width = self.scale.widths[0]
+        first, width = self.scale.widths[0]
         for d_sae in self.scale.d_sae[:2]:
             shape = Shape(width, d_sae, torch.bfloat16, 1, self.scale.top_k)
-            yield lambda shape=shape: self.token_step(model, shape)
+            yield lambda shape=shape: self.token_step(first, shape)
         for name, other in self.scale.widths:
             for tokens in self.scale.tokens:
                 yield lambda name=name, other=other, tokens=tokens: self.encode_density(name, other, tokens)
-        for name, layer, changes in self.scale.models:
-            yield lambda name=name, layer=layer, changes=changes: self.generate(name, layer, changes, None)
+        for model in self.scale.models:
+            yield lambda model=model: self.generate(*model, None)
+        yield lambda: self.generate(*self.scale.models[0], "static")
+        if self.cuda in self.backends:
+            for name, width, d_sae in self.scale.launched:
+                shape = Shape(width, d_sae, torch.bfloat16, 1)
+                yield lambda name=name, shape=shape: self.step_launches(name, shape)
 
     # ---- token_step --------------------------------------------------------------------------------------------------
 
@@ -142,6 +157,24 @@ class Rows:
             columns += tuple(replace(column, name=f"{column.name}, warm L2") for column in warm)
             columns += tuple(self._call_column(backend, case) for backend, case in cases.items())
         return Row(row, group, columns, EAGER)
+
+    def step_launches(self, model: str, shape: Shape) -> Row:
+        """One pass over all of W_enc, launched in every way that this GPU has; none may change a bit."""
+        row = f"{model}, {shape.d_model}x{shape.d_sae}-bfloat16, one token"
+        group = "token_step by shapes of the CUDA backend's launch, GPU"
+        case, shapes = Case(shape, self.cuda, self.sampler.device), of_token_step(self.library)
+        ways = []
+        try:
+            case.check(("dense", "lazy"), (NEEDS_MAXIMUM,))
+            expected = case.step(NEEDS_MAXIMUM, "dense")
+            for launch in shapes:
+                found = launch.around(self.library, partial(case.step, NEEDS_MAXIMUM, "dense"))()
+                assert torch.equal(found, expected), f"{launch}: another result than {shapes[0]}"
+                run, restore = case.in_place(NEEDS_MAXIMUM, "dense")
+                ways.append(Way(str(launch), launch.around(self.library, run), case.sae.W_enc.nbytes, restore))
+        except AssertionError as failure:
+            return Row(row, group, (), str(shapes[0]), failed=_first_line(failure))
+        return Row(row, group, self.sampler.columns(ways, ways[0].name, cold=True), ways[0].name)
 
     def _plain_ways(self, case: Case) -> list[Way]:
         plain, hidden = PlainSae.of(case.sae), case.hidden
@@ -174,16 +207,21 @@ class Rows:
         offsets = torch.tensor([0, tokens // 5, tokens], device=device)
         ones = torch.ones(d_sae, device=device)
         sae = SaeWeights(W_enc=W_enc, b_enc=torch.zeros_like(ones), threshold=ones, activation="jumprelu")
+        runs: dict[str, Callable[[], torch.Tensor]] = {
+            backend: partial(encode_density, hidden, offsets, sae, backend=backend) for backend in self.backends
+        }
+        if self.cuda in runs and self.library.has_warpgroup_products():
+            by_warpgroups = LaunchShape(warpgroup_products=True).around(self.library, runs[self.cuda])
+            runs[f"{self.cuda}, by warpgroups"] = by_warpgroups
         ways, memory = [Way(PRODUCT, lambda: hidden @ W_enc.T)], []
-        for backend in self.backends:
+        for way, run in runs.items():
             try:
-                _check_density(hidden, offsets, sae, backend)
+                _check_density(run(), hidden, offsets, sae)
             except AssertionError as failure:
-                return Row(name, group, (), PRODUCT, failed=f"{backend}: {_first_line(failure)}")
-            run = lambda backend=backend: encode_density(hidden, offsets, sae, backend=backend)  # noqa: E731
-            ways.append(Way(backend, run))
+                return Row(name, group, (), PRODUCT, failed=f"{way}: {_first_line(failure)}")
+            ways.append(Way(way, run))
             if device == "cuda":
-                memory.append(Column(f"{backend}, peak memory", "MiB", Interval.exactly(_peak_mebibytes(run))))
+                memory.append(Column(f"{way}, peak memory", "MiB", Interval.exactly(_peak_mebibytes(run))))
         return Row(name, group, (*self.sampler.columns(ways, PRODUCT, cold=True), *memory), PRODUCT)
 
     # ---- generate ----------------------------------------------------------------------------------------------------
@@ -218,13 +256,12 @@ class Rows:
         return Row(row, "generate, GPU", tuple(columns), UNSTEERED)
 
 
-def _check_density(hidden: torch.Tensor, offsets: torch.Tensor, sae: SaeWeights, backend: str) -> None:
+def _check_density(found: torch.Tensor, hidden: torch.Tensor, offsets: torch.Tensor, sae: SaeWeights) -> None:
     """A count may differ from the exact one only by gates that rounding can flip."""
-    found = encode_density(hidden, offsets, sae, backend=backend).long()
     z = hidden.double() @ sae.W_enc.double().T
     undecided, active = (z - 1).abs() < 1e-4, z > 1
     for segment, (start, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
-        difference = (found[segment] - active[start:end].sum(0)).abs()
+        difference = (found[segment].long() - active[start:end].sum(0)).abs()
         assert (difference <= undecided[start:end].sum(0)).all(), "counts differ by more than rounding"
     assert undecided.double().mean() < 1e-3, "too many gates are undecided"
 

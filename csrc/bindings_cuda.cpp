@@ -162,8 +162,10 @@ cuda::TokenStep step_operands(const Tensor& hidden, const cpu::Sae& encoder, con
   step.stats = stats;
   step.lazy = is_lazy(mode);
   STD_TORCH_CHECK(work.has_value(), "work must be given: zeros to begin with, and the same tensor from then on");
-  const int64_t words = cuda::scratch_words(batch, step.edits.capacity);
-  step.scratch = cuda::scratch_in(reinterpret_cast<uint32_t*>(elements<int32_t>(*work, words, "work")), batch,
+  const int64_t rows = cuda::scratch_rows(work->numel(), step.edits.capacity);
+  STD_TORCH_CHECK(rows >= batch, "work must have room for every row of hidden");
+  const int64_t words = cuda::scratch_words(rows, step.edits.capacity);
+  step.scratch = cuda::scratch_in(reinterpret_cast<uint32_t*>(elements<int32_t>(*work, words, "work")), rows,
                                   step.edits.capacity);
   return step;
 }
@@ -231,15 +233,19 @@ void encode_density(Tensor hidden, Tensor offsets, Tensor W_enc, Tensor b_enc, T
   check(cuda::run_encode_density(task, plan, static_cast<char*>(memory.data_ptr()), here.stream()), "encode_density");
 }
 
-int64_t step_scratch_words(int64_t batch, int64_t capacity) { return cuda::scratch_words(batch, capacity); }
-
-void set_cuda_tuning(int64_t threads, int64_t cluster, int64_t density_bytes) {
+void set_cuda_tuning(int64_t threads, int64_t cluster, int64_t density_bytes, bool warpgroup_products,
+                     bool bulk_copies) {
   STD_TORCH_CHECK(threads >= 32 && threads <= 256 && threads % 32 == 0, "threads must be a multiple of 32 up to 256");
   STD_TORCH_CHECK(cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8, "cluster must be 1, 2, 4 or 8");
   cuda::tuning().threads = static_cast<int>(threads);
   cuda::tuning().cluster = static_cast<int>(cluster);
   cuda::tuning().density_bytes = density_bytes;
+  cuda::tuning().warpgroup_products = warpgroup_products;
+  cuda::tuning().bulk_copies = bulk_copies;
 }
+
+bool has_warpgroup_products() { return cuda::has_warpgroup_products(); }
+bool has_bulk_copies() { return cuda::has_bulk_copies(); }
 
 #ifndef DSPA_CUDA_ARCHS
 #define DSPA_CUDA_ARCHS "the CPU"
@@ -261,8 +267,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DSPA_LIBRARY, library) {
               "Tensor(e!)? seen, Tensor(f!)? edited, Tensor(g!)? nonfinite, Tensor(h!)? maximum, "
               "Tensor(i!)? maximum_sum, Tensor(j!)? maximum_known, Tensor(k!)? latent_edits, Tensor(l!) work, "
               "str step_mode) -> ()");
-  library.def("step_scratch_words(int batch, int capacity) -> int");
-  library.def("set_cuda_tuning(int threads, int cluster, int density_bytes) -> ()");
+  library.def(
+      "set_cuda_tuning(int threads, int cluster, int density_bytes, bool warpgroup_products=False, "
+      "bool bulk_copies=False) -> ()");
+  library.def("has_warpgroup_products() -> bool");
+  library.def("has_bulk_copies() -> bool");
   library.def("cuda_architectures() -> str");
 }
 
@@ -274,8 +283,9 @@ STABLE_TORCH_LIBRARY_IMPL(DSPA_LIBRARY, DSPA_DISPATCH_KEY, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DSPA_LIBRARY, CompositeExplicitAutograd, library) {
-  library.impl("step_scratch_words", TORCH_BOX(&step_scratch_words));
   library.impl("set_cuda_tuning", TORCH_BOX(&set_cuda_tuning));
+  library.impl("has_warpgroup_products", TORCH_BOX(&has_warpgroup_products));
+  library.impl("has_bulk_copies", TORCH_BOX(&has_bulk_copies));
   library.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }
 

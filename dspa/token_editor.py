@@ -175,6 +175,9 @@ class TokenEditor:
         self._idle = not any(name in self._alphas for name in row_names)
         if buffers.edits is not None:
             buffers.edits.counts.zero_()
+        elif self._idle and self.always_launches:
+            buffers.edits = self._empty_lists(len(row_names), 0)
+            self._prepare(len(row_names), buffers.edits)
         if not self.all_rows:
             buffers.rows.copy_(torch.tensor([name in self._alphas for name in row_names]))
         if isinstance(buffers.alpha, Tensor):
@@ -191,6 +194,7 @@ class TokenEditor:
                 for new, old in zip(_tensors(lists), _tensors(buffers.edits), strict=True):
                     new[:, : old.shape[1]].copy_(old) if old.ndim == 2 else new.copy_(old)
             buffers.edits = lists
+            self._prepare(batch, lists)
         if edits.batch == batch and lists.k == k:
             lists.copy_(edits)
             return
@@ -215,8 +219,6 @@ class TokenEditor:
             return
         batch = len(hidden)
         buffers = self._buffers[batch]
-        if buffers.edits is None and self._idle:
-            buffers.edits = self._empty_lists(batch, 0)
         if buffers.edits is None:
             raise InvalidInputError(f"a token was to be edited after layer {self.group.layer} before a prompt was read")
         if enabled is not None:
@@ -232,6 +234,14 @@ class TokenEditor:
         )
         if self._recorder is not None:
             self._recorder.record(column, step)
+
+    def _prepare(self, batch: int, lists: EditList) -> None:
+        """A step that edits no row: what the backend keeps between steps is made now, not in a compiled or captured
+        graph, whose memory is not for keeping."""
+        with outside_inference_mode():
+            hidden = torch.zeros(batch, self.sae.d_model, dtype=self.sae.dtype, device=self.sae.device)
+            no_row = torch.zeros(batch, dtype=torch.bool, device=self.sae.device)
+            token_step(hidden, self.sae, lists, 0.0, no_row, mode=self._mode, backend=self._backend)
 
     def settle(self, accepted: int, batch: int) -> None:
         """Counts the columns on trial before column `accepted`, and forgets the others."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import D_MODEL, tiny_model, tiny_policy
 
+from dspa import token_editor
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList, token_step
 from dspa.policy_groups import editing_groups
@@ -51,6 +52,24 @@ def test_a_longer_list_keeps_the_shorter_ones() -> None:
     found.take(EditList.of([[1]], [[]]), torch.tensor([0]), 2)
     found.take(EditList.of([[2, 3]], [[4, 5]]), torch.tensor([1]), 2)
     assert [lists_of(found.buffers(2).edits, row) for row in range(2)] == [([1], []), ([2, 3], [4, 5])]
+
+
+@pytest.mark.parametrize("names", [["a", None], [None, None]], ids=str)
+def test_what_the_backend_keeps_is_made_with_the_lists(
+    names: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a step without a row: later ones may be captured in a graph, which must not hold what is made in it."""
+    steps: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(token_editor, "token_step", lambda *arguments, **options: steps.append(arguments))
+    found = editor()
+    found.always_launches = True
+    for _ in range(2):
+        found.begin(names)
+        if names[0] is not None:
+            found.take(EditList.of([[1, 2, 3]], [[4]]), torch.tensor([0]), 2)
+    ((hidden, sae, edits, _, enabled),) = steps
+    assert (hidden.shape, sae, edits) == ((2, D_MODEL), found.sae, found.buffers(2).edits)
+    assert not enabled.any()
 
 
 def test_one_strength_is_a_number() -> None:
@@ -104,6 +123,7 @@ def test_where_graphs_are_captured_a_row_of_nobody_is_launched_and_not_touched(m
     assert not found.always_launches  # on a CPU
     found.always_launches = True
     found.begin([None, None])
+    launches.clear()
     hidden = torch.randn(2, D_MODEL, dtype=torch.float64)
     before = hidden.clone()
     found.edit(hidden, 0, None, counted=True, on_trial=False)

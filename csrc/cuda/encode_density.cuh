@@ -2,8 +2,9 @@
 // are, in registers.
 //
 // Three kernels: one encodes the inputs, one multiplies tiles (on the tensor cores where the numbers are exact in 16
-// bits, or sums of such, else with float32 additions), and for topk, whose latents compete with one another, one picks
-// the k largest scores of each token. For topk the scores of some whole tokens are held, however many tokens there are.
+// bits, or sums of such, by warps or on sm_90a by warpgroups, else with float32 additions), and for topk, whose latents
+// compete with one another, one picks the k largest scores of each token. For topk the scores of some whole tokens are
+// held, however many tokens there are.
 #pragma once
 
 #include "encoder.cuh"
@@ -63,14 +64,30 @@ __global__ void __launch_bounds__(density_threads, 2)
   if (threadIdx.x == 0) task.segment_of[token] = everywhere != 0 ? find_segment(task, row) : -1;
 }
 
+// A tile at the beginning of dynamic shared memory, which is aligned to 128 bytes whatever the tile asks for.
+constexpr int64_t shared_alignment = 128;
+
+template <class Tile>
+constexpr int64_t shared_bytes_of() {
+  return static_cast<int64_t>(sizeof(Tile)) + (alignof(Tile) > shared_alignment ? alignof(Tile) - shared_alignment : 0);
+}
+
+template <class Tile>
+__device__ __forceinline__ Tile& tile_in_shared() {
+  char* memory = ptx::dynamic_shared();
+  if constexpr (alignof(Tile) > shared_alignment)
+    memory += (alignof(Tile) - ptx::shared_address(memory) % alignof(Tile)) % alignof(Tile);
+  return *reinterpret_cast<Tile*>(memory);
+}
+
 // ---- counting a tile ------------------------------------------------------------------------------------------------
 
-// What a thread does with its part of a tile of scores: `row(i)` and `column(j)` say which tokens and latents these
-// are, and bit i of active[j] whether the latent is active there. `segments` and `counters` are shared.
-template <int kTokens, int kLatents, int kOwnLatents, class Row, class Column>
-__device__ __forceinline__ void count_tile(const EncodeDensity& task, int64_t first_latent, int own_tokens,
-                                           const uint32_t (&active)[kOwnLatents], const Row& row, const Column& column,
-                                           const int32_t* segments, uint32_t* counters) {
+// Adds a tile's active latents to the counts, segment by segment. `segments` says whose each of the tile's tokens is;
+// `add_own(segment)` adds what a thread has found of that segment to the `counters` of the tile's latents. Both arrays
+// are shared.
+template <int kTokens, int kLatents, class AddOwn>
+__device__ __forceinline__ void count_tile(const EncodeDensity& task, int64_t first_latent, const int32_t* segments,
+                                           uint32_t* counters, const AddOwn& add_own) {
   int32_t segment = -1;
   while (true) {  // over the segments of the tile: few, and they rise
     int32_t next = INT32_MAX;
@@ -80,19 +97,27 @@ __device__ __forceinline__ void count_tile(const EncodeDensity& task, int64_t fi
     segment = next;
     for (int i = static_cast<int>(threadIdx.x); i < kLatents; i += static_cast<int>(blockDim.x)) counters[i] = 0;
     __syncthreads();
-    uint32_t mine = 0;
-    for (int i = 0; i < own_tokens; ++i) mine |= static_cast<uint32_t>(segments[row(i)] == segment) << i;
-#pragma unroll
-    for (int j = 0; j < kOwnLatents; ++j) {
-      const uint32_t count = static_cast<uint32_t>(__popc(active[j] & mine));
-      if (count != 0) atomicAdd(counters + column(j), count);
-    }
+    add_own(segment);
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kLatents; i += static_cast<int>(blockDim.x))
       if (counters[i] != 0)
         atomicAdd(reinterpret_cast<uint32_t*>(task.counts) + segment * task.sae.W_enc.rows + first_latent + i,
                   counters[i]);
     __syncthreads();
+  }
+}
+
+// The own part of a thread with few tokens, `row(i)` of the tile, and few latents, `column(j)`: bit i of active[j].
+template <int kOwnLatents, class Row, class Column>
+__device__ __forceinline__ void add_columns(int own_tokens, const uint32_t (&active)[kOwnLatents], const Row& row,
+                                            const Column& column, const int32_t* segments, int32_t segment,
+                                            uint32_t* counters) {
+  uint32_t mine = 0;
+  for (int i = 0; i < own_tokens; ++i) mine |= static_cast<uint32_t>(segments[row(i)] == segment) << i;
+#pragma unroll
+  for (int j = 0; j < kOwnLatents; ++j) {
+    const uint32_t count = static_cast<uint32_t>(__popc(active[j] & mine));
+    if (count != 0) atomicAdd(counters + column(j), count);
   }
 }
 
@@ -110,7 +135,7 @@ struct MatrixTile {
 template <class Pairs, bool kTopk>
 __global__ void __launch_bounds__(density_threads, 1)
     density_matrix_kernel(const __grid_constant__ EncodeDensity task, uint32_t token_tiles) {
-  MatrixTile& tile = *reinterpret_cast<MatrixTile*>(ptx::dynamic_shared());
+  MatrixTile& tile = tile_in_shared<MatrixTile>();
   const int64_t first_token = static_cast<int64_t>(blockIdx.x % token_tiles) * MatrixTile::tokens;
   const int64_t first_latent = static_cast<int64_t>(blockIdx.x / token_tiles) * MatrixTile::latents;
   const int64_t d_sae = task.sae.W_enc.rows, d_model = task.sae.W_enc.columns;
@@ -185,8 +210,140 @@ __global__ void __launch_bounds__(density_threads, 1)
     }
   }
   if constexpr (!kTopk)
-    count_tile<MatrixTile::tokens, MatrixTile::latents>(task, first_latent, 8, active, row, column, tile.segments,
-                                                        tile.counters);
+    count_tile<MatrixTile::tokens, MatrixTile::latents>(
+        task, first_latent, tile.segments, tile.counters, [&](int32_t segment) {
+          add_columns(8, active, row, column, tile.segments, segment, tile.counters);
+        });
+}
+
+// ---- tiles by warpgroups (sm_90a) -----------------------------------------------------------------------------------
+
+// What the tensor cores are told of a matrix: rows of 64 16-bit numbers, 128 bytes, one behind the other, where piece c
+// (16 bytes) of row r lies at place c ^ r % 8. `first` is in row 0, which begins at a multiple of 1024 bytes; columns
+// before it are skipped, 16 at a time.
+__device__ __forceinline__ uint64_t swizzled_rows(const void* first) {
+  constexpr uint64_t of_eight_rows = 1024, not_used = 1, swizzle_of_128_bytes = 1;
+  const uint64_t start = ptx::shared_address(first) & 0x3ffff;
+  return start >> 4 | not_used << 16 | of_eight_rows >> 4 << 32 | swizzle_of_128_bytes << 62;
+}
+
+struct alignas(1024) WarpgroupTile {
+  static constexpr int tokens = 128, latents = 256, depth = 64, stages = 4;
+  static constexpr int copies_ahead = stages - 2;  // of the products; the stage that is left is still being multiplied
+  uint16_t a[stages][tokens][depth];               // rows whose pieces of 16 bytes are permuted: see swizzled_rows
+  uint16_t b[stages][latents][depth];
+  int32_t segments[tokens];
+  uint32_t counters[latents];
+};
+
+// The lowest four bits, a byte each.
+__device__ __forceinline__ uint32_t bytes_of_bits(uint32_t bits) { return (bits & 15u) * 0x00204081u & 0x01010101u; }
+
+// Two warpgroups share a tile, each with 64 of its tokens and all of its latents. All threads bring the next stages
+// while the tensor cores multiply.
+template <class Pairs, bool kTopk>
+__device__ __forceinline__ void count_by_warpgroups(const EncodeDensity& task, uint32_t token_tiles) {
+  WarpgroupTile& tile = tile_in_shared<WarpgroupTile>();
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x % token_tiles) * WarpgroupTile::tokens;
+  const int64_t first_latent = static_cast<int64_t>(blockIdx.x / token_tiles) * WarpgroupTile::latents;
+  const int64_t d_sae = task.sae.W_enc.rows, d_model = task.sae.W_enc.columns;
+  const auto* weights = reinterpret_cast<const uint16_t*>(task.sae.W_enc.data);
+  const int depth_steps = static_cast<int>(task.depth / WarpgroupTile::depth), steps = depth_steps * task.pieces;
+  const int thread = static_cast<int>(threadIdx.x);
+
+  // Eight threads bring a row: each one piece of 16 bytes of every 32nd row.
+  constexpr int rows_at_once = density_threads / 8;
+  const int own_row = thread / 8, own_piece = thread % 8, place = (own_piece ^ own_row % 8) * 8;
+  const auto fetch = [&](int step) {
+    const int stage = step % WarpgroupTile::stages;
+    const int64_t piece = step / depth_steps, column = step % depth_steps * WarpgroupTile::depth + own_piece * 8;
+#pragma unroll
+    for (int i = 0; i < WarpgroupTile::tokens / rows_at_once; ++i) {
+      const int row = own_row + i * rows_at_once;
+      ptx::copy_async(&tile.a[stage][row][place],
+                      task.halves + (piece * task.tokens + first_token + row) * task.depth + column, true);
+    }
+#pragma unroll
+    for (int i = 0; i < WarpgroupTile::latents / rows_at_once; ++i) {
+      const int row = own_row + i * rows_at_once;
+      const int64_t latent = first_latent + row;
+      const bool valid = latent < d_sae && column < d_model;
+      ptx::copy_async(&tile.b[stage][row][place], valid ? weights + latent * d_model + column : weights, valid);
+    }
+  };
+
+  const int group_token = warp() / 4 * 64;
+  float sums[128] = {};
+#pragma unroll
+  for (int step = 0; step < WarpgroupTile::copies_ahead; ++step) {
+    if (step < steps) fetch(step);
+    ptx::commit_copies();
+  }
+  ptx::settle(sums);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::wait_for_copies<WarpgroupTile::copies_ahead - 1>();
+    ptx::show_to_tensor_cores();
+    __syncthreads();  // everybody's copies are there, and everybody's products but those of the last step are done
+    const int stage = step % WarpgroupTile::stages;
+    ptx::begin_products();
+#pragma unroll
+    for (int k = 0; k < WarpgroupTile::depth; k += 16)
+      ptx::multiply_add(Pairs{}, sums, swizzled_rows(&tile.a[stage][group_token][k]),
+                        swizzled_rows(&tile.b[stage][0][k]));
+    ptx::commit_products();
+    if (step + WarpgroupTile::copies_ahead < steps) fetch(step + WarpgroupTile::copies_ahead);
+    ptx::commit_copies();
+    ptx::wait_for_products<1>();
+  }
+  ptx::wait_for_products<0>();
+  ptx::settle(sums);
+
+  if (thread < WarpgroupTile::tokens) tile.segments[thread] = task.segment_of[first_token + thread];
+  __syncthreads();
+  // A thread has two tokens and 64 latents, of which those that the lanes l, l + 4, l + 8, ... have are the same.
+  const auto row = [&](int i) { return group_token + warp() % 4 * 16 + lane() / 4 + 8 * i; };
+  const auto column = [&](int j) { return j / 2 * 8 + lane() % 4 * 2 + j % 2; };
+  uint32_t active[2][2] = {};  // of each token, a bit for each latent
+#pragma unroll
+  for (int j = 0; j < 64; ++j) {
+    const int64_t latent = first_latent + column(j);
+    if (latent >= d_sae) continue;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float value = score_of(task.sae, latent, sums[j / 2 * 4 + i * 2 + j % 2]).value;
+      if constexpr (kTopk)
+        task.scores[(first_token + row(i)) * d_sae + latent] = value;
+      else
+        active[i][j / 32] |= static_cast<uint32_t>(value > 0.0f) << j % 32;
+    }
+  }
+  if constexpr (!kTopk)
+    count_tile<WarpgroupTile::tokens, WarpgroupTile::latents>(
+        task, first_latent, tile.segments, tile.counters, [&](int32_t segment) {
+          const bool mine[2] = {tile.segments[row(0)] == segment, tile.segments[row(1)] == segment};
+#pragma unroll
+          for (int j = 0; j < 64; j += 4) {  // four latents at a time, a byte each: a warp has 16 tokens
+            uint32_t found = 0;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+              if (mine[i]) found += bytes_of_bits(active[i][j / 32] >> j % 32);
+#pragma unroll
+            for (int offset = 4; offset < 32; offset *= 2) found += __shfl_xor_sync(all_lanes, found, offset);
+            if (j / 4 % 8 != lane() / 4) continue;  // all of these lanes have the sum; one adds it
+#pragma unroll
+            for (int byte = 0; byte < 4; ++byte)
+              if ((found >> 8 * byte & 255u) != 0)
+                atomicAdd(tile.counters + column(j + byte), found >> 8 * byte & 255u);
+          }
+        });
+}
+
+// In code for other GPUs than sm_90a the kernel is empty and takes blocks of one warp, by which the launcher knows.
+template <class Pairs, bool kTopk>
+__global__ void __launch_bounds__(ptx::has_warpgroup_products ? density_threads : 32, 1)
+    density_warpgroup_kernel(const __grid_constant__ EncodeDensity task, uint32_t token_tiles) {
+  if constexpr (ptx::has_warpgroup_products) count_by_warpgroups<Pairs, kTopk>(task, token_tiles);
 }
 
 // ---- tiles in float32 -----------------------------------------------------------------------------------------------
@@ -202,7 +359,7 @@ struct NumberTile {
 template <class Weights, bool kTopk>
 __global__ void __launch_bounds__(density_threads, 2)
     density_number_kernel(const __grid_constant__ EncodeDensity task, uint32_t token_tiles) {
-  NumberTile& tile = *reinterpret_cast<NumberTile*>(ptx::dynamic_shared());
+  NumberTile& tile = tile_in_shared<NumberTile>();
   const int64_t first_token = static_cast<int64_t>(blockIdx.x % token_tiles) * NumberTile::tokens;
   const int64_t first_latent = static_cast<int64_t>(blockIdx.x / token_tiles) * NumberTile::latents;
   const int64_t d_sae = task.sae.W_enc.rows, d_model = task.sae.W_enc.columns;
@@ -236,24 +393,27 @@ __global__ void __launch_bounds__(density_threads, 2)
 
   if (thread < NumberTile::tokens) tile.segments[thread] = task.segment_of[first_token + thread];
   __syncthreads();
+  const auto row = [&](int i) { return own_token + i; };
+  const auto column = [&](int j) { return own_latent + j; };
   uint32_t active[4] = {};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int64_t latent = first_latent + own_latent + j;
+    const int64_t latent = first_latent + column(j);
     if (latent >= d_sae) continue;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float value = score_of(task.sae, latent, sums[i][j]).value;
       if constexpr (kTopk)
-        task.scores[(first_token + own_token + i) * d_sae + latent] = value;
+        task.scores[(first_token + row(i)) * d_sae + latent] = value;
       else
         active[j] |= static_cast<uint32_t>(value > 0.0f) << i;
     }
   }
   if constexpr (!kTopk)
     count_tile<NumberTile::tokens, NumberTile::latents>(
-        task, first_latent, 4, active, [&](int i) { return own_token + i; }, [&](int j) { return own_latent + j; },
-        tile.segments, tile.counters);
+        task, first_latent, tile.segments, tile.counters, [&](int32_t segment) {
+          add_columns(4, active, row, column, tile.segments, segment, tile.counters);
+        });
 }
 
 // ---- topk -----------------------------------------------------------------------------------------------------------

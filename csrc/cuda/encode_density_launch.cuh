@@ -20,10 +20,16 @@ inline int pieces_of(const StridedMatrix& hidden, const Sae& sae) {
   return sae.W_enc.dtype == Dtype::bfloat16 ? 3 : 0;
 }
 
+bool has_warpgroup_products() {
+  const auto kernel = &density_warpgroup_kernel<ptx::Bfloat16Pairs, false>;
+  return takes_blocks_of(reinterpret_cast<const void*>(kernel), density_threads);
+}
+
 DensityPlan plan_density(const StridedMatrix& hidden, const Sae& sae) {
   DensityPlan plan;
-  plan.depth = round_up(sae.W_enc.columns, depth_step);
   plan.pieces = pieces_of(hidden, sae);
+  plan.by_warpgroups = tuning().warpgroup_products && plan.pieces > 0 && has_warpgroup_products();
+  plan.depth = round_up(sae.W_enc.columns, plan.by_warpgroups ? WarpgroupTile::depth : depth_step);
   const int64_t input_bytes = plan.depth * (plan.pieces == 0 ? 4 : 2 * plan.pieces);
   const int64_t score_bytes = sae.activation == Activation::topk ? 4 * sae.W_enc.rows : 0;
   const int64_t fitting = tuning().density_bytes / std::max(input_bytes, score_bytes) / tile_tokens * tile_tokens;
@@ -34,7 +40,7 @@ DensityPlan plan_density(const StridedMatrix& hidden, const Sae& sae) {
 
 template <class Tile, class Kernel>
 cudaError_t launch_tiles(Kernel kernel, const EncodeDensity& task, int64_t tokens, cudaStream_t stream) {
-  constexpr int64_t shared = sizeof(Tile);
+  constexpr int64_t shared = shared_bytes_of<Tile>();
   Room room;
   const cudaError_t error = room_for(reinterpret_cast<const void*>(kernel), density_threads, shared, room);
   if (error != cudaSuccess) return error;
@@ -45,13 +51,19 @@ cudaError_t launch_tiles(Kernel kernel, const EncodeDensity& task, int64_t token
                 task, static_cast<uint32_t>(token_tiles));
 }
 
+template <class Pairs, bool kTopk>
+cudaError_t launch_matrix(const EncodeDensity& task, bool by_warpgroups, int64_t tokens, cudaStream_t stream) {
+  if (by_warpgroups)
+    return launch_tiles<WarpgroupTile>(&density_warpgroup_kernel<Pairs, kTopk>, task, tokens, stream);
+  return launch_tiles<MatrixTile>(&density_matrix_kernel<Pairs, kTopk>, task, tokens, stream);
+}
+
 template <bool kTopk>
-cudaError_t launch_products(const EncodeDensity& task, int64_t tokens, cudaStream_t stream) {
+cudaError_t launch_products(const EncodeDensity& task, bool by_warpgroups, int64_t tokens, cudaStream_t stream) {
   const Dtype dtype = task.sae.W_enc.dtype;
   if (task.pieces > 0 && dtype == Dtype::bfloat16)
-    return launch_tiles<MatrixTile>(&density_matrix_kernel<ptx::Bfloat16Pairs, kTopk>, task, tokens, stream);
-  if (task.pieces > 0)
-    return launch_tiles<MatrixTile>(&density_matrix_kernel<ptx::Float16Pairs, kTopk>, task, tokens, stream);
+    return launch_matrix<ptx::Bfloat16Pairs, kTopk>(task, by_warpgroups, tokens, stream);
+  if (task.pieces > 0) return launch_matrix<ptx::Float16Pairs, kTopk>(task, by_warpgroups, tokens, stream);
   if (dtype == Dtype::bfloat16)
     return launch_tiles<NumberTile>(&density_number_kernel<Bfloat16, kTopk>, task, tokens, stream);
   if (dtype == Dtype::float16)
@@ -76,7 +88,8 @@ inline cudaError_t encode_density(EncodeDensity task, const DensityPlan& plan, c
     cudaError_t error = launch(&density_inputs_kernel, blocks, density_threads,
                                static_cast<int64_t>(most_warps * sizeof(double)), 1, stream, task);
     if (error == cudaSuccess)
-      error = topk ? launch_products<true>(task, tokens, stream) : launch_products<false>(task, tokens, stream);
+      error = topk ? launch_products<true>(task, plan.by_warpgroups, tokens, stream)
+                   : launch_products<false>(task, plan.by_warpgroups, tokens, stream);
     if (error == cudaSuccess && topk)
       error = launch(&density_topk_kernel, blocks, density_threads, static_cast<int64_t>(sizeof(SelectionBuffer)), 1,
                      stream, task);

@@ -31,6 +31,13 @@ inline cudaError_t shared_limit_of(int device, int64_t& limit) {
   return error;
 }
 
+// Whether what the current device runs of a kernel takes blocks of so many threads. A kernel that only some GPUs can
+// run is empty elsewhere, and takes smaller ones.
+inline bool takes_blocks_of(const void* kernel, int threads) {
+  cudaFuncAttributes attributes = {};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.maxThreadsPerBlock >= threads;
+}
+
 // Asked once for every kernel, device and size; the answer stays.
 inline cudaError_t room_for(const void* kernel, int threads, int64_t shared, Room& room) {
   struct Entry {

@@ -41,10 +41,12 @@ struct Scratch {
   float* score = nullptr;             // of each listed latent, NaN for a row that is not finite
 };
 
-// A row has three words for the tile that may begin with it, and two of its own.
-inline int64_t scratch_words(int64_t batch, int64_t capacity) { return 2 + 5 * batch + 2 * batch * capacity; }
+// A row has three words for the tile that may begin with it, and two of its own. Scratch for more rows than a batch has
+// serves it as well.
+inline int64_t scratch_words(int64_t rows, int64_t capacity) { return 2 + 5 * rows + 2 * rows * capacity; }
+inline int64_t scratch_rows(int64_t words, int64_t capacity) { return (words - 2) / (5 + 2 * capacity); }
 
-inline Scratch scratch_in(uint32_t* words, int64_t batch, int64_t capacity) {
+inline Scratch scratch_in(uint32_t* words, int64_t rows, int64_t capacity) {
   Scratch scratch;
   const auto take = [&](int64_t count) {
     uint32_t* taken = words;
@@ -53,13 +55,13 @@ inline Scratch scratch_in(uint32_t* words, int64_t batch, int64_t capacity) {
   };
   scratch.ticket = take(1);
   scratch.tiles_done = take(1);
-  scratch.clusters_done = take(batch);
-  scratch.lists_taken = take(batch);
-  scratch.lists_done = take(batch);
-  scratch.settled = take(batch);
-  scratch.maximum = take(batch);
-  scratch.rank = take(batch * capacity);
-  scratch.score = reinterpret_cast<float*>(take(batch * capacity));
+  scratch.clusters_done = take(rows);
+  scratch.lists_taken = take(rows);
+  scratch.lists_done = take(rows);
+  scratch.settled = take(rows);
+  scratch.maximum = take(rows);
+  scratch.rank = take(rows * capacity);
+  scratch.score = reinterpret_cast<float*>(take(rows * capacity));
   return scratch;
 }
 
@@ -77,7 +79,7 @@ struct TokenStep {
   Scratch scratch;
   uint32_t tiles = 1;
   uint32_t clusters_per_tile = 1;
-  uint32_t ring_stages = 0;  // 0 for no ring
+  uint32_t ring_stages = 0;  // where the copy engine brings W_enc
 };
 
 // One launch. The scratch must be zero, and is again when the kernel is done: no other step may use it meanwhile.
@@ -107,6 +109,7 @@ struct DensityPlan {
   int64_t tokens = 0;
   int64_t depth = 0;
   int pieces = 0;
+  bool by_warpgroups = false;
   int64_t bytes = 0;
 };
 
@@ -124,9 +127,15 @@ struct Tuning {
   // Of inputs, or for topk of scores, that encode_density holds: about what the second-level cache of a large device
   // has room for.
   int64_t density_bytes = int64_t{64} << 20;
+  // Both take effect where the current device has what they name. Not measured yet.
+  bool warpgroup_products = false;  // encode_density multiplies by warpgroups
+  bool bulk_copies = false;         // the copy engine brings W_enc to token_step for a batch of one
 };
 
 Tuning& tuning();
+
+bool has_warpgroup_products();  // the current device, in code for sm_90a
+bool has_bulk_copies();         // in code for sm_90 or later
 
 const char* error_text(int error);
 

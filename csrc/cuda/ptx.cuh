@@ -229,6 +229,89 @@ __device__ __forceinline__ void multiply_add(Float16Pairs, float (&sums)[4], con
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// ---- products of warpgroups (sm_90a alone) --------------------------------------------------------------------------
+
+// The tensor cores read both matrices from shared memory while the warpgroup, 128 neighbouring threads, goes on. They
+// reach shared memory in another way than copies and stores do (the "async proxy"): what was written there has to be
+// shown to them.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr bool has_warpgroup_products = true;
+
+// What this thread has written to shared memory, or copied there and waited for, may be read by the tensor cores once
+// the readers have met this thread at a barrier.
+__device__ __forceinline__ void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The instruction, with its 128 sums as operands.
+#define DSPA_EIGHT(sums, i)                                                                                            \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]),        \
+      "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define DSPA_THIRTY_TWO(sums, i)                                                                                       \
+  DSPA_EIGHT(sums, i), DSPA_EIGHT(sums, i + 8), DSPA_EIGHT(sums, i + 16), DSPA_EIGHT(sums, i + 24)
+#define DSPA_ALL(sums)                                                                                                 \
+  DSPA_THIRTY_TWO(sums, 0), DSPA_THIRTY_TWO(sums, 32), DSPA_THIRTY_TWO(sums, 64), DSPA_THIRTY_TWO(sums, 96)
+#define DSPA_MULTIPLY_ADD(type, sums, a, b)                                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {"                                       \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                      \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                      \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                      \
+               "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                      \
+               "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                      \
+               "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "          \
+               "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"        \
+               "}, %128, %129, 1, 1, 1, 0, 0;"                                                                         \
+               : DSPA_ALL(sums)                                                                                        \
+               : "l"(a), "l"(b)                                                                                        \
+               : "memory")
+
+// Nothing that reads or writes the sums is moved past this.
+__device__ __forceinline__ void settle(float (&sums)[128]) { asm volatile("" : DSPA_ALL(sums)::"memory"); }
+
+// Before the first product, and before every one whose sums were looked at or changed since the last.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// sums[64, 256] += a[64, 16] * b[256, 16]^T in the background; a and b are PTX's descriptors of matrices in shared
+// memory. Thread t of the warpgroup has rows t / 32 * 16 + t % 32 / 4 + 8 i and columns 8 j + t % 4 * 2 + c, in
+// sums[4 j + 2 i + c].
+__device__ __forceinline__ void multiply_add(Bfloat16Pairs, float (&sums)[128], uint64_t a, uint64_t b) {
+  DSPA_MULTIPLY_ADD("bf16", sums, a, b);
+}
+
+__device__ __forceinline__ void multiply_add(Float16Pairs, float (&sums)[128], uint64_t a, uint64_t b) {
+  DSPA_MULTIPLY_ADD("f16", sums, a, b);
+}
+
+#undef DSPA_MULTIPLY_ADD
+#undef DSPA_ALL
+#undef DSPA_THIRTY_TWO
+#undef DSPA_EIGHT
+
+// Makes a group of the products since the last.
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most `kPending` of the warpgroup's latest groups of products are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#else
+
+constexpr bool has_warpgroup_products = false;
+
+__device__ __forceinline__ void show_to_tensor_cores() {}
+__device__ __forceinline__ void settle(float (&)[128]) {}
+__device__ __forceinline__ void begin_products() {}
+template <class Pairs>
+__device__ __forceinline__ void multiply_add(Pairs, float (&)[128], uint64_t, uint64_t) {}
+__device__ __forceinline__ void commit_products() {}
+template <int kPending>
+__device__ __forceinline__ void wait_for_products() {}
+
+#endif
+
 }  // namespace dspa::cuda::ptx
 
 #endif

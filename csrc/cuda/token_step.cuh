@@ -23,16 +23,9 @@ namespace dspa::cuda {
 constexpr int most_threads = 256;
 constexpr int most_inputs = 8;       // rows of the batch in a tile
 constexpr int most_stages = 4;       // of a ring of rows of W_enc
+constexpr int ring_alignment = 128;
 constexpr int unaligned_inputs = 4;  // of weights that cannot be loaded 16 bytes at a time
 constexpr uint32_t not_finite = 0x7fffffffu;  // bits of a NaN: the score where the pre-activation is not finite
-
-// Whether, on sm_90 and later, the copy engine brings W_enc for a batch of one. To be measured: on a GPU, build with
-// DSPA_CUDA_FLAGS=-DDSPA_BULK_COPIES.
-#ifdef DSPA_BULK_COPIES
-constexpr bool bulk_copies = true;
-#else
-constexpr bool bulk_copies = false;
-#endif
 
 // At the beginning of a block's shared memory; the arrays whose length only the launch knows lie behind it.
 struct SharedHeader {
@@ -67,8 +60,11 @@ struct Listed {
   __device__ __forceinline__ bool vanishes(float alpha, float bound) const { return reach <= alpha * bound; }
 };
 
-template <class Weights, int kInputs, bool kAligned>
+// kRing: the copy engine brings W_enc, for a batch of one; else all threads load it.
+template <class Weights, int kInputs, bool kAligned, bool kRing>
 class TokenStepBlock {
+  static_assert(!kRing || (kInputs == 1 && kAligned));
+
  public:
   __device__ __forceinline__ explicit TokenStepBlock(const TokenStep& step)
       : step_(step),
@@ -103,7 +99,6 @@ class TokenStepBlock {
   // Rows of W_enc that a warp reads at a time.
   static constexpr int rows_at_once = kInputs == 8 ? 4 : loads_in_flight;
   static constexpr int lanes_per_value = 32 / (rows_at_once * kInputs);
-  static constexpr bool may_have_ring = bulk_copies && ptx::has_bulk_copies && kInputs == 1 && kAligned;
 
   // ---- what belongs to what -----------------------------------------------------------------------------------------
 
@@ -319,7 +314,7 @@ class TokenStepBlock {
     const int64_t begin = sae_.W_enc.rows * share_ / shares, end = sae_.W_enc.rows * (share_ + 1) / shares;
     float largest = 0.0f;
     int slot = 0;
-    if (may_have_ring && step_.ring_stages > 0) {
+    if constexpr (kRing) {
       largest = pass_through_ring(begin, end);
     } else {
       slot = own_value() % kInputs;
@@ -363,7 +358,7 @@ class TokenStepBlock {
     const int64_t row_bytes = d_model_ * static_cast<int64_t>(sizeof(typename Weights::Storage));
     const int64_t rounds = (end - begin + warps() - 1) / warps();
     char* ring = reinterpret_cast<char*>(listed_array(4, 0));
-    ring += (128 - (ring - ptx::dynamic_shared()) % 128) % 128;
+    ring += (ring_alignment - (ring - ptx::dynamic_shared()) % ring_alignment) % ring_alignment;
     const auto fetch = [&](int64_t round) {
       const uint32_t stage = static_cast<uint32_t>(round % stages);
       const int64_t first = begin + round * warps(), left = end - first;
@@ -592,7 +587,14 @@ class TokenStepBlock {
 template <class Weights, int kInputs, bool kAligned>
 __global__ void __launch_bounds__(most_threads, kInputs == 1 ? 2 : 1)
     token_step_kernel(const __grid_constant__ TokenStep step) {
-  TokenStepBlock<Weights, kInputs, kAligned>(step).run();
+  TokenStepBlock<Weights, kInputs, kAligned, false>(step).run();
+}
+
+// In code for GPUs before sm_90 the kernel is empty and takes blocks of one warp, by which the launcher knows.
+template <class Weights>
+__global__ void __launch_bounds__(ptx::has_bulk_copies ? most_threads : 32, ptx::has_bulk_copies ? 2 : 1)
+    token_step_ring_kernel(const __grid_constant__ TokenStep step) {
+  if constexpr (ptx::has_bulk_copies) TokenStepBlock<Weights, 1, true, true>(step).run();
 }
 
 }  // namespace dspa::cuda

@@ -8,23 +8,19 @@
 
 namespace dspa::cuda {
 
-template <class Weights, int kInputs, bool kAligned>
-cudaError_t launch_token_step(TokenStep step, [[maybe_unused]] int64_t limit, cudaStream_t stream) {
-  const auto kernel = &token_step_kernel<Weights, kInputs, kAligned>;
+bool has_bulk_copies() {
+  return takes_blocks_of(reinterpret_cast<const void*>(&token_step_ring_kernel<Float32>), most_threads);
+}
+
+// Launches a kernel for `inputs` rows of the batch at a time.
+inline cudaError_t launch_token_step(void (*kernel)(TokenStep), TokenStep step, int64_t inputs, int64_t shared,
+                                     cudaStream_t stream) {
   const int threads = tuning().threads;
-  int64_t shared = shared_bytes(kInputs, input_size<Weights>(step.sae.W_enc.columns), step.edits.capacity);
-  if constexpr (bulk_copies && kInputs == 1 && kAligned) {
-    const int64_t row_bytes = step.sae.W_enc.columns * static_cast<int64_t>(sizeof(typename Weights::Storage));
-    const int64_t stage = threads / 32 * row_bytes;
-    const int64_t fitting = (limit - shared - 128) / stage;
-    step.ring_stages = fitting < 2 ? 0 : static_cast<uint32_t>(std::min<int64_t>(fitting, most_stages));
-    shared += step.ring_stages > 0 ? 128 + step.ring_stages * stage : 0;
-  }
   Room room;
   const cudaError_t error = room_for(reinterpret_cast<const void*>(kernel), threads, shared, room);
   if (error != cudaSuccess) return error;
   const int64_t cluster = room.has_clusters ? tuning().cluster : 1;
-  const int64_t tiles = (step.hidden.rows + kInputs - 1) / kInputs;
+  const int64_t tiles = (step.hidden.rows + inputs - 1) / inputs;
   // As many clusters for each tile as run at a time, but none with nothing to read.
   const int64_t reach = static_cast<int64_t>(threads) / 32 * cluster;
   const int64_t useful = (step.sae.W_enc.rows + reach - 1) / reach;
@@ -33,6 +29,28 @@ cudaError_t launch_token_step(TokenStep step, [[maybe_unused]] int64_t limit, cu
   step.clusters_per_tile = static_cast<uint32_t>(clusters);
   return launch(kernel, dim3(static_cast<unsigned>(tiles * clusters * cluster)), threads, shared,
                 static_cast<int>(cluster), stream, step);
+}
+
+template <class Weights, int kInputs, bool kAligned>
+cudaError_t launch_token_step(const TokenStep& step, cudaStream_t stream) {
+  const int64_t shared = shared_bytes(kInputs, input_size<Weights>(step.sae.W_enc.columns), step.edits.capacity);
+  return launch_token_step(&token_step_kernel<Weights, kInputs, kAligned>, step, kInputs, shared, stream);
+}
+
+// One row at a time, of weights that may be loaded 16 bytes at a time: through a ring where that is wanted and fits.
+template <class Weights>
+cudaError_t launch_single_rows(TokenStep step, int64_t limit, cudaStream_t stream) {
+  if (tuning().bulk_copies && has_bulk_copies()) {
+    const int64_t shared = shared_bytes(1, input_size<Weights>(step.sae.W_enc.columns), step.edits.capacity);
+    const int64_t row_bytes = step.sae.W_enc.columns * static_cast<int64_t>(sizeof(typename Weights::Storage));
+    const int64_t stage = tuning().threads / 32 * row_bytes;
+    const int64_t stages = std::min<int64_t>((limit - shared - ring_alignment) / stage, most_stages);
+    step.ring_stages = static_cast<uint32_t>(stages);
+    if (stages >= 2)
+      return launch_token_step(&token_step_ring_kernel<Weights>, step, 1, shared + ring_alignment + stages * stage,
+                               stream);
+  }
+  return launch_token_step<Weights, 1, true>(step, stream);
 }
 
 template <class Weights>
@@ -46,20 +64,18 @@ cudaError_t launch_token_step(const TokenStep& step, cudaStream_t stream) {
   const int64_t size = input_size<Weights>(step.sae.W_enc.columns);
   const bool fits = shared_bytes(most_inputs, size, step.edits.capacity) <= limit;
   if (aligned)
-    return fits && step.hidden.rows > 1 ? launch_token_step<Weights, most_inputs, true>(step, limit, stream)
-                                        : launch_token_step<Weights, 1, true>(step, limit, stream);
-  return launch_token_step<Weights, unaligned_inputs, false>(step, limit, stream);
+    return fits && step.hidden.rows > 1 ? launch_token_step<Weights, most_inputs, true>(step, stream)
+                                        : launch_single_rows<Weights>(step, limit, stream);
+  return launch_token_step<Weights, unaligned_inputs, false>(step, stream);
 }
 
 // One launch on the stream. `step.scratch` must be zero, and is again when the kernel is done: no other step may use it
 // at the same time.
 inline cudaError_t token_step(const TokenStep& step, cudaStream_t stream) {
   if (step.hidden.rows == 0) return cudaSuccess;
-  switch (step.sae.W_enc.dtype) {
-    case Dtype::bfloat16: return launch_token_step<Bfloat16>(step, stream);
-    case Dtype::float16: return launch_token_step<Float16>(step, stream);
-    case Dtype::float32: break;
-  }
+  const Dtype dtype = step.sae.W_enc.dtype;
+  if (dtype == Dtype::bfloat16) return launch_token_step<Bfloat16>(step, stream);
+  if (dtype == Dtype::float16) return launch_token_step<Float16>(step, stream);
   return launch_token_step<Float32>(step, stream);
 }
 

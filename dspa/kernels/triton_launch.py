@@ -17,6 +17,7 @@ from dspa.kernels import gpu_architecture
 from dspa.kernels.triton_table import INTERPRETER, Operation, Tile, tile_of
 from dspa.kernels.triton_tiles import INTERPRETED
 
+MOST_REGISTERS = 255  # of a thread of an NVIDIA GPU
 STORAGE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,11 +51,16 @@ class Launch:
     arguments: dict[str, object]
     tile: Tile
     device: torch.device
+    architecture: str
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told. Contraction is off, so that the bits are those the source says."""
-        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": False}
+        """What the compiler is told. Contraction is off, so that the bits are those the source says. The assembler may
+        use all registers that there are: else it spills a few, to run more programs at a time."""
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": False}
+        if self.architecture.startswith("sm_"):
+            options["maxnreg"] = MOST_REGISTERS
+        return options
 
     def run(self) -> None:
         other_device = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
@@ -68,7 +74,7 @@ _architecture: str | None = None
 
 def launch(kernel: Any, programs: int, arguments: dict[str, object], tile: Tile, device: torch.device) -> None:
     """Runs a kernel. Every launch of this package goes through here."""
-    made = Launch(kernel, programs, arguments, tile, device)
+    made = Launch(kernel, programs, arguments, tile, device, _architecture or architecture(device))
     if _recorded is None:
         made.run()
     else:

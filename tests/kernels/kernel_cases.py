@@ -79,11 +79,11 @@ KINDS = (
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def normal(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+    return torch.randn(*shape, generator=rng, dtype=torch.float64, device=rng.device)
 
 
 def integers(rng: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
@@ -106,7 +106,7 @@ def make_sae(kind: Kind, d_model: int, d_sae: int, dtype: torch.dtype, seed: int
         decoder_norm=normal(rng, d_sae).abs() + 0.5,
         magnitude_scale=(normal(rng, d_sae) * 0.3).exp(),
         magnitude_bias=normal(rng, d_sae) * 0.1,
-        missing=torch.rand(d_sae, generator=rng) < 0.3,
+        missing=torch.rand(d_sae, generator=rng, device=rng.device) < 0.3,
     )
 
 
@@ -126,7 +126,7 @@ def make_integer_sae(kind: Kind, d_model: int, d_sae: int, dtype: torch.dtype, s
         decoder_norm=2.0 ** integers(rng, -1, 1, d_sae),
         magnitude_scale=2.0 ** integers(rng, -1, 1, d_sae),
         magnitude_bias=integers(rng, -1, 2, d_sae),
-        missing=torch.rand(d_sae, generator=rng) < 0.3,
+        missing=torch.rand(d_sae, generator=rng, device=rng.device) < 0.3,
     )
 
 

@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Kind, edit_list, generator, make_sae, normal, random_lists, same_bits
+from kernel_cases import (
+    Kind,
+    edit_list,
+    generator,
+    integers,
+    make_integer_sae,
+    make_sae,
+    normal,
+    random_lists,
+    same_bits,
+)
 from torch import Tensor
 
 from dspa.kernels import EditList, SaeWeights, StepMode, available, encode_density, token_step
@@ -68,10 +78,21 @@ def test_real_shapes_are_within_rounding(d_model: int, d_sae: int, batch: int) -
         assert same_bits(step(rows, sae, edits, mode), step(rows, sae, edits, "dense"))
 
 
+DENSITY_BYTES = 64 << 20
+
+
 @pytest.fixture
 def restored() -> Iterator[None]:
     yield
-    torch.ops.dspa.set_cuda_tuning(256, 1, 64 << 20)
+    torch.ops.dspa.set_cuda_tuning(256, 1, DENSITY_BYTES)
+
+
+@pytest.fixture(params=[False, True], ids=["by warps", "by warpgroups"])
+def products(request: pytest.FixtureRequest, restored: None) -> None:
+    """encode_density multiplies by warps, and by warpgroups where this GPU has them."""
+    if request.param and not torch.ops.dspa.has_warpgroup_products():
+        pytest.skip("no products of warpgroups: this GPU is not sm_90, or the library was not built for sm_90a")
+    torch.ops.dspa.set_cuda_tuning(256, 1, DENSITY_BYTES, warpgroup_products=request.param)
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
@@ -82,9 +103,25 @@ def test_clusters_change_no_bit(kind: Kind, cluster: int) -> None:
     rows = (normal(generator(1), 19, 520) * 2).bfloat16().cuda()
     edits = edit_list(*random_lists(sae.to("cpu"), 19, 12, seed=2), 12).to("cuda")
     expected = [step(rows, sae, edits, mode) for mode in MODES]
-    torch.ops.dspa.set_cuda_tuning(256, cluster, 64 << 20)
+    torch.ops.dspa.set_cuda_tuning(256, cluster, DENSITY_BYTES)
     for mode, bits in zip(MODES, expected, strict=True):
         assert same_bits(step(rows, sae, edits, mode), bits)
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+@pytest.mark.parametrize(("d_model", "d_sae"), REAL)
+@pytest.mark.usefixtures("restored")
+def test_bulk_copies_change_no_bit(d_model: int, d_sae: int, cluster: int) -> None:
+    if not torch.ops.dspa.has_bulk_copies():
+        pytest.skip("no bulk copies: this GPU, or what the library was built for, is before sm_90")
+    sae, rows, edits = real_sae(d_model, d_sae), real_rows(1, d_model), lists(1, d_sae)
+    for kind in (sae, replace(sae, activation="topk", k=64, threshold=sae.b_enc)):
+        expected = [step(rows, kind, edits, mode) for mode in MODES]
+        torch.ops.dspa.set_cuda_tuning(256, cluster, DENSITY_BYTES, bulk_copies=True)
+        for _ in range(50):
+            for mode, bits in zip(MODES, expected, strict=True):
+                assert same_bits(step(rows, kind, edits, mode), bits)
+        torch.ops.dspa.set_cuda_tuning(256, 1, DENSITY_BYTES)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -123,6 +160,7 @@ def test_a_replayed_graph_is_the_step(kind: Kind, mode: StepMode) -> None:
         assert same_bits(fixed, step(rows, sae, edits, mode) if on else rows)
 
 
+@pytest.mark.usefixtures("products")
 def test_counting_real_shapes() -> None:
     sae, rows = real_sae(2304, 16384), real_rows(1000, 2304)
     offsets = torch.tensor([0, 1, 400, 1000], device="cuda")
@@ -132,3 +170,23 @@ def test_counting_real_shapes() -> None:
         part = z[start:end]
         assert (counts[segment] >= (part > 1 + 1e-3).sum(dim=0)).all()
         assert (counts[segment] <= (part > 1 - 1e-3).sum(dim=0)).all()
+    for _ in range(100):
+        assert torch.equal(encode_density(rows, offsets, sae, backend="cuda"), counts)
+
+
+@pytest.mark.parametrize(
+    ("hidden_dtype", "sae_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", subtract_b_dec=True)], ids=str)
+@pytest.mark.usefixtures("products")
+def test_counting_exactly(kind: Kind, hidden_dtype: torch.dtype, sae_dtype: torch.dtype) -> None:
+    """Sums of small integers are exact, in whatever order: every count agrees."""
+    for number, (tokens, d_model, d_sae) in enumerate([(3, 8, 37), (130, 72, 300), (1000, 520, 999)]):
+        sae = make_integer_sae(kind, d_model, d_sae, sae_dtype, seed=number).to("cuda")
+        rows = integers(generator(number), -3, 3, tokens, d_model).to(hidden_dtype).cuda()
+        offsets = torch.tensor([0, 0, tokens // 3, tokens - 1, tokens], device="cuda")
+        wide = {name: tensor.double() for name, tensor in sae.tensors().items() if tensor.is_floating_point()}
+        expected = encode_density(rows.double(), offsets, replace(sae, **wide), backend="reference")
+        assert torch.equal(encode_density(rows, offsets, sae, backend="cuda"), expected)

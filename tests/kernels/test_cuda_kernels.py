@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import equations
 import pytest
+import rounding_bounds
 import test_encode_density
 import test_lookup
 import test_token_step
 import torch
-from cuda_shim import build
+from cuda_shim import build, coverage
 from cuda_shim.backend import DENSITY_BYTES, NAME, machine, operations, register
 from kernel_cases import (
     KINDS,
@@ -23,6 +24,7 @@ from kernel_cases import (
     Backend,
     Kind,
     as_equations,
+    decodable,
     dense_map,
     edit_list,
     exact,
@@ -51,7 +53,8 @@ from dspa.kernels import (
 )
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step.cpu import counters_of
-from dspa.kernels.token_step.cuda import scratch_of
+from dspa.kernels.token_step.cuda import scratch_of, scratch_words
+from dspa.kernels.token_step.scratch import LEAST_ROWS
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler to build the shim with")
 
@@ -63,6 +66,19 @@ if build.compiler() is not None:
 def backend() -> Backend:
     """In the place of the fixture of this name that goes through all backends."""
     return Backend(NAME, "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def finished(request: pytest.FixtureRequest) -> set[str]:
+    """The tests that this process is done with, whatever came of them."""
+    names: set[str] = set()
+
+    class Recorder:
+        def pytest_runtest_logfinish(self, nodeid: str) -> None:
+            names.add(nodeid)
+
+    request.config.pluginmanager.register(Recorder())
+    return names
 
 
 # ---- the tests of every backend --------------------------------------------------------------------------------------
@@ -88,13 +104,15 @@ def test_rows_of_whole_16_bytes(backend: Backend, batch: int, d_model: int, kind
     assert same_bits(run_and_check(rows, sae, *lists, 0.2, backend, mode="lazy", room=8), dense)
 
 
+@pytest.mark.parametrize("moved", [("W_enc", "W_dec"), ("W_enc",), ("W_dec",)], ids=" and ".join)
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("relu", "layer_norm")], ids=str)
-def test_where_weights_lie_changes_no_bit(backend: Backend, kind: Kind) -> None:
+def test_where_weights_lie_changes_no_bit(backend: Backend, kind: Kind, moved: tuple[str, ...]) -> None:
     """Rows that do not begin at a multiple of 16 bytes are read one number at a time, with the same sums."""
     sae = make_sae(kind, 264, 61, torch.bfloat16, seed=0)
     assert sae.W_dec is not None
     shifted = {}
-    for name, matrix in (("W_enc", sae.W_enc), ("W_dec", sae.W_dec)):
+    for name in moved:
+        matrix = getattr(sae, name)
         memory = torch.empty(matrix.numel() + 1, dtype=matrix.dtype)
         shifted[name] = memory[1:].view(matrix.shape).copy_(matrix)
     rows = normal(generator(1), 5, 264).bfloat16() * 2
@@ -132,7 +150,7 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("changes", MACHINES.values(), ids=MACHINES)
-def test_who_runs_when_changes_no_bit(backend: Backend, changes: dict[str, int]) -> None:
+def test_who_runs_when_changes_no_bit(backend: Backend, changes: dict[str, Any]) -> None:
     for kind, mode in itertools.product((Kind(), Kind("topk"), Kind("gated", subtract_b_dec=True)), ("dense", "lazy")):
         sae = make_sae(kind, 520, 61, torch.bfloat16, seed=0)
         rows = (normal(generator(1), 11, 520) * 2).bfloat16()
@@ -155,9 +173,30 @@ def test_the_scratch_is_zero_between_steps(backend: Backend) -> None:
     edits = edit_list(*random_lists(sae, 11, 8, seed=2), 8)
     for mode in ("dense", "lazy"):
         step(rows, sae, edits, 0.2, backend=backend, mode=mode)
-        scratch = scratch_of(sae, rows, 8, operations())
-        assert not scratch[: len(scratch) - 11 * 8].any()  # the scores of the lists stay
-    assert scratch_of(sae, rows, 8, operations()) is scratch
+        scratch = scratch_of(sae, 11, 8)
+        assert not scratch[: len(scratch) - LEAST_ROWS * 8].any()  # the scores of the lists stay
+    assert scratch_of(sae, 5, 8) is scratch
+
+
+def test_batches_share_their_scratch(backend: Backend) -> None:
+    sae = make_sae(Kind("topk"), 40, 61, torch.bfloat16, seed=0)
+    rows = (normal(generator(1), LEAST_ROWS + 3, 40) * 2).bfloat16()
+    edits = edit_list(*random_lists(sae, len(rows), 8, seed=2), 8)
+    expected = step(rows, sae, edits, 0.2, backend=backend)
+    for batch in (1, 17, LEAST_ROWS, LEAST_ROWS + 3, 2):
+        given = edits.rows(torch.arange(batch))
+        assert same_bits(step(rows[:batch], sae, given, 0.2, backend=backend), expected[:batch])
+    found = [scratch_of(sae, batch, 8) for batch in (1, LEAST_ROWS, LEAST_ROWS + 1, 2 * LEAST_ROWS)]
+    assert len({scratch.data_ptr() for scratch in found}) == 2
+
+
+def test_too_little_scratch_is_refused() -> None:
+    sae = make_sae(Kind(), 40, 64, torch.bfloat16, seed=0)
+    before, lists, after = step_arguments(sae)
+    for words in (scratch_words(2, 6), scratch_words(3, 6) + 1):
+        work = torch.zeros(words, dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="work"):
+            operations().token_step(*before, *lists, *after, None, None, None, work, "lazy")
 
 
 def test_a_model_too_wide_is_refused(backend: Backend) -> None:
@@ -191,10 +230,104 @@ def test_entries_out_of_bounds_are_ignored(backend: Backend) -> None:
     expected = step(rows, sae, edit_list([[]], [present], 6), 0.2, backend=backend)
     wrong = edit_list([[]], [[*present, -1, 61, missing]], 6)
     assert same_bits(step(rows, sae, wrong, 0.2, backend=backend), expected)
+    beyond = sae.decoder_rows.clone()
+    beyond[missing] = len(sae.decoder_rows)
+    assert same_bits(step(rows, replace(sae, decoder_rows=beyond), wrong, 0.2, backend=backend), expected)
+    without_sign = edit_list([[]], [[*present, decodable(sae)[-1]]], 6)
+    without_sign.signs[0, 3] = 0
+    assert same_bits(step(rows, sae, without_sign, 0.2, backend=backend), expected)
     wrong.counts[0] = 1000
     assert same_bits(step(rows, sae, wrong, 0.2, backend=backend), expected)
     wrong.counts[0] = -1
     assert same_bits(step(rows, sae, wrong, 0.2, backend=backend), rows)
+
+
+# ---- lists longer than a warp ----------------------------------------------------------------------------------------
+
+SHAPES = {"one row": (1, 40), "a tile": (3, 40), "not aligned": (3, 37)}  # batch and d_model: each its own kernel
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
+@pytest.mark.parametrize(("batch", "d_model"), SHAPES.values(), ids=SHAPES)
+def test_long_lists(backend: Backend, batch: int, d_model: int, dtype: torch.dtype) -> None:
+    sae = make_sae(Kind("relu"), d_model, 200, dtype, seed=0)
+    rows = (normal(generator(1), batch, d_model) * 2).bfloat16()
+    augment, ablate = [list(range(80))] * batch, [list(range(80, 150))] * batch
+    dense = run_and_check(rows, sae, augment, ablate, 0.2, backend, mode="dense")
+    assert same_bits(run_and_check(rows, sae, augment, ablate, 0.2, backend, mode="lazy"), dense)
+    nothing = [list[int]()] * batch
+    vanish = run_and_check(rows, sae, nothing, ablate, 2.0, backend, mode="dense")
+    assert same_bits(run_and_check(rows, sae, nothing, ablate, 2.0, backend, mode="lazy"), vanish)
+    with machine(bulk_copies=True):
+        assert same_bits(run_and_check(rows, sae, augment, ablate, 0.2, backend, mode="dense"), dense)
+        assert same_bits(run_and_check(rows, sae, nothing, ablate, 2.0, backend, mode="dense"), vanish)
+
+
+@pytest.mark.parametrize("what", ["product", "value", "maximum", "difference"])
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+@pytest.mark.parametrize(("batch", "d_model"), SHAPES.values(), ids=SHAPES)
+def test_an_overflow_leaves_the_row_alone(
+    backend: Backend, batch: int, d_model: int, mode: StepMode, what: str
+) -> None:
+    """Of the products of inputs, of the activations of a latent in the list or of one that is not, or of the edit. The
+    last row is so small that nothing overflows."""
+    latent = 150 if what == "maximum" else 3
+    sae = make_sae(Kind("relu"), d_model, 200, torch.bfloat16, seed=0)
+    W_enc, norm = torch.zeros(200, d_model).bfloat16(), torch.ones(200)
+    W_enc[:, 0] = 1
+    if what == "value":
+        norm[latent] = 3e38
+    else:
+        W_enc[latent, 0] = 3e38
+    sae = replace(sae, W_enc=W_enc, decoder_norm=norm, b_enc=torch.zeros(200))
+    rows = torch.zeros(batch + 1, d_model).bfloat16()
+    rows[:, 0] = 1.0 if what == "difference" else 100.0
+    rows[-1, 0] = 1e-30
+    edits = edit_list([list(range(100))] * (batch + 1), [[]] * (batch + 1), 100)
+    for first, last in ((0, batch), (batch, batch + 1)):
+        given = EditList(edits.latents[first:last], edits.signs[first:last], edits.counts[first:last])
+        stats = TokenStats.zeros(last - first, 200)
+        written = step(rows[first:last], sae, given, 1.0, backend=backend, stats=stats, mode=mode)
+        overflows = last == batch
+        assert same_bits(written, rows[first:last]) == overflows
+        assert stats.nonfinite.tolist() == [int(overflows)] * (last - first)
+        assert stats.edited.tolist() == [int(not overflows)] * (last - first)
+
+
+# ---- weights brought by the copy engine ------------------------------------------------------------------------------
+
+# Of d_model 520 in bfloat16, in blocks of two warps: a stage is 2080 bytes.
+RINGS = {
+    "four stages": {},
+    "clusters of two": {"cluster": 2},
+    "one block at a time": {"clusters_at_a_time": 1, "processors": 1},
+    "more blocks than rows of W_enc": {"processors": 40, "clusters_at_a_time": 9},
+    "three stages, one row of the batch": {"shared_limit": 12 * 1024},
+    "no room": {"shared_limit": 9 * 1024},
+    "before sm_90": {"compute_capability": 8},
+    **{f"order {seed}": {"seed": 300 + seed, "clusters_at_a_time": 4} for seed in range(3)},
+}
+
+
+@pytest.mark.parametrize("changes", RINGS.values(), ids=RINGS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
+def test_bulk_copies_change_no_bit(backend: Backend, dtype: torch.dtype, changes: dict[str, Any]) -> None:
+    for kind, mode in itertools.product((Kind(), Kind("topk"), Kind("gated", subtract_b_dec=True)), ("dense", "lazy")):
+        sae = make_sae(kind, 520, 61, dtype, seed=0)
+        batch = 3 if "shared_limit" in changes else 1
+        rows = (normal(generator(1), batch, 520) * 2).bfloat16()
+        edits = edit_list(*random_lists(sae, batch, 8, seed=2), 8)
+        expected = step(rows, sae, edits, 0.2, backend=backend, mode=mode)
+        assert not same_bits(expected, rows)
+        with machine(bulk_copies=True, **changes):
+            assert same_bits(step(rows, sae, edits, 0.2, backend=backend, mode=mode), expected)
+
+
+def test_what_a_gpu_has() -> None:
+    found = operations()
+    for compute_capability in (8, 9):
+        with machine(compute_capability=compute_capability):
+            assert found.has_bulk_copies() == found.has_warpgroup_products() == (compute_capability == 9)
 
 
 # ---- one launch with the lookup --------------------------------------------------------------------------------------
@@ -309,6 +442,129 @@ def test_a_few_tokens_at_a_time(backend: Backend, kind: Kind) -> None:
         assert (whole.sum(dim=1) == torch.tensor([100, 190]) * sae.k).all()  # more than k are positive everywhere
 
 
+# ---- products of warpgroups ------------------------------------------------------------------------------------------
+
+# Less than a tile of 128 tokens by 256 latents; more than one of both; a depth that goes round the ring of stages.
+WARPGROUP_TILES = [(3, 8, 37), (130, 72, 300), (9, 328, 260)]
+PIECES = [  # an input is one number of 16 bits, if nothing is subtracted from it, or three
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), PIECES, ids=test_token_step.name)
+@pytest.mark.parametrize("kind", test_encode_density.INTEGER_KINDS, ids=str)
+def test_warpgroups_count_exactly(
+    backend: Backend, kind: Kind, hidden_dtype: torch.dtype, sae_dtype: torch.dtype
+) -> None:
+    for number, (tokens, d_model, d_sae) in enumerate(WARPGROUP_TILES):
+        sae = make_integer_sae(kind, d_model, d_sae, sae_dtype, seed=number)
+        rows = integers(generator(number), -3, 3, tokens, d_model).to(hidden_dtype)
+        offsets = cuts(tokens, 5, seed=number)
+        expected = equations.encode_density(exact(rows), offsets, as_equations(sae))
+        with machine(warpgroup_products=True):
+            assert (count(rows, offsets, sae, backend).numpy() == expected).all()
+
+
+@pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), PIECES, ids=test_token_step.name)
+@pytest.mark.parametrize("kind", [Kind(), *(kind for kind in KINDS if kind.normalization != "none")], ids=str)
+def test_warpgroups_count_within_rounding(
+    backend: Backend, kind: Kind, hidden_dtype: torch.dtype, sae_dtype: torch.dtype
+) -> None:
+    """Tokens that are not finite, empty segments and tokens of no segment among them."""
+    sae = make_sae(kind, 136, 290, sae_dtype, seed=3)
+    rows = (normal(generator(4), 140, 136) * 3).to(hidden_dtype)
+    finite_rows, offsets = exact(rows), [2, 2, 60, 61, 61, 133, 138]
+    for row, value in ((0, torch.nan), (59, torch.inf), (60, -torch.inf), (137, torch.nan), (139, torch.nan)):
+        rows[row, row % 136] = value
+    kept = [row for row in range(140) if row not in (0, 59, 60, 137, 139)]
+    shifted = [sum(row < offset for row in kept) for offset in offsets]
+    least, most = rounding_bounds.density_range(
+        finite_rows[kept], shifted, as_equations(sae), rounding_bounds.UNIT_ROUNDOFF[torch.float32]
+    )
+    with machine(warpgroup_products=True):
+        counts = count(rows, offsets, sae, backend)
+    assert ((least <= counts.numpy()) & (counts.numpy() <= most)).all()
+    with machine(warpgroup_products=True, seed=9, clusters_at_a_time=1):
+        assert torch.equal(count(rows, offsets, sae, backend), counts)
+
+
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk")], ids=str)
+def test_warpgroups_with_a_few_tokens_at_a_time(backend: Backend, kind: Kind) -> None:
+    sae = make_sae(kind, 40, 61, torch.bfloat16, seed=0)
+    rows = normal(generator(1), 300, 40).bfloat16()
+    with machine(warpgroup_products=True):
+        whole = count(rows, [0, 100, 290], sae, backend)
+    with machine(warpgroup_products=True, density_bytes=1):
+        assert torch.equal(count(rows, [0, 100, 290], sae, backend), whole)
+
+
+def test_which_products_are_by_warpgroups(backend: Backend) -> None:
+    """Those kernels, and no others, need more shared memory than this."""
+    sae = make_sae(Kind(), 40, 61, torch.bfloat16, seed=0)
+    unaligned = make_sae(Kind(), 37, 61, torch.bfloat16, seed=0)
+    single = make_sae(Kind(), 40, 61, torch.float32, seed=0)
+    rows = normal(generator(1), 9, 40).bfloat16()
+    with machine(shared_limit=128 * 1024, warpgroup_products=True):
+        with pytest.raises(RuntimeError, match="encode_density could not be launched"):
+            count(rows, [0, 9], sae, backend)
+        count(rows[:, :37], [0, 9], unaligned, backend)
+        count(rows, [0, 9], single, backend)
+    with machine(shared_limit=128 * 1024):
+        expected = count(rows, [0, 9], sae, backend)
+    with machine(shared_limit=128 * 1024, warpgroup_products=True, compute_capability=8):
+        assert torch.equal(count(rows, [0, 9], sae, backend), expected)
+
+
+# ---- calls of CUDA that fail -----------------------------------------------------------------------------------------
+
+
+def calls_that_fail(run: Callable[[], object], **changes: Any) -> list[int]:
+    """Which of the first 15 calls of CUDA have to succeed for an operation to do so, each on a device of its own."""
+    found: list[int] = []
+    for call in range(1, 16):
+        with machine(processors=100 + call, calls_to_failure=call, **changes):
+            try:
+                run()
+            except RuntimeError as error:
+                if "could not be launched: unknown error" not in str(error):
+                    raise
+                found.append(call)
+    return found
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
+def test_token_step_says_which_call_failed(backend: Backend, dtype: torch.dtype) -> None:
+    sae = make_sae(Kind(), 40, 61, dtype, seed=0)
+    rows = (normal(generator(1), 1, 40) * 2).bfloat16()
+    edits = edit_list(*random_lists(sae, 1, 8, seed=2), 8)
+    expected = step(rows, sae, edits, 0.2, backend=backend)
+
+    def run() -> None:
+        assert same_bits(step(rows, sae, edits, 0.2, backend=backend), expected)
+
+    # The device, its shared memory, once more for the kernel, what it may have, three properties; launch and error.
+    assert calls_that_fail(run) == list(range(1, 11))
+    # Without an answer to whether there are bulk copies, the third call, it goes on without them.
+    assert calls_that_fail(run, bulk_copies=True) == [1, 2, *range(4, 12)]
+
+
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk")], ids=str)
+def test_encode_density_says_which_call_failed(backend: Backend, kind: Kind) -> None:
+    sae = make_sae(kind, 40, 61, torch.bfloat16, seed=0)
+    rows = normal(generator(1), 30, 40).bfloat16()
+    expected = count(rows, [0, 20], sae, backend)
+
+    def run() -> None:
+        assert torch.equal(count(rows, [0, 20], sae, backend), expected)
+
+    # Two for each launch, and six before that of the products.
+    launches = 3 if sae.k is not None else 2
+    assert calls_that_fail(run) == list(range(1, 2 * launches + 7))
+    assert calls_that_fail(run, warpgroup_products=True) == list(range(2, 2 * launches + 8))
+
+
 # ---- the operations as torch sees them -------------------------------------------------------------------------------
 
 
@@ -328,7 +584,7 @@ def test_operations_pass_opcheck() -> None:
     found = operations()
     sae = make_sae(Kind("gated", "layer_norm"), 40, 64, torch.bfloat16, seed=0)
     before, lists, after = step_arguments(sae)
-    work = scratch_of(sae, torch.zeros(3, 40), 6, found)
+    work = scratch_of(sae, 3, 6)
     torch.library.opcheck(found.token_step.default, (*before, *lists, *after, None, None, None, work, "lazy"))
     A = dense_map(integers(generator(0), -3, 3, 30, 64).float())
     looked_up = (torch.rand(3, 30), A.row_offsets, A.columns, A.values, 5, 3, "both", False)
@@ -350,15 +606,44 @@ def test_compiles_as_one_graph() -> None:
     assert same_bits(torch.compile(block, fullgraph=True, backend="aot_eager")(rows, alpha), expected)
 
 
+def test_one_graph_serves_every_batch() -> None:
+    sae = make_sae(Kind(), 40, 64, torch.bfloat16, seed=0)
+    rows, edits = normal(generator(1), 14, 40).bfloat16(), edit_list(*random_lists(sae, 14, 8, 2), 8)
+
+    def block(hidden: Tensor, lists: EditList) -> Tensor:
+        hidden = hidden * 2
+        token_step(hidden, sae, lists, 0.2, backend=NAME)
+        return hidden
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for batch in range(2, 15):  # more than the recompilations that torch allows
+        lists = edits.rows(torch.arange(batch))
+        assert same_bits(compiled(rows[:batch], lists), block(rows[:batch], lists))
+
+
 def test_default_tuning_is_restored() -> None:
     with machine(density_bytes=1, cluster=2), pytest.raises(RuntimeError, match="threads must be"):
         operations().set_cuda_tuning(33, 1, DENSITY_BYTES)
 
 
-@pytest.mark.slow
-def test_the_copy_engine_gives_the_same_results() -> None:
-    """All tests of this file, with the kernels that an sm_90 GPU would run if it were built with DSPA_BULK_COPIES."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "DSPA_SHIM_FLAGS": "-DDSPA_BULK_COPIES"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:]
+# ---- branches, by all of the above -----------------------------------------------------------------------------------
+
+# For the shim, ptx.cuh is another file.
+WITHOUT_BRANCHES = {"encode_density.cu", "lookup.cu", "token_step.cu", "operations.h", "ptx.cuh"}
+
+
+def test_every_branch_of_the_kernels_is_taken(
+    request: pytest.FixtureRequest, finished: set[str], tmp_path: Path
+) -> None:
+    """The last test of this file: it counts what the others made the kernels do."""
+    if (reason := coverage.unavailable(build.compiler())) is not None:
+        pytest.skip(reason)
+    module = request.node.parent
+    assert isinstance(module, pytest.Module)
+    of_this_file = {item.nodeid for item in module.collect() if item.get_closest_marker("slow") is None}
+    left_out = of_this_file - finished - {request.node.nodeid}
+    if left_out:
+        pytest.skip(f"{len(left_out)} tests of this file were left out, or ran in another process")
+    taken = build.branches_taken(tmp_path)
+    assert {path.name for path in (build.CSRC / "cuda").iterdir()} - set(taken.by_file()) <= WITHOUT_BRANCHES
+    assert not taken.missing(), "\n".join(taken.missing())

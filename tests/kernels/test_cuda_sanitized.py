@@ -16,13 +16,14 @@ STEPS = (
     "threshold 5 37 step",
     "topk 5 37 step",
     "threshold 9 40 step",
+    "threshold 1 40 step in bulk",
 )  # activation, rows, d_model: see kernel_runs.cpp
-COUNTS = ("threshold 5 37 count", "threshold 9 40 count", "topk 5 37 count")
+COUNTS = ("threshold 5 37 count", "threshold 9 40 count", "topk 5 37 count", "topk 9 328 count by warpgroups")
 
 
 def run(flags: tuple[str, ...], arguments: str) -> subprocess.CompletedProcess[str]:
     built = build.program("kernel_runs", flags)
-    return subprocess.run([str(built), *arguments.split()], capture_output=True, text=True, timeout=500)
+    return subprocess.run([str(built), *arguments.split(maxsplit=3)], capture_output=True, text=True, timeout=500)
 
 
 def check(flags: tuple[str, ...], arguments: str) -> None:
@@ -35,6 +36,10 @@ def test_no_races(arguments: str) -> None:
     check(THREADS, arguments)
 
 
+def test_no_races_in_products_of_warpgroups() -> None:
+    check(THREADS, "threshold 9 72 count by warpgroups")
+
+
 def test_the_races_would_be_found() -> None:
     """The same where the atomics order nothing."""
     done = run(THREADS, "threshold 5 37 unordered")
@@ -42,14 +47,9 @@ def test_the_races_would_be_found() -> None:
     assert "data race" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [*STEPS, "threshold 9 40 count"])
+@pytest.mark.parametrize("arguments", [*STEPS, "threshold 9 40 count", "threshold 9 328 count by warpgroups"])
 def test_no_access_out_of_bounds(arguments: str) -> None:
     check(ADDRESSES, arguments)
-
-
-@pytest.mark.slow
-def test_no_races_where_the_copy_engine_brings_the_weights() -> None:
-    check((*THREADS, "-DDSPA_BULK_COPIES"), "threshold 1 40 step")
 
 
 @pytest.mark.slow

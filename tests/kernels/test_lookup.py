@@ -191,6 +191,21 @@ def test_a_map_with_an_explicit_zero(backend: Backend) -> None:
     assert edits.ablated(0) == [1, 0, 2, 3]
 
 
+@pytest.mark.parametrize("edit", EDITS)
+def test_zeros_of_either_sign_are_tied(backend: Backend, edit: EditKind) -> None:
+    """In the densities and in the map: ties go to the lower index, whatever the signs of the zeros."""
+    A = torch.tensor([[1.0, 2.0, -3.0, 0.5], [-2.0, 1.0, 0.5, 3.0], [4.0, -1.0, 2.0, -2.0], [0.25, 0.5, -1.0, 1.0]])
+    for density in ([-0.0, 0.0, -0.0, 0.0], [0.0, -0.0, 0.0, -0.0], [-0.0, -0.0, 0.0, 0.5], [0.5, -0.0, 0.0, -0.0]):
+        for k_prompt in (1, 2, 3):
+            check_lookup(torch.tensor([density]), A, k_prompt, 2, edit, False, backend)
+
+    zeros = torch.tensor([-0.0, 0.0, -0.0, 0.0])
+    stored = CsrMap(torch.tensor([0, 4]), torch.arange(4, dtype=torch.int32), zeros, 4).check().to(backend.device)
+    edits = lookup(torch.ones(1, 1, device=backend.device), stored, 1, 2, edit, backend=backend.name)
+    chosen = {"augment": [[0, 1], []], "ablate": [[], [0, 1]], "both": [[], []]}[edit]  # in both sets is in neither
+    assert [edits.augmented(0), edits.ablated(0)] == chosen
+
+
 MAP = dense_map(A_SMALL)
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "density without a batch axis": ({"density": torch.zeros(4)}, r"density is \(4,\); expected \[B, d_sae_in = 4\]"),

@@ -454,6 +454,21 @@ def test_norms_out_of_range_do_no_harm(backend: Backend, normalization: str, siz
     assert ((written - rows).abs() <= reach).all()
 
 
+def test_weights_beyond_two_to_the_31st(backend: Backend) -> None:
+    """The last latents of an encoder and a decoder whose offsets do not fit 32 bits; most of the memory is never
+    touched, and so never taken."""
+    if backend.name == "reference":
+        pytest.skip("the reference makes float32 of all weights, which takes 9 GB")
+    d_model, d_sae = 4096, 2**19 + 64
+    W = torch.from_numpy(np.zeros((d_sae, d_model), np.uint16)).view(torch.bfloat16)
+    W[-1], W[-2] = 2**-6, 2**-7
+    zeros = torch.zeros(d_sae)
+    sae = SaeWeights(W_enc=W, W_dec=W, b_enc=zeros, threshold=zeros + 1, activation="jumprelu")
+    rows = torch.ones(2, d_model, dtype=torch.bfloat16)
+    written = step(rows, sae, edit_list([[], []], [[d_sae - 1], [d_sae - 2]], 1), 1.0, backend=backend, mode="lazy")
+    assert [row.float().unique().tolist() for row in written] == [[0.0], [0.75]]  # f is 64 and 32, and vanishes
+
+
 # ---- alpha, stats, modes ---------------------------------------------------------------------------------------------
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import (
     KINDS,
     LOW_PRECISION,
     Kind,
+    decodable,
     dense_map,
     edit_list,
     generator,
@@ -37,23 +40,37 @@ from dspa.kernels import (
 if available()["triton"] != "available":
     pytest.skip(f"backend triton: {available()['triton']}", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from dspa.kernels import triton_launch
+from dspa.kernels.encode import encode
 from dspa.kernels.lookup.triton import map_arguments
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.registry import operations_for
 from dspa.kernels.token_step import bytes_moved
 from dspa.kernels.token_step.cpu import counters_of
-from dspa.kernels.token_step.triton import Scratch, scratch_of
+from dspa.kernels.token_step.triton import (
+    LEADERS,
+    ROW,
+    Hidden,
+    Scratch,
+    as_scalar,
+    bound_by_leaders,
+    products_of,
+    scratch_of,
+)
 from dspa.kernels.triton_launch import Launch
-from dspa.kernels.triton_table import INTERPRETER, tile_of
-from dspa.kernels.triton_tiles import INTERPRETED
+from dspa.kernels.triton_table import INTERPRETER, blocks, tile_of
+from dspa.kernels.triton_tiles import INTERPRETED, Encoder, normalizer, scores
 
 if not INTERPRETED.value:
     pytest.skip("these tests watch the interpreter; set TRITON_INTERPRET=1", allow_module_level=True)
 
-from triton_interpreter import counting_bytes, interleaved
+from triton_interpreter import counting_bytes, in_sequence, interleaved
 
 BATCH = 18  # two groups of rows
+LATENTS = tile_of("token_step", INTERPRETER, 37, 300, False).latents  # that one program passes over
 
 
 def case(kind: Kind, dtype: torch.dtype = torch.bfloat16) -> tuple[SaeWeights, Tensor, EditList]:
@@ -147,6 +164,48 @@ def test_rows_that_are_not_finite_hold_up_nobody(mode: StepMode) -> None:
     assert_clean(sae, BATCH, 20)
 
 
+def poison(sae: SaeWeights, batch: int, k: int) -> None:
+    """Fills what a launch does not expect to be clean, so that whoever reads it too early is found out."""
+    scratch = scratch_of(sae, batch, k)
+    for numbers in (scratch.numbers, scratch.listed):
+        numbers.fill_(torch.nan)
+    scratch.states.fill_(77)
+
+
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+@pytest.mark.parametrize(
+    "kind", [Kind(), Kind("topk", "layer_norm", compact=True), Kind("gated", "layer_norm")], ids=str
+)
+def test_others_wait_for_a_program_that_is_late(kind: Kind, mode: StepMode) -> None:
+    """A program stops right after it has taken its ticket; the others get as far as they can without it."""
+    sae, rows, _ = case(kind)
+    rows, listed = rows[:3], decodable(sae)[:20]
+    edits = edit_list([listed[:10]] * 3, [listed[10:]] * 3, 20)
+    expected, expected_stats = run(sae, rows, edits, mode)
+    assert expected_stats.maximum_known.all(), "all rows need M_t"
+    passes = blocks(300, LATENTS)
+    for late in (0, 2, 3, 3 + passes - 1, 3 + passes):  # the first and the last to prepare and to pass, and a finisher
+        scratch_of(sae, 3, 20).leaders.fill_(-1)
+        poison(sae, 3, 20)
+        with interleaved(None, seed=late, held=late) as runner:
+            written, stats = run(sae, rows, edits, mode)
+        assert runner.holds == 1
+        assert same_bits(written, expected), late
+        assert_same_stats(stats, expected_stats)
+        assert_clean(sae, 3, 20)
+
+
+def test_a_late_pass_that_nobody_needs_ends_before_the_next_launch() -> None:
+    sae, rows, edits = case(Kind())
+    rows, edits = rows[:3], edits.rows(torch.arange(3))
+    expected, _ = run(sae, rows, edits, "lazy")
+    with interleaved(None, seed=0, held=4) as runner:
+        assert same_bits(run(sae, rows, EditList.empty(3, 20), "lazy")[0], rows)
+    assert runner.holds == 1
+    assert_clean(sae, 3, 20)
+    assert same_bits(run(sae, rows, edits, "lazy")[0], expected)
+
+
 def test_a_launch_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     sae, rows, edits = case(Kind())
     expected, _ = run(sae, rows, edits, "lazy")
@@ -169,10 +228,7 @@ def test_a_launch_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_left_in_the_scratch_is_not_read(kind: Kind, mode: StepMode) -> None:
     sae, rows, edits = case(kind)
     expected, _ = run(sae, rows, edits, mode)
-    scratch = scratch_of(sae, BATCH, 20)
-    for poisoned in (scratch.numbers, scratch.listed):
-        poisoned.fill_(torch.nan)
-    scratch.states.fill_(77)
+    poison(sae, BATCH, 20)
     assert same_bits(run(sae, rows, edits, mode)[0], expected)
 
 
@@ -183,9 +239,9 @@ def test_batches_share_their_scratch() -> None:
     for batch in (17, 3, 18, 11, 4):
         index = torch.arange(batch)
         assert same_bits(run(sae, rows[:batch], edits.rows(index), "lazy")[0], expected[:batch])
-    found = [scratch_of(sae, batch, 20) for batch in range(1, 33)]
-    assert len({id(scratch) for scratch in found}) == 6
-    assert all(scratch.states.shape[0] >= batch for batch, scratch in enumerate(found, start=1))
+    found = {batch: scratch_of(sae, batch, 20) for batch in (1, 18, 256, 257, 300, 512, 513)}
+    assert len({id(scratch) for scratch in found.values()}) == 3
+    assert all(scratch.states.shape[0] >= batch for batch, scratch in found.items())
 
 
 # ---- lazy ------------------------------------------------------------------------------------------------------------
@@ -214,8 +270,9 @@ def test_leaders_spare_the_pass(kind: Kind) -> None:
     sae = replace(plain, **towering)
     edits = edit_list([[]] * BATCH, [list(range(16))] * BATCH, 16)
     reading = 16 * BATCH / 300
-    tile = tile_of("token_step", INTERPRETER, 37, 300, False).latents
-    assert weights_read(sae, rows, edits, "lazy") == pytest.approx(reading + 2 * tile / 300), "the first tile proves it"
+    assert weights_read(sae, rows, edits, "lazy") == pytest.approx(reading + 2 * LATENTS / 300), (
+        "the first tile proves it"
+    )
     leaders = scratch_of(sae, BATCH, 16).leaders
     assert (leaders[:, 0] == 100).sum() > BATCH // 2
     known = int((leaders[:, 0] == 100).sum())
@@ -246,6 +303,177 @@ def test_leaders_are_the_latest_maxima() -> None:
     row = int((active & active.roll(1) & active.roll(2)).nonzero()[0])
     distinct = list(dict.fromkeys(int(latent[row]) for latent in latest))
     assert scratch_of(sae, BATCH, 20).leaders[row, : len(distinct)].tolist() == distinct
+
+
+# ---- what lazy proves ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def bounds_kernel(
+    hidden, encoder, leaders, bounds, estimates, d_model, d_sae, ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr
+):
+    """What the leaders of each row prove, and the largest of their scores, as far as one program knows them."""
+    row = tl.program_id(0)
+    begin = hidden.rows + row * hidden.row_stride
+    zero = tl.zeros([1, 1], tl.int32)
+    shift, factor, _ = normalizer(begin + zero, hidden.column_stride, d_model, zero == 0, NORMALIZATION, ROW)
+    shift = as_scalar(shift)
+    factor = as_scalar(factor)
+    bound = bound_by_leaders(
+        row, begin, hidden.column_stride, encoder, leaders, shift, factor, d_model, d_sae, ACTIVATION, NORMALIZATION
+    )
+    tl.store(bounds + row, bound)
+    latents = tl.load(leaders + row * LEADERS + tl.arange(0, LEADERS))
+    known = (latents >= 0) & (latents < d_sae)
+    product, _, _ = products_of(
+        latents, known, begin, hidden.column_stride, encoder, shift, factor, d_model, NORMALIZATION
+    )
+    tl.store(estimates + row, tl.max(scores(product, encoder, latents, known, ACTIVATION), axis=0))
+
+
+def bounds_of(sae: SaeWeights, rows: Tensor, leaders: Tensor) -> tuple[Tensor, Tensor]:
+    """What `[B, n]` leaders prove of each row, and their largest score without any proof; `[B]` float32."""
+    bounds, estimates, padded = torch.empty(len(rows)), torch.empty(len(rows)), torch.full((len(rows), 16), -1)
+    padded[:, : leaders.shape[1]] = leaders
+    activation, _, normalization = encoder_arguments(sae)[-3:]
+    constants: dict[str, Any] = {"ACTIVATION": triton_launch.activation_of(activation), "NORMALIZATION": normalization}
+    bounds_kernel[(len(rows),)](
+        Hidden(rows, *rows.stride()),
+        Encoder(*encoder_arguments(sae)[:-3]),
+        padded.int(),
+        bounds,
+        estimates,
+        sae.d_model,
+        sae.d_sae,
+        **constants,
+    )
+    return bounds, estimates
+
+
+def dense_maxima(sae: SaeWeights, rows: Tensor) -> Tensor:
+    """M_t as the pass finds it, `[B]` float32."""
+    stats = TokenStats.zeros(len(rows), sae.d_sae)
+    token_step(rows.clone(), sae, EditList.empty(len(rows), 0), 0.2, None, stats, mode="dense", backend="triton")
+    return stats.maximum.float()
+
+
+def on_the_edge(sae: SaeWeights, rows: Tensor) -> tuple[SaeWeights, Tensor, Tensor]:
+    """The SAE with gates that are just not passed: by the latent with the largest pre-activation of a row, to the bit
+    of what the pass computes. With these rows and, `[B, 1]`, their latents."""
+    gated = sae.activation == "gated"
+    ungated = replace(
+        sae,
+        activation="relu",
+        b_enc=torch.zeros_like(sae.b_enc) if gated else sae.b_enc,
+        threshold=torch.zeros_like(sae.threshold),
+        magnitude_scale=None,
+        magnitude_bias=None,
+    )
+    latents = encode(rows.double(), ungated).argmax(dim=1)
+    first = [latents.tolist().index(latent) for latent in latents.unique().tolist()]
+    latents, rows = latents[first], rows[first]
+    maxima = dense_maxima(ungated, rows)
+    if gated:
+        edge = replace(sae, b_enc=sae.b_enc.index_copy(0, latents, -maxima))
+    else:
+        edge = replace(sae, threshold=sae.threshold.index_copy(0, latents, maxima))
+    return edge, rows, latents[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Kind(),
+        Kind("batchtopk", subtract_b_dec=True, rescaled=True),
+        Kind("gated", subtract_b_dec=True),
+        Kind("relu", "layer_norm"),
+    ],
+    ids=str,
+)
+def test_leaders_prove_no_more_than_the_pass_finds(kind: Kind, dtype: torch.dtype) -> None:
+    """Even where the same sum in another order is larger, or passes a gate that the pass does not."""
+    sae = make_sae(kind, 300, 300, dtype, seed=8)
+    rows = (normal(generator(9), 32, 300) * 2).to(dtype)
+    found = dense_maxima(sae, rows)
+    leaders = torch.cat([encode(rows.double(), sae).topk(8).indices, torch.tensor([[-1, 300, 2**31 - 1]] * 32)], dim=1)
+    bounds, estimates = bounds_of(sae, rows, leaders)
+    assert (bounds <= found).all()
+    assert (bounds >= found * (1 - 2e-3)).all()
+    assert (estimates > found).any(), "a case that needs the proof"
+
+    edge, rows, latents = on_the_edge(sae, rows)
+    found = dense_maxima(edge, rows)
+    bounds, estimates = bounds_of(edge, rows, latents)
+    assert (bounds <= found).all()
+    assert (estimates > found).any(), "a case that needs the proof"
+
+
+@pytest.mark.parametrize("proof", ["a leader", "another tile", "the list"])
+@pytest.mark.parametrize("kind", [Kind("relu"), Kind("gated", subtract_b_dec=True)], ids=str)
+def test_lazy_is_exact_where_a_latent_is_about_to_vanish(kind: Kind, proof: str) -> None:
+    """The listed latent is larger than alpha * M, or smaller, by a millionth: M is what may prove that it vanishes."""
+    plain, rows, _ = case(kind, torch.float32)
+    assert plain.W_dec is not None
+    sae = replace(plain, W_dec=plain.W_dec * 2**10)  # so that the hidden state shows a millionth of the edit
+    rows = rows.float()
+    f = encode(rows.double(), sae)
+    listed = f.argsort(dim=1)[:, -10]
+    reached = f.max(dim=1)
+    if proof == "another tile":  # the first one, where the maximum is in a later one
+        reached = f[:, :LATENTS].max(dim=1)
+        assert (f.argmax(dim=1) >= LATENTS).sum() >= 6
+    elif proof == "the list":
+        listed = reached.indices
+    margin = torch.tensor([1e-6, -1e-6, 5e-6, -5e-6, 2e-5, 4e-5, -4e-5, 8e-5, 1e-4]).repeat(2)
+    alpha = f.gather(1, listed[:, None])[:, 0] / reached.values * (1 - margin)
+    edits = edit_list([[]] * BATCH, [[latent] for latent in listed.tolist()], 2)
+
+    def step(mode: StepMode, strength: Tensor | float) -> tuple[Tensor, TokenStats]:
+        hidden, stats = rows.clone(), TokenStats.zeros(BATCH, 300)
+        with in_sequence():
+            token_step(hidden, sae, edits, strength, None, stats, mode=mode, backend="triton")
+        return hidden, stats
+
+    expected, dense = step("dense", alpha)
+    leaders = scratch_of(sae, BATCH, 2).leaders
+    step("lazy", 0.01)
+    assert torch.equal(leaders[:BATCH, 0], f.argmax(dim=1).int()), "the pass was needed"
+    if proof != "a leader":
+        leaders.fill_(-1)
+    written, lazy = step("lazy", alpha)
+    assert same_bits(written, expected)
+    assert torch.equal(lazy.latent_edits, dense.latent_edits)
+    if proof != "another tile":
+        assert torch.equal(lazy.maximum_known.bool(), margin > 0)
+
+
+# ---- large weights ---------------------------------------------------------------------------------------------------
+
+
+def test_the_pass_over_weights_beyond_two_to_the_31st(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maximum is in the last tile, whose offset does not fit 32 bits; most of the memory is never touched, and so
+    never taken. The other tiles, which would take minutes here, count as passed."""
+    d_model, d_sae = 4096, 2**19 + 64
+    W = torch.from_numpy(np.zeros((d_sae, d_model), np.uint16)).view(torch.bfloat16)
+    W[-1], W[3] = 2**-5, 2**-6
+    zeros = torch.zeros(d_sae)
+    sae = SaeWeights(W_enc=W, W_dec=W, b_enc=zeros, threshold=zeros + 1, activation="jumprelu")
+    rows, stats = torch.ones(2, d_model, dtype=torch.bfloat16), TokenStats.zeros(2, d_sae)
+    rows[1] = 2.0
+    interpreted = Launch.run
+
+    def run_some(launch: Launch) -> None:
+        passes = launch.programs - 2 * 2
+        interpreted(replace(launch, programs=2))
+        scratch_of(sae, 2, 1).counters.copy_(torch.tensor([2 + passes - 1, 2, passes - 1, 0]))
+        interpreted(replace(launch, programs=1 + 2))
+
+    monkeypatch.setattr(Launch, "run", run_some)
+    token_step(rows, sae, edit_list([[], []], [[3], [3]], 1), 0.25, None, stats, mode="dense", backend="triton")
+    assert stats.maximum.tolist() == [128.0, 256.0]
+    assert [row.float().unique().tolist() for row in rows] == [[0.5], [1.0]]  # f is 64 and 128, and is halved
+    assert_clean(sae, 2, 1)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -284,7 +512,7 @@ def test_the_model_of_bytes_moved_is_what_the_kernel_loads(kind: Kind, passes: b
         changed=int(stats.latent_edits.sum()),
         edited=int(stats.edited.sum()),
         passes=passes,
-        latents_per_program=tile_of("token_step", INTERPRETER, 37, 300, False).latents,
+        latents_per_program=LATENTS,
     )
     for name in groups:
         loaded = sum(number for key, number in counted.bytes.items() if key.startswith(name))
@@ -311,6 +539,27 @@ def test_compiles_as_one_graph(compiler: str) -> None:
     assert (stats.seen == 2).all()
     enabled.fill_(False)  # a flag on the device switches the edit off, without another graph
     assert same_bits(compiled(rows), rows * 2 + 1)
+
+
+def test_one_graph_serves_every_batch() -> None:
+    sae, rows, edits = case(Kind())
+    compilations = 0
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    def block(hidden: Tensor, lists: EditList) -> Tensor:
+        hidden = hidden * 2
+        token_step(hidden, sae, lists, 0.2, backend="triton")
+        return hidden
+
+    compiled = torch.compile(block, fullgraph=True, backend=counting)
+    for batch in range(2, 15):
+        lists = edits.rows(torch.arange(batch))
+        assert same_bits(compiled(rows[:batch], lists), block(rows[:batch], lists))
+    assert compilations <= 3  # the first batch, one for any other, and one where the scratch is there already
 
 
 def test_compiles_as_one_graph_with_the_lookup() -> None:

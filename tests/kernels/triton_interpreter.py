@@ -110,22 +110,35 @@ def speed_up() -> None:
         interpreter.interpreter_builder.options = options
 
 
-PATIENCE = 60  # seconds that a launch may take before its programs are taken to wait for each other forever
-
-
 class Interleaved:
     """Runs the programs of a launch in a shuffled order, some of them at the same time.
 
+    A program that asks a counter for the second time, while nothing has happened since the first, waits. It is woken
+    when another program changes something by an atomic operation, which is all that programs wait for.
+
     Attributes:
         slots: how many programs run at a time, each in a thread. The others start when a slot is free, so that whoever
-            waits for a program that has not started waits forever.
+            waits for a program that has not started waits forever. None: all.
+        held: the ticket, which is what its first atomic operation returns, of a program that goes no further from
+            there until all others have ended or wait.
+        holds: how often a program was held up.
         launches: the launches so far.
     """
 
-    def __init__(self, slots: int, seed: int) -> None:
+    def __init__(self, slots: int | None, seed: int, held: int | None) -> None:
         self.slots = slots
+        self.held = held
+        self.holds = 0
         self.launches: list[Launch] = []
         self._order = random.Random(seed)
+        self._original: Any = interpreter.interpreter_builder.create_atomic_rmw
+        self._changed = threading.Condition()
+        self._program = threading.local()
+        self._running = 0  # threads that still have programs to run
+        self._waiting = 0  # those of them that wait
+        self._events = 0  # changes so far
+        self._is_holding = False
+        self._is_stuck = False
 
     def __call__(self, launch: Launch) -> None:
         self.launches.append(launch)
@@ -145,40 +158,84 @@ class Interleaved:
                 while True:
                     # The interpreter knows one program's number at a time: kernels that ask for it need one slot.
                     interpreter.interpreter_builder.set_grid_idx(waiting.get_nowait(), 0, 0)
+                    self._program.has_ticket, self._program.asked = False, None
                     function(**arguments)
             except Empty:
                 pass
             except BaseException as failure:
                 failures.append(failure)
+            finally:
+                with self._changed:
+                    self._running -= 1
+                    self._look_around()
 
         scope = interpreter._patch_lang(function)  # pyright: ignore[reportPrivateUsage]
         interpreter.interpreter_builder.set_grid_dim(launch.programs, 1, 1)
+        self._running, self._waiting, self._is_stuck = self.slots or launch.programs, 0, False
         try:
-            threads = [threading.Thread(target=work, daemon=True) for _ in range(self.slots)]
+            threads = [threading.Thread(target=work, daemon=True) for _ in range(self._running)]
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(PATIENCE)
-            assert not any(thread.is_alive() for thread in threads), "programs wait for each other"
+                thread.join()
         finally:
             scope.restore()
         if failures:
             raise failures[0]
 
+    def atomic(self, operation: Any, pointer: Any, value: Any, *rest: Any) -> Any:
+        """The interpreter's atomic operation."""
+        time.sleep(0.0002)  # lets another program go on
+        with self._changed:
+            before = self._original(operation, pointer, value, *rest)
+            if value.data.size == 1 and not value.data.any():
+                self._ask(int(pointer.data.item()))
+            else:
+                self._happen()
+            if not self._program.has_ticket:
+                self._program.has_ticket = True
+                if self.held is not None and before.data.item() == self.held:
+                    self._hold()
+        return before
+
+    def _happen(self) -> None:
+        self._events += 1
+        self._waiting = 0
+        self._changed.notify_all()
+
+    def _ask(self, address: int) -> None:
+        """Notes that this program looks at a counter; returns when it may have changed."""
+        question = address, self._events
+        if question != self._program.asked:
+            self._program.asked = question
+            return
+        self._waiting += 1
+        self._look_around()
+        self._changed.wait_for(lambda: self._events != question[1] or self._is_stuck)
+        if self._is_stuck:
+            raise RuntimeError("programs wait for each other")
+
+    def _hold(self) -> None:
+        self.holds += 1
+        self._is_holding = True
+        self._look_around()
+        self._changed.wait_for(lambda: not self._is_holding)
+
+    def _look_around(self) -> None:
+        """Lets the program that is held up go on, if no other one does; gives up if there is none."""
+        if self._waiting == self._running - self._is_holding:
+            self._is_stuck = self._waiting > 0 and not self._is_holding
+            self._is_holding = False
+            self._changed.notify_all()
+
 
 @contextmanager
-def interleaved(slots: int, seed: int) -> Iterator[Interleaved]:
+def interleaved(slots: int | None, seed: int, held: int | None = None) -> Iterator[Interleaved]:
     """Within it, launches are run by `Interleaved`."""
-    runner, builder = Interleaved(slots, seed), interpreter.interpreter_builder
-    original = builder.create_atomic_rmw
-
-    def atomic(*arguments: Any) -> Any:
-        time.sleep(0.0002)  # lets another program go on
-        return original(*arguments)
-
+    runner = Interleaved(slots, seed, held)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launch, "run", lambda launch: runner(launch))
-        patch.setattr(builder, "create_atomic_rmw", atomic)
+        patch.setattr(interpreter.interpreter_builder, "create_atomic_rmw", runner.atomic)
         yield runner
 
 

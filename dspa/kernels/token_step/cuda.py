@@ -14,35 +14,24 @@ from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
 from dspa.kernels.registry import StepMode
 from dspa.kernels.sae_weights import SaeWeights
 from dspa.kernels.token_step.cpu import counters_of
+from dspa.kernels.token_step.scratch import kept, rows_for
 
 DEFAULT_MODE: StepMode = "lazy"  # no pass where none is needed; not yet measured on a GPU
 
-_ScratchKey = tuple[torch.device, int, int, int]
-_scratch: WeakKeyDictionary[SaeWeights, dict[_ScratchKey, Tensor]] = WeakKeyDictionary()
+_scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()
 
 
-def scratch_of(sae: SaeWeights, hidden: Tensor, capacity: int, library: Any) -> Tensor:
-    """What the blocks of a step tell each other, `[words]` int32, zero between steps. Each stream has its own, and one
-    address as long as the SAE lives, so that captured graphs may keep it.
+def scratch_words(rows: int, capacity: int) -> int:
+    """What `csrc/cuda/operations.h` divides up; the operation refuses any other number."""
+    return 2 + 5 * rows + 2 * rows * capacity
 
-    Args:
-        sae: the SAE of the step.
-        hidden: `[B, d_model]`, the rows of the step.
-        capacity: entries that an edit list has room for.
-        library: where the operations are.
-    """
-    stream = 0
-    if hidden.is_cuda and not torch.compiler.is_compiling():
-        stream = torch.cuda.current_stream(hidden.device).cuda_stream
-    key = (hidden.device, stream, hidden.shape[0], capacity)
-    of_sae = _scratch.get(sae)
-    if of_sae is None:
-        of_sae = _scratch[sae] = {}
-    scratch = of_sae.get(key)
-    if scratch is None:
-        words = library.step_scratch_words(hidden.shape[0], capacity)
-        scratch = of_sae[key] = torch.zeros(words, dtype=torch.int32, device=hidden.device)
-    return scratch
+
+def scratch_of(sae: SaeWeights, batch: int, capacity: int) -> Tensor:
+    """What the blocks of a step tell each other, `[words]` int32, zero between steps, for at least this batch and lists
+    of this length. Two steps of one SAE must not run at the same time."""
+    rows = rows_for(batch)
+    words = scratch_words(rows, capacity)
+    return kept(_scratch, sae, (rows, capacity), lambda: torch.zeros(words, dtype=torch.int32, device=sae.device))
 
 
 def token_step(
@@ -70,7 +59,7 @@ def token_step(
         None,  # what follows is the CPU's: leaders, codes and their factors
         None,
         None,
-        scratch_of(sae, hidden, edits.k, library),
+        scratch_of(sae, hidden.shape[0], edits.k),
         mode or DEFAULT_MODE,
     )
 
@@ -115,7 +104,7 @@ def token_step_with_lookup(
         edits.signs,
         edits.counts,
         *_strength(alpha, enabled, stats),
-        scratch_of(sae, hidden, edits.k, library),
+        scratch_of(sae, hidden.shape[0], edits.k),
         mode or DEFAULT_MODE,
     )
     return edits

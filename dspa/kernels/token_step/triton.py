@@ -36,6 +36,7 @@ from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
 from dspa.kernels.registry import StepMode
 from dspa.kernels.sae_weights import SaeWeights
 from dspa.kernels.token_step.cpu import counters_of
+from dspa.kernels.token_step.scratch import kept, rows_for
 from dspa.kernels.triton_table import blocks
 from dspa.kernels.triton_tiles import (
     Encoder,
@@ -567,9 +568,7 @@ def token_step_kernel(
 
 @dataclass(frozen=True, eq=False)
 class StepScratch:
-    """The tensors of `Scratch`, for one SAE. They are at fixed addresses, so that a captured graph can be replayed, and
-    are made by the first call, which therefore must not be the captured one. Two steps of one SAE must not run at the
-    same time."""
+    """The tensors of `Scratch`, for one SAE. Two steps of one SAE must not run at the same time."""
 
     counters: Tensor
     states: Tensor
@@ -598,21 +597,19 @@ class StepScratch:
         """In the order of the fields of `Scratch`."""
         return (self.counters, self.states, self.numbers, self.maxima, self.listed, self.ranks, self.leaders)
 
+    def reset(self) -> None:
+        """As it has to be found by a launch, whatever one before has left."""
+        for tensor in (self.counters, self.maxima, self.ranks):
+            tensor.zero_()
+
 
 _scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], StepScratch]] = WeakKeyDictionary()
 
 
 def scratch_of(sae: SaeWeights, batch: int, k: int) -> StepScratch:
-    """The scratch of an SAE for this length of the lists and at least this batch; made when first asked for. Batches
-    share it up to the next power of 2, so that ever new batches do not take ever more memory."""
-    of_sae = _scratch.get(sae)
-    if of_sae is None:
-        of_sae = _scratch[sae] = {}
-    rows = 1 << (batch - 1).bit_length()
-    scratch = of_sae.get((rows, k))
-    if scratch is None:
-        scratch = of_sae[rows, k] = StepScratch.of(rows, k, sae.device)
-    return scratch
+    """The scratch of an SAE for lists of this length and at least this batch."""
+    rows = rows_for(batch)
+    return kept(_scratch, sae, (rows, k), lambda: StepScratch.of(rows, k, sae.device))
 
 
 def run(
@@ -757,7 +754,8 @@ def call(compiled: Callable[..., None], sae: SaeWeights, *arguments: Any) -> Non
     try:
         run(*arguments)
     except BaseException:
-        _scratch.pop(sae, None)  # a launch that did not end leaves its counters anywhere
+        for scratch in _scratch[sae].values():  # a launch that did not end leaves its counters anywhere
+            scratch.reset()
         raise
 
 

@@ -22,6 +22,7 @@ NAME = "cuda-shim"
 THREADS = 64  # of a block; what a GPU gets is more, and the same kernel
 SHARED_LIMIT = 227 * 1024
 DENSITY_BYTES = 64 << 20
+_DEVICES = {(2, SHARED_LIMIT, 9): 0}  # their numbers, by processors, shared memory and compute capability
 
 
 def refuses(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> str | None:
@@ -67,6 +68,9 @@ def machine(
     cluster: int = 1,
     threads: int = THREADS,
     density_bytes: int = DENSITY_BYTES,
+    warpgroup_products: bool = False,
+    bulk_copies: bool = False,
+    calls_to_failure: int = 0,
 ) -> Iterator[None]:
     """Another GPU, another shape of the launch, or another order of the threads, for a while.
 
@@ -74,19 +78,24 @@ def machine(
         clusters_at_a_time: how many really run; one is enough for a kernel that is right.
         processors: of two blocks each, as the launcher is told.
         shared_limit: bytes of shared memory that a block may have.
-        compute_capability: clusters are there from 9 on.
+        compute_capability: 9 is sm_90a, with clusters, bulk copies and products of warpgroups; 8 has none.
         seed: of the order in which threads go on.
         cluster: blocks of a cluster.
         threads: of a block.
         density_bytes: of inputs, or scores, that encode_density holds.
+        warpgroup_products: encode_density multiplies by warpgroups.
+        bulk_copies: the copy engine brings W_enc to token_step.
+        calls_to_failure: the call of CUDA that fails, counted from here on; 0 for none.
     """
     configure = ctypes.CDLL(str(build.library())).cuda_shim_configure
-    configure.argtypes = [ctypes.c_int] * 4 + [ctypes.c_uint64]
+    configure.argtypes = [*[ctypes.c_int] * 4, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    # A number of its own for each, as what a kernel may have on a device is asked once.
+    device = _DEVICES.setdefault((processors, shared_limit, compute_capability), len(_DEVICES))
     tune = operations().set_cuda_tuning
-    configure(clusters_at_a_time, processors, shared_limit, compute_capability, seed)
-    tune(threads, cluster, density_bytes)
+    configure(clusters_at_a_time, processors, shared_limit, compute_capability, seed, device, calls_to_failure)
+    tune(threads, cluster, density_bytes, warpgroup_products, bulk_copies)
     try:
         yield
     finally:
-        configure(3, 2, SHARED_LIMIT, 9, 1)
+        configure(3, 2, SHARED_LIMIT, 9, 1, 0, 0)
         tune(THREADS, 1, DENSITY_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -9,9 +10,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
+
+from cuda_shim import coverage
 
 SHIM = Path(__file__).parent
 ROOT = SHIM.parent.parent.parent
@@ -26,30 +30,44 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+@cache
 def library() -> Path:
-    """The operations `torch.ops.dspa_cuda_shim.*`, on CPU tensors, from the kernels and their binding as they are.
-    DSPA_SHIM_FLAGS holds further flags for the kernels."""
-    flags = ("-O2", *os.environ.get("DSPA_SHIM_FLAGS", "").split())
-    folder = _folder(("library", *flags))
+    """The operations `torch.ops.dspa_cuda_shim.*`, on CPU tensors, from the kernels and their binding as they are. The
+    kernels count their branches if they can; see `branches_taken`."""
+    counts = coverage.unavailable(compiler()) is None
+    of_kernels = (*coverage.FLAGS, "-include", "optimized.h") if counts else ("-O2",)
+    folder = _folder(("library", *of_kernels))
     built = folder / "dspa_cuda_shim.so"
     with _alone(folder):
         if not built.exists():
-            _build_library(folder, flags, built)
+            _build_library(folder, of_kernels, counts, built)
     return built
 
 
-def _build_library(folder: Path, flags: tuple[str, ...], built: Path) -> None:
+def _build_library(folder: Path, of_kernels: tuple[str, ...], counts: bool, built: Path) -> None:
     include = Path(torch.__file__).parent / "include"
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     binding = [*BINDING_FLAGS, target, "-DDSPA_CUDA_SHIM", f"-I{CSRC}", "-isystem", str(include)]
-    _run("-c", *KERNEL_FLAGS, *SHIM_FLAGS, *flags, SHIM / "kernels_on_cpu.cpp", "-o", folder / "kernels.o")
-    _run("-c", *KERNEL_FLAGS, *flags, SHIM / "engine.cpp", "-o", folder / "engine.o")
+    _run("-c", *KERNEL_FLAGS, *SHIM_FLAGS, *of_kernels, SHIM / "kernels_on_cpu.cpp", "-o", folder / "kernels.o")
+    _run("-c", *KERNEL_FLAGS, "-O2", SHIM / "engine.cpp", "-o", folder / "engine.o")
     _run("-c", *binding, CSRC / "bindings_cuda.cpp", "-o", folder / "binding.o")
-    objects = [folder / f"{name}.o" for name in ("kernels", "engine", "binding")]
+    objects = [folder / f"{name}.o" for name in ("engine", "kernels", "binding")]  # what both have is the engine's
+    counting = ("--coverage", SHIM / "counters.cpp") if counts else ()
     torch_libraries = f"-L{include.parent / 'lib'}"
     unfinished = folder / f"{os.getpid()}.so"
-    _run("-shared", *flags, *objects, torch_libraries, "-ltorch_cpu", "-lc10", "-o", unfinished)
+    _run("-shared", "-fPIC", *objects, *counting, torch_libraries, "-ltorch_cpu", "-lc10", "-o", unfinished)
     unfinished.replace(built)
+
+
+def branches_taken(into: Path) -> coverage.Coverage:
+    """Of the kernels, by this process up to now. Once in a process; the counters are left in an empty folder."""
+    os.environ["GCOV_PREFIX"], os.environ["GCOV_PREFIX_STRIP"] = str(into), "99"
+    try:
+        ctypes.CDLL(str(library())).cuda_shim_write_counters()
+    finally:
+        del os.environ["GCOV_PREFIX"], os.environ["GCOV_PREFIX_STRIP"]
+    shutil.copy(library().parent / "kernels.gcno", into)
+    return coverage.read([into / "kernels.gcda"], CSRC / "cuda")
 
 
 def program(name: str, flags: tuple[str, ...]) -> Path:

@@ -112,7 +112,12 @@ inline uint32_t atomicMax(uint32_t* address, uint32_t value) {
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorUnknown = 999
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 enum cudaDeviceAttr {
@@ -138,14 +143,24 @@ struct cudaLaunchConfig_t {
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid value" : "invalid configuration";
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid value"
+         : error == cudaErrorUnknown      ? "unknown error"
+                                          : "invalid configuration";
 }
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// Each of the calls below fails if the machine is told so.
+inline cudaError_t cuda_shim_call() {
+  int& left = cuda_shim::machine().calls_to_failure;
+  if (left == 0) return cudaSuccess;
+  return --left == 0 ? cudaErrorUnknown : cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() { return cuda_shim_call(); }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
+  *device = cuda_shim::machine().device;
+  return cuda_shim_call();
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -153,24 +168,35 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount            ? machine.processors
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? machine.shared_limit
                                                                   : machine.compute_capability;
-  return cudaSuccess;
+  return cuda_shim_call();
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   if (bytes > cuda_shim::machine().shared_limit) return cudaErrorInvalidValue;
   cuda_shim::allow_shared(kernel, bytes);
-  return cudaSuccess;
+  return cuda_shim_call();
+}
+
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+
+// Of a kernel for sm_90a, or sm_90: what is played is one, or a GPU before it, for which the kernel is empty.
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->maxThreadsPerBlock = cuda_shim::machine().compute_capability == 9 ? 1024 : 32;
+  return cuda_shim_call();
 }
 
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
   *blocks = cuda_shim::machine().blocks_per_processor;
-  return cudaSuccess;
+  return cuda_shim_call();
 }
 
 // Runs the kernel to its end.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
+  if (const cudaError_t error = cuda_shim_call(); error != cudaSuccess) return error;
   const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
   const bool allowed = static_cast<int>(config->dynamicSmemBytes) <=
                        cuda_shim::shared_allowed(reinterpret_cast<const void*>(kernel));

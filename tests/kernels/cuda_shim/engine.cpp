@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -16,8 +17,8 @@ constexpr int shared_without_asking = 48 * 1024;
 
 thread_local Thread* current = nullptr;
 
-std::map<const void*, int>& allowances() {
-  static std::map<const void*, int> instance;
+std::map<std::pair<int, const void*>, int>& allowances() {  // of a device and a kernel
+  static std::map<std::pair<int, const void*>, int> instance;
   return instance;
 }
 
@@ -185,9 +186,19 @@ void pause(const std::atomic<uint32_t>* changing, uint32_t value) {
 Block::Block(const Launch& launch_, unsigned index_, ClusterOfBlocks& cluster_)
     : launch(&launch_), cluster(&cluster_), index(index_, 0, 0), barrier(launch_.threads.x) {
   for (unsigned w = 0; w < launch_.threads.x / 32; ++w) warps.push_back(std::make_unique<Warp>());
-  const size_t bytes = (launch_.shared_bytes + 127) / 128 * 128;
-  shared = static_cast<char*>(std::aligned_alloc(128, std::max<size_t>(bytes, 128)));
-  std::memset(shared, 0xff, std::max<size_t>(bytes, 128));  // NaN, and large numbers: what a block finds is not zero
+  for (unsigned g = 0; g < launch_.threads.x / 128; ++g) warpgroups.push_back(std::make_unique<Warpgroup>());
+  const size_t bytes = std::max<size_t>((launch_.shared_bytes + 127) / 128 * 128, 128), skipped = shared_begin() % 1024;
+  hidden.resize(bytes / 16);
+  void* allocated = nullptr;
+  if (posix_memalign(&allocated, 1024, skipped + bytes) != 0) std::abort();
+  memory = static_cast<char*>(allocated);
+  shared = memory + skipped;
+  std::memset(shared, 0xff, bytes);  // NaN, and large numbers: what a block finds is not zero
+}
+
+void refuse(const char* what) {
+  std::fprintf(stderr, "undefined on a GPU: %s\n", what);
+  std::abort();
 }
 
 void run(const Launch& launch) {
@@ -202,10 +213,10 @@ void run(const Launch& launch) {
   machine().seed += 1;  // the next launch runs in another order
 }
 
-void allow_shared(const void* kernel, int bytes) { allowances()[kernel] = bytes; }
+void allow_shared(const void* kernel, int bytes) { allowances()[{machine().device, kernel}] = bytes; }
 
 int shared_allowed(const void* kernel) {
-  const auto found = allowances().find(kernel);
+  const auto found = allowances().find({machine().device, kernel});
   return found == allowances().end() ? shared_without_asking : found->second;
 }
 
@@ -214,11 +225,14 @@ int shared_allowed(const void* kernel) {
 // For the tests, which have no other way in.
 extern "C" __attribute__((visibility("default"))) void cuda_shim_configure(int clusters_at_a_time, int processors,
                                                                            int shared_limit, int compute_capability,
-                                                                           uint64_t seed) {
+                                                                           uint64_t seed, int device,
+                                                                           int calls_to_failure) {
   cuda_shim::Machine& machine = cuda_shim::machine();
   machine.clusters_at_a_time = clusters_at_a_time;
   machine.processors = processors;
   machine.shared_limit = shared_limit;
   machine.compute_capability = compute_capability;
   machine.seed = seed;
+  machine.device = device;
+  machine.calls_to_failure = calls_to_failure;
 }

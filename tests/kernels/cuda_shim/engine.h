@@ -22,6 +22,8 @@ struct Machine {
   int blocks_per_processor = 2;
   int shared_limit = 227 * 1024;
   int compute_capability = 9;
+  int device = 0;            // its number
+  int calls_to_failure = 0;  // the call of CUDA that fails, counted from here on; 0 for none
   int clusters_at_a_time = 3;  // that really run: one is enough for a kernel that is right
   bool real_threads = false;
   bool order_is_missing = false;  // makes atomics that should order what is around them order nothing
@@ -65,6 +67,14 @@ struct Warp {
   uint64_t values[2][32] = {};  // taken in turns, so that nobody writes what others still read
 };
 
+// The 128 threads that give the tensor cores a product together.
+struct Warpgroup {
+  Barrier barrier{128};
+  std::atomic<uint32_t> arrived{0};
+  uint64_t matrices[128][2] = {};  // what each of them names
+  uint64_t digest = 0;             // of these
+};
+
 struct Launch {
   Index3 blocks, threads;
   unsigned cluster = 1;
@@ -82,14 +92,19 @@ struct ClusterOfBlocks {
 
 struct Block {
   Block(const Launch& launch_, unsigned index_, ClusterOfBlocks& cluster_);
-  ~Block() { std::free(shared); }
+  ~Block() { std::free(memory); }
   const Launch* launch;
   ClusterOfBlocks* cluster;
   Index3 index;
   Barrier barrier;
   std::atomic<uint32_t> votes[2] = {};
   std::vector<std::unique_ptr<Warp>> warps;
-  char* shared;  // of just the size that was asked for, so that AddressSanitizer sees what is past its end
+  std::vector<std::unique_ptr<Warpgroup>> warpgroups;
+  std::vector<uint32_t> hidden;  // of 16 bytes of shared memory each: copies that were begun and not shown yet
+  char* memory;
+  char* shared;  // in memory, of just the size that was asked for, so that AddressSanitizer sees what is past its end
+  // Where shared memory begins: in each block at another multiple of 128, though on a GPU it is the same in all.
+  uint32_t shared_begin() const { return 1024 + 128 * (index.x % 8); }
 };
 
 // A copy that was asked for and has not been done yet.
@@ -99,18 +114,32 @@ struct Copy {
   bool valid;
 };
 
+// A product that was asked for and has not been done yet.
+struct Product {
+  float* sums;
+  uint64_t a, b;
+  float (*number)(uint32_t bits);
+  uint64_t digest;  // of both matrices as they were
+};
+
 struct Thread {
   Index3 thread_index;
   Block* block = nullptr;
   Warp* warp = nullptr;
   unsigned collectives = 0;
   unsigned block_votes = 0;
-  std::vector<std::vector<Copy>> copies{1};  // by groups, the last one open
+  std::vector<std::vector<Copy>> copies{1};       // by groups, the last one open
+  std::vector<std::vector<Product>> products{1};  // likewise
+  bool products_begun = false;
+  std::vector<const void*> done;  // copies that were waited for and not shown yet: where they went
 
   unsigned lane() const { return thread_index.x % 32; }
 };
 
 Thread& self();
+
+// Ends the program: a GPU would do what nobody can foresee.
+[[noreturn]] void refuse(const char* what);
 
 void run(const Launch& launch);
 

@@ -140,15 +140,19 @@ struct Case {
 
 }  // namespace
 
-// The arguments: threshold or topk, rows of the batch, d_model, and what to do: step, count, or the step on a machine
-// whose atomics order nothing, which ThreadSanitizer has to find.
+// The arguments: threshold or topk, rows of the batch, d_model, and what to do: step, count, either as only sm_90 and
+// sm_90a can ("step in bulk", "count by warpgroups"), or the step on a machine whose atomics order nothing, which
+// ThreadSanitizer has to find.
 int main(int, char** arguments) {
   cuda_shim::machine().real_threads = true;
-  cuda_shim::machine().order_is_missing = std::string(arguments[4]) == "unordered";
+  const std::string what = arguments[4];
+  cuda_shim::machine().order_is_missing = what == "unordered";
+  cuda::tuning().bulk_copies = what == "step in bulk";
+  cuda::tuning().warpgroup_products = what == "count by warpgroups";
   const bool topk = std::string(arguments[1]) == "topk";
   const cpu::Activation activation = topk ? cpu::Activation::topk : cpu::Activation::threshold;
   Case given(std::stoi(arguments[2]), std::stoi(arguments[3]), activation, 7);
-  if (std::string(arguments[4]) == "count") {
+  if (what == "count" || what == "count by warpgroups") {
     given.counted(2);
     return failures == 0 ? 0 : 1;
   }

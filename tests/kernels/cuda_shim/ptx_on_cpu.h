@@ -7,6 +7,11 @@ namespace dspa::cuda::ptx {
 
 inline char* dynamic_shared() { return cuda_shim::self().block->shared; }
 
+inline uint32_t shared_address(const void* pointer) {
+  const ptrdiff_t offset = static_cast<const char*>(pointer) - dynamic_shared();
+  return cuda_shim::self().block->shared_begin() + static_cast<uint32_t>(offset);
+}
+
 inline uint64_t evict_first_policy() { return 0; }
 
 inline uint4 load_16(const void* address) {
@@ -89,10 +94,17 @@ inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t
   change_barrier(barrier, [&](int64_t&, int64_t& left) { left -= bytes; });
 }
 
+// The block's count of copies to some 16 bytes of shared memory that were begun and not shown to the tensor cores yet.
+inline uint32_t& hidden_copies(const void* shared) {
+  const ptrdiff_t offset = static_cast<const char*>(shared) - dynamic_shared();
+  return cuda_shim::self().block->hidden.at(static_cast<size_t>(offset) / 16);
+}
+
 // Copies are done when they have to be, and not before.
 inline void copy_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
     std::abort();
+  __atomic_fetch_add(&hidden_copies(shared), 1, __ATOMIC_RELAXED);
   cuda_shim::self().copies.back().push_back({shared, global, valid});
 }
 
@@ -100,9 +112,11 @@ inline void commit_copies() { cuda_shim::self().copies.emplace_back(); }
 
 template <int kPending>
 void wait_for_copies() {
-  auto& groups = cuda_shim::self().copies;
+  cuda_shim::Thread& thread = cuda_shim::self();
+  auto& groups = thread.copies;
   while (groups.size() > kPending + 1) {  // the last group is open
     for (const cuda_shim::Copy& copy : groups.front()) {
+      thread.done.push_back(copy.to);
       if (copy.valid)
         std::memcpy(copy.to, copy.from, 16);
       else
@@ -149,6 +163,110 @@ void multiply_add(Pairs, float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, 
     }
   }
   cuda_shim::exchange(0xffffffffu, 0);  // nobody reads the fragments any more
+}
+
+// ---- products of warpgroups -----------------------------------------------------------------------------------------
+
+// The tensor cores read the matrices at any time between a product and the wait for it. Here they are read as late as
+// can be for the sums, and as early as can be to see that nobody changes them in between. No copy to them may be under
+// way, or done and not shown; whether ordinary stores were shown is not checked.
+
+constexpr bool has_warpgroup_products = true;
+
+inline void show_to_tensor_cores() {
+  cuda_shim::Thread& thread = cuda_shim::self();
+  for (const void* to : thread.done) __atomic_fetch_sub(&hidden_copies(to), 1, __ATOMIC_RELAXED);
+  thread.done.clear();
+}
+
+// Where columns 8 `piece` to 8 `piece` + 7 of a row lie in shared memory, by what PTX says of matrix descriptors: K is
+// the major dimension, the swizzle is that of 128 bytes.
+inline const char* row_piece(uint64_t descriptor, uint32_t row, uint32_t piece) {
+  const cuda_shim::Block& block = *cuda_shim::self().block;
+  const uint32_t start = (descriptor & 0x3fff) << 4, of_eight_rows = (descriptor >> 32 & 0x3fff) << 4;
+  const uint64_t fields = 0x3fff | uint64_t{0x3fff} << 16 | uint64_t{0x3fff} << 32 | uint64_t{3} << 62;
+  if ((descriptor & ~fields) != 0 || descriptor >> 62 != 1) cuda_shim::refuse("a descriptor of another kind");
+  const uint32_t plain = start + row / 8 * of_eight_rows + row % 8 * 128 + piece * 16;
+  const uint32_t offset = (plain ^ (plain >> 7 & 7) << 4) - block.shared_begin();
+  if (offset + 16 > block.launch->shared_bytes) cuda_shim::refuse("a matrix outside of the block");
+  const char* found = dynamic_shared() + offset;
+  if (__atomic_load_n(&hidden_copies(found), __ATOMIC_RELAXED) != 0)
+    cuda_shim::refuse("a product of what was not shown to the tensor cores");
+  return found;
+}
+
+inline uint64_t digest_of(uint64_t a, uint64_t b) {
+  uint64_t digest = 0;
+  for (uint32_t row = 0; row < 64 + 256; ++row) {
+    for (uint32_t piece = 0; piece < 2; ++piece) {
+      uint64_t words[2];
+      std::memcpy(words, row < 64 ? row_piece(a, row, piece) : row_piece(b, row - 64, piece), sizeof words);
+      for (const uint64_t word : words) digest = (digest ^ word) * 0x9e3779b97f4a7c15u;
+    }
+  }
+  return digest;
+}
+
+inline void settle(float (&)[128]) {}
+
+inline void begin_products() { cuda_shim::self().products_begun = true; }
+
+template <class Pairs>
+void multiply_add(Pairs, float (&sums)[128], uint64_t a, uint64_t b) {
+  cuda_shim::Thread& thread = cuda_shim::self();
+  const size_t number = thread.thread_index.x / 128;
+  if (number >= thread.block->warpgroups.size()) cuda_shim::refuse("a product of less than a warpgroup");
+  if (!thread.products_begun) cuda_shim::refuse("a product without a fence");
+  cuda_shim::Warpgroup& group = *thread.block->warpgroups[number];
+  uint64_t* named = group.matrices[thread.thread_index.x % 128];
+  named[0] = a;
+  named[1] = b;
+  if (group.arrived.fetch_add(1) == 127) {  // the last thread of the group: now the tensor cores may begin
+    group.arrived.store(0);
+    for (const uint64_t(&others)[2] : group.matrices)
+      if (others[0] != a || others[1] != b) cuda_shim::refuse("matrices that differ in a warpgroup");
+    group.digest = digest_of(a, b);
+  }
+  group.barrier.wait();
+  thread.products.back().push_back({sums, a, b, &Pairs::number, group.digest});
+}
+
+inline void commit_products() { cuda_shim::self().products.emplace_back(); }
+
+// What a thread has of a product.
+inline void multiply_own(const cuda_shim::Product& product) {
+  const uint32_t thread = cuda_shim::self().thread_index.x % 128;
+  if (thread == 0 && digest_of(product.a, product.b) != product.digest)
+    cuda_shim::refuse("a matrix that changed while it was multiplied");
+  const auto load_row = [&](uint64_t matrix, uint32_t row, float (&numbers)[16]) {
+    for (uint32_t piece = 0; piece < 2; ++piece) {
+      uint16_t bits[8];
+      std::memcpy(bits, row_piece(matrix, row, piece), sizeof bits);
+      for (uint32_t i = 0; i < 8; ++i) numbers[8 * piece + i] = product.number(bits[i]);
+    }
+  };
+  float rows[2][16], column[16];
+  for (uint32_t i = 0; i < 2; ++i) load_row(product.a, thread / 32 * 16 + thread % 32 / 4 + 8 * i, rows[i]);
+  for (uint32_t j = 0; j < 32; ++j) {
+    for (uint32_t c = 0; c < 2; ++c) {
+      load_row(product.b, 8 * j + thread % 4 * 2 + c, column);
+      for (uint32_t i = 0; i < 2; ++i)
+        for (uint32_t k = 0; k < 16; ++k) {
+          float& sum = product.sums[4 * j + 2 * i + c];
+          sum = fmaf(rows[i][k], column[k], sum);
+        }
+    }
+  }
+}
+
+template <int kPending>
+void wait_for_products() {
+  cuda_shim::Thread& thread = cuda_shim::self();
+  while (thread.products.size() > kPending + 1) {  // the last group is open
+    for (const cuda_shim::Product& product : thread.products.front()) multiply_own(product);
+    thread.products.erase(thread.products.begin());
+  }
+  if (kPending == 0) thread.products_begun = false;  // from here on the sums may be looked at
 }
 
 }  // namespace dspa::cuda::ptx

@@ -1,5 +1,6 @@
 // The shim does what CUDA does. Arguments: "fibers" or "threads" runs all checks; "race" and "overrun" do what
-// ThreadSanitizer and AddressSanitizer have to find. Ends with 0 if all is well.
+// ThreadSanitizer and AddressSanitizer have to find, the others what the shim itself has to refuse. Ends with 0 if all
+// is well.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -162,6 +163,62 @@ void matrices() {
   });
 }
 
+// Two warpgroups multiply a and b, each other columns of them, which lie where PTX says that the tensor cores look for
+// them. `spoil` is called between a product and the wait for it.
+struct WarpgroupProduct {
+  bool shows = true, begins = true, agrees = true;
+  void (*spoil)(char* element) = [](char*) {};
+
+  static float number(unsigned row, unsigned column) {
+    return static_cast<float>((row * 29 + column * 7) % 127) - 60.0f;
+  }
+
+  // Rows have 128 bytes; the swizzle permutes the eight pieces of 16 bytes of each.
+  static char* element(char* matrix, unsigned row, unsigned column) {
+    return matrix + row * 128 + (column / 8 ^ row % 8) * 16 + column % 8 * 2;
+  }
+
+  static uint64_t descriptor(const char* first) { return ptx::shared_address(first) / 16 | 64ull << 32 | 1ull << 62; }
+
+  void operator()() const {
+    char* a = ptx::dynamic_shared();
+    a += 1023 - (ptx::shared_address(a) + 1023) % 1024;
+    char* b = a + 64 * 128;
+    alignas(16) uint16_t piece[8];
+    for (unsigned i = threadIdx.x; i < (64 + 256) * 8; i += blockDim.x) {
+      const unsigned row = i / 8, first = i % 8 * 8;
+      for (unsigned k = 0; k < 8; ++k) piece[k] = ptx::bfloat16_of_float(number(row, first + k));
+      ptx::copy_async(element(a, row, first), piece, true);
+      ptx::commit_copies();
+      ptx::wait_for_copies<0>();
+    }
+    if (shows) ptx::show_to_tensor_cores();
+    __syncthreads();
+    const unsigned group = threadIdx.x / 128, thread = threadIdx.x % 128, skipped = 16 + 32 * group;
+    float sums[128];
+    for (float& sum : sums) sum = 0.5f;
+    if (begins) ptx::begin_products();
+    const unsigned other = !agrees && thread == 77 ? 1024 : 0;
+    ptx::multiply_add(ptx::Bfloat16Pairs{}, sums, descriptor(a + skipped * 2), descriptor(b + skipped * 2 + other));
+    ptx::commit_products();
+    if (threadIdx.x == 100) spoil(element(b, 5, skipped));
+    __syncthreads();
+    expect(sums[0] == 0.5f, "a product takes its time");
+    ptx::wait_for_products<0>();
+    for (unsigned n = 0; n < 128; ++n) {
+      const unsigned row = thread / 32 * 16 + thread % 32 / 4 + n / 2 % 2 * 8;
+      const unsigned column = n / 4 * 8 + thread % 4 * 2 + n % 2;
+      float expected = 0.5f;
+      for (unsigned k = skipped; k < skipped + 16; ++k) expected += number(row, k) * number(64 + column, k);
+      expect(sums[n] == expected, "a product of a warpgroup");
+    }
+  }
+};
+
+void warpgroups(const WarpgroupProduct& product) {
+  expect(launch(2, 256, 42 * 1024, 1, product) == cudaSuccess, "launch of warpgroups");
+}
+
 void shared_memory() {
   expect(launch(1, 32, 49 * 1024, 1, [] {}) != cudaSuccess, "more than 48 KB must be asked for");
   auto body = [] {};
@@ -203,6 +260,16 @@ int main(int, char** arguments) {
     race();
   } else if (what == "overrun") {
     overrun();
+  } else if (what == "hidden") {
+    warpgroups({.shows = false});
+  } else if (what == "no fence") {
+    warpgroups({.begins = false});
+  } else if (what == "other matrices") {
+    warpgroups({.agrees = false});
+  } else if (what == "changed") {
+    warpgroups({.spoil = [](char* element) { element[0] ^= 1; }});
+  } else if (what == "half a warpgroup") {
+    launch(1, 64, 42 * 1024, 1, WarpgroupProduct{});
   } else {
     for (int turn = 0; turn < 3; ++turn) {
       cuda_shim::machine().clusters_at_a_time = turn + 1;
@@ -214,6 +281,7 @@ int main(int, char** arguments) {
       clusters();
       copies();
       matrices();
+      warpgroups({});
       shared_memory();
     }
   }

@@ -1,0 +1,45 @@
+"""What the GPU steps of an SAE keep between launches, at fixed addresses, so that captured graphs may hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from dspa.kernels.sae_weights import SaeWeights
+
+LEAST_ROWS = 256
+
+Key = TypeVar("Key")
+Scratch = TypeVar("Scratch")
+
+
+def rows_for(batch: int) -> int:
+    """How many rows there is scratch for where a batch is to be served. Batches share it, so that ever new ones neither
+    take ever more memory nor, while they are no larger than most are, need a compiled graph of their own."""
+    return LEAST_ROWS if batch <= LEAST_ROWS else 1 << (batch - 1).bit_length()
+
+
+def kept(
+    of_all: WeakKeyDictionary[SaeWeights, dict[Key, Scratch]], sae: SaeWeights, key: Key, make: Callable[[], Scratch]
+) -> Scratch:
+    """The scratch of an SAE for some size, made when first asked for and kept as long as the SAE.
+
+    A graph that is being captured uses what is there. What has to be made for it belongs to the graph, which makes it
+    anew at every replay, and is not kept: nobody else would find it as it has to be.
+    """
+    of_sae = of_all.get(sae)
+    if of_sae is None:
+        of_sae = of_all[sae] = {}
+    scratch = of_sae.get(key)
+    if scratch is None:
+        scratch = make()
+        if not _is_being_captured(sae.device):
+            of_sae[key] = scratch
+    return scratch
+
+
+def _is_being_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
