@@ -1,5 +1,6 @@
 # make demo    install into .venv and run the method on the model that ships with the package
 # make test    install into .venv and run the tests
+# make test-compilers  the GPU kernels, compiled for several architectures and under sanitizers
 # make lint    style and types
 # make bench   CPU benchmarks, checked before they are timed; make bench-compare BASE=earlier.json says what moved
 # make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow lint bench bench-compare gpu sanitize clean
+.PHONY: demo test test-compilers test-slow lint bench bench-compare gpu sanitize clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
@@ -19,6 +20,10 @@ demo: $(READY)
 # A process for each core, with one thread each; a file's tests stay together, for what they share.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# What compilers make of the GPU kernels, for GPUs that are not here and under sanitizers: minutes of compiling.
+test-compilers: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'compilers and not slow'
 
 # Minutes long: the demo's claims on other model seeds, and other tests that are too long for every day.
 test-slow: $(READY)

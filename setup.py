@@ -13,6 +13,7 @@ DSPA_CUDA_ARCHS   which GPUs it is for, "80;90a" say. Default: this machine's ow
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,18 @@ def wanted_architectures() -> list[str]:
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return [f"{major}{minor}a" if major == 9 else f"{major}{minor}"]
+        if f"{major}{minor}" in known_architectures():
+            return [f"{major}{minor}a" if major == 9 else f"{major}{minor}"]
     return DEFAULT_ARCHITECTURES.split(";")
+
+
+def known_architectures() -> set[str]:
+    """Those that nvcc compiles for. What is newer runs the portable code of the default ones."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return set()
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    return {line.removeprefix("sm_") for line in listed.split()}
 
 
 def left_out(library: str, reason: str) -> None:

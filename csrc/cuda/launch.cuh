@@ -31,11 +31,17 @@ inline cudaError_t shared_limit_of(int device, int64_t& limit) {
   return error;
 }
 
+// The same error, of which CUDA tells nobody else then: torch would take it for one of its own next launch.
+inline cudaError_t taken(cudaError_t error) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
+}
+
 // Whether what the current device runs of a kernel takes blocks of so many threads. A kernel that only some GPUs can
 // run is empty elsewhere, and takes smaller ones.
 inline bool takes_blocks_of(const void* kernel, int threads) {
   cudaFuncAttributes attributes = {};
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.maxThreadsPerBlock >= threads;
+  return taken(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess && attributes.maxThreadsPerBlock >= threads;
 }
 
 // Asked once for every kernel, device and size; the answer stays.
@@ -92,8 +98,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int6
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
-  return error == cudaSuccess ? cudaGetLastError() : error;
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
 }  // namespace dspa::cuda

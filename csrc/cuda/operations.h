@@ -28,7 +28,7 @@ int run_lookup(const Lookup<double, double>& lookup, int64_t batch, void* stream
 
 // ---- token_step -----------------------------------------------------------------------------------------------------
 
-// What clusters tell each other, all zero between launches.
+// What clusters tell each other, all zero between launches but for the scores.
 struct Scratch {
   uint32_t* ticket = nullptr;       // clusters that started
   uint32_t* tiles_done = nullptr;

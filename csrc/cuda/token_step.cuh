@@ -255,14 +255,14 @@ class TokenStepBlock {
     }
   }
 
-  // The scores of some rows' lists as other blocks found them, by the whole block.
-  __device__ __forceinline__ void load_lists(uint32_t slots) const {
+  // The scores of some rows' lists as other blocks found them, by the whole block; `ranked` if the ranks are known.
+  __device__ __forceinline__ void load_lists(uint32_t slots, bool ranked) const {
     for (int slot = 0; slot < rows_; ++slot) {
       if ((slots >> slot & 1u) == 0) continue;
       const int64_t row = first_ + slot, count = list_size(row);
       for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
         score_bits(slot)[i] = __float_as_uint(step_.scratch.score[row * capacity_ + i]);
-        ranks(slot)[i] = is_topk() ? step_.scratch.rank[row * capacity_ + i] : 0;
+        ranks(slot)[i] = ranked && is_topk() ? step_.scratch.rank[row * capacity_ + i] : 0;
       }
     }
     __syncthreads();
@@ -305,7 +305,7 @@ class TokenStepBlock {
     uint32_t slots = lists_are_known ? rows_not_settled() : enabled_rows();
     load_inputs(slots);
     if (lists_are_known)
-      load_lists(slots);
+      load_lists(slots, false);
     else
       slots = finite_rows(slots);
     if (slots == 0) return;
@@ -459,7 +459,7 @@ class TokenStepBlock {
 
   __device__ __forceinline__ void finish_tile() {
     const uint32_t rows = rows_not_settled();
-    load_lists(rows);
+    load_lists(rows, true);
     edit_rows(rows, true);
     cluster_.barrier();  // nobody reads the scratch any more
     if (cluster_.rank != 0) return;

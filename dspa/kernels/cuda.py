@@ -22,6 +22,8 @@ def refuses(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeig
     for tensor in tensors:
         if tensor.device.type != "cuda":
             return f"a tensor is on {tensor.device}"
+        if tensor.device != operands[0].device:
+            return f"a tensor is on {tensor.device}, another on {operands[0].device}"
         if operation != "lookup" and tensor.dtype not in _STORAGE:
             return f"a tensor is {tensor.dtype}"
     return None

@@ -23,6 +23,8 @@ def refuses(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeig
     for tensor in operands if sae is None else (*operands, sae.W_enc):
         if tensor.device.type != "cuda" and not INTERPRETED.value:
             return f"a tensor is on {tensor.device}"
+        if tensor.device != operands[0].device:
+            return f"a tensor is on {tensor.device}, another on {operands[0].device}"
         if tensor.dtype not in STORAGE:
             return f"a tensor is {tensor.dtype}"
     return None

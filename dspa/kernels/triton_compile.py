@@ -56,6 +56,7 @@ class Case:
         activation, normalization, subtract_b_dec: of the SAE.
         hidden, weights: dtypes.
         mode: of `token_step`: "dense", "lazy", or "lookup" for lazy with the lookup in the same launch.
+        optional: whether there are flags, counters, an alpha for each row, a compact decoder and decoder norms.
         shape: d_model and d_sae.
     """
 
@@ -65,13 +66,15 @@ class Case:
     hidden: torch.dtype
     weights: torch.dtype
     mode: str
+    optional: bool
     shape: tuple[int, int]
 
     def __str__(self) -> str:
         dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.hidden, self.weights))
         bias = "-subtract_b_dec" if self.subtract_b_dec else ""
         shape = "x".join(str(size) for size in self.shape)
-        return f"{self.activation}-{self.normalization}{bias}-{dtypes}-{self.mode}-{shape}"
+        options = "-optional" if self.optional else ""
+        return f"{self.activation}-{self.normalization}{bias}-{dtypes}-{self.mode}{options}-{shape}"
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,18 @@ class Compiled:
 
 
 def every_case(architecture: str) -> Iterator[Case]:
-    """Every activation, normalisation, pair of dtypes and mode at every shape of the table."""
+    """Every value of each field with every other, at every shape of the table."""
     for shape in entries(architecture):
-        for activation, normalization, subtract, hidden, weights, mode in itertools.product(
+        for activation, normalization, subtract, hidden, weights, mode, optional in itertools.product(
             ACTIVATIONS,
             NORMALIZATIONS,
             (False, True),
             LOW_PRECISION,
             LOW_PRECISION,
             MODES,
+            (False, True),
         ):
-            yield Case(activation, normalization, subtract, hidden, weights, mode, shape)
+            yield Case(activation, normalization, subtract, hidden, weights, mode, optional, shape)
 
 
 def spanning_cases(architecture: str) -> Iterator[Case]:
@@ -120,6 +124,7 @@ def spanning_cases(architecture: str) -> Iterator[Case]:
                 hidden,
                 weights,
                 MODES[(i + turn) % 3],
+                (j + turn) % 2 == 1,
                 shape,
             )
 
@@ -139,29 +144,31 @@ def launches_of(case: Case, architecture: str) -> list[Launch]:
         activation=case.activation,
         W_dec=tensor(d_sae, d_model, dtype=case.weights),
         b_dec=tensor(d_model),
-        decoder_rows=tensor(d_sae, dtype=torch.int32),
+        decoder_rows=tensor(d_sae, dtype=torch.int32) if case.optional else None,
         k=64 if case.activation == "topk" else None,
         subtract_b_dec=case.subtract_b_dec,
         normalization=case.normalization,
-        decoder_norm=None if gated else tensor(d_sae),
+        decoder_norm=tensor(d_sae) if case.optional and not gated else None,
         magnitude_scale=tensor(d_sae) if gated else None,
         magnitude_bias=tensor(d_sae) if gated else None,
     )
     batch, k = 16, 16
-    hidden, enabled = tensor(batch, d_model, dtype=case.hidden), tensor(batch, dtype=torch.bool)
-    stats = TokenStats.zeros(batch, d_sae, "meta")
+    hidden = tensor(batch, d_model, dtype=case.hidden)
+    enabled = tensor(batch, dtype=torch.bool) if case.optional else None
+    stats = TokenStats.zeros(batch, d_sae, "meta") if case.optional else None
+    alpha = tensor(batch) if case.optional else 0.2
     density = tensor(batch, d_sae)
     conditional_map = CsrMap(tensor(d_sae + 1, dtype=torch.int64), tensor(4096, dtype=torch.int32), tensor(4096), d_sae)
     with recording(architecture) as made:
         if case.mode == "lookup":
             token_step_with_lookup(
-                hidden, sae, density, conditional_map, 32, k, "ablate", False, 0.2, enabled, stats, "lazy"
+                hidden, sae, density, conditional_map, 32, k, "ablate", False, alpha, enabled, stats, "lazy"
             )
             lookup(density, conditional_map, 32, k, "both", True)
         else:
             edits = EditList.empty(batch, k, "meta")
             mode = "dense" if case.mode == "dense" else "lazy"
-            token_step(hidden, sae, edits, tensor(batch), enabled, stats, mode)
+            token_step(hidden, sae, edits, alpha, enabled, stats, mode)
         encode_density(hidden, tensor(3, dtype=torch.int64), sae)
     return made
 

@@ -23,7 +23,10 @@ ROOT = Path(__file__).parent.parent.parent
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH")
 
-pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}")
+pytestmark = [
+    pytest.mark.compilers,
+    pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}"),
+]
 
 
 def build(into: Path, with_nvcc: bool, **environment: str) -> subprocess.CompletedProcess[str]:

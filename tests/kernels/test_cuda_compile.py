@@ -18,7 +18,10 @@ import compile_cuda  # pyright: ignore[reportMissingImports]
 NVCC = compile_cuda.find_nvcc()
 ARCHITECTURES = compile_cuda.DEFAULT_ARCHITECTURES.split(";")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH or in CUDA_HOME")
+pytestmark = [
+    pytest.mark.compilers,
+    pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH or in CUDA_HOME"),
+]
 
 # How many instantiations of each there are.
 KERNELS = {
@@ -151,12 +154,17 @@ def test_no_instruction_touches_local_memory(machine_code: dict[tuple[str, str],
 
 
 def test_the_weights_are_loaded_16_bytes_at_a_time(machine_code: dict[tuple[str, str], list[str]]) -> None:
-    """Eight such loads for the rows of the pass and eight for a listed row, none of which stays in the first cache."""
+    """Eight such loads for the rows of the pass and eight for a listed row, none of which stays in the first cache, and
+    at least four for decoder rows, which may."""
     for (architecture, name), instructions in machine_code.items():
         if "token_step_kernel" not in name:
             continue
-        streaming = [load for load in instructions if load.startswith("LDG") and ".128" in load and ".NA" in load]
-        assert len(streaming) >= 16 or name.endswith("Lb0EEEvNS0_9TokenStepE"), (architecture, name)
+        if name.endswith("Lb0EEEvNS0_9TokenStepE"):  # rows are not whole 16 bytes
+            continue
+        loads = [load for load in instructions if load.startswith("LDG") and ".128" in load]
+        streaming = [load for load in loads if ".NA" in load]
+        assert len(streaming) >= 16, (architecture, name)
+        assert len(loads) - len(streaming) >= 4, (architecture, name)
 
 
 # What is meant to be in the machine code of a kernel, wherever it is not empty.

@@ -7,7 +7,10 @@ import subprocess
 import pytest
 from cuda_shim import build
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.compilers,
+    pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler"),
+]
 
 THREADS = ("-O1", "-g1", "-fsanitize=thread")
 ADDRESSES = ("-O0", "-g1", "-fsanitize=address")
@@ -18,7 +21,8 @@ STEPS = (
     "threshold 9 40 step",
     "threshold 1 40 step in bulk",
 )  # activation, rows, d_model: see kernel_runs.cpp
-COUNTS = ("threshold 5 37 count", "threshold 9 40 count", "topk 5 37 count", "topk 9 328 count by warpgroups")
+COUNTS = ("threshold 5 37 count", "threshold 9 40 count", "topk 5 37 count")
+BY_WARPGROUPS = "topk 9 328 count by warpgroups"
 
 
 def run(flags: tuple[str, ...], arguments: str) -> subprocess.CompletedProcess[str]:
@@ -47,19 +51,18 @@ def test_the_races_would_be_found() -> None:
     assert "data race" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [*STEPS, "threshold 9 40 count", "threshold 9 328 count by warpgroups"])
+@pytest.mark.parametrize("arguments", [*STEPS, *COUNTS, "threshold 9 328 count by warpgroups"])
 def test_no_access_out_of_bounds(arguments: str) -> None:
     check(ADDRESSES, arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments", COUNTS)
 def test_no_races_in_counting(arguments: str) -> None:
     check(THREADS, arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [*STEPS, *COUNTS])
+@pytest.mark.parametrize("arguments", [*STEPS, *COUNTS, BY_WARPGROUPS])
 def test_nothing_undefined(arguments: str) -> None:
     check(ADDRESSES, arguments)
     check(UNDEFINED, arguments)

@@ -51,11 +51,13 @@ def spanning() -> list[dict[str, object]]:
     return compiled()
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_kernels_compile_without_spills(architecture: str, spanning: list[dict[str, object]]) -> None:
     check([kernel for kernel in spanning if kernel["architecture"] == architecture], architecture)
 
 
+@pytest.mark.compilers
 def test_every_kernel_is_compiled(spanning: list[dict[str, object]]) -> None:
     assert {str(kernel["kernel"]) for kernel in spanning} == KERNELS
 

@@ -22,13 +22,13 @@ _scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], Tensor]] = WeakKey
 
 
 def scratch_words(rows: int, capacity: int) -> int:
-    """What `csrc/cuda/operations.h` divides up; the operation refuses any other number."""
+    """What `csrc/cuda/operations.h` divides up; the operation refuses a number that is none of these, or too small."""
     return 2 + 5 * rows + 2 * rows * capacity
 
 
 def scratch_of(sae: SaeWeights, batch: int, capacity: int) -> Tensor:
-    """What the blocks of a step tell each other, `[words]` int32, zero between steps, for at least this batch and lists
-    of this length. Two steps of one SAE must not run at the same time."""
+    """What the blocks of a step tell each other, `[words]` int32, zero between steps but for scores that nobody reads
+    again, for at least this batch and lists of this length. Two steps of one SAE must not run at the same time."""
     rows = rows_for(batch)
     words = scratch_words(rows, capacity)
     return kept(_scratch, sae, (rows, capacity), lambda: torch.zeros(words, dtype=torch.int32, device=sae.device))

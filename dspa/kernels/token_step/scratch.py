@@ -35,7 +35,11 @@ def kept(
         of_sae = of_all[sae] = {}
     scratch = of_sae.get(key)
     if scratch is None:
-        scratch = make()
+        if torch.compiler.is_compiling():
+            scratch = make()
+        else:
+            with torch.inference_mode(False):  # tensors of that mode could not be written outside of it
+                scratch = make()
         if not _is_being_captured(sae.device):
             of_sae[key] = scratch
     return scratch

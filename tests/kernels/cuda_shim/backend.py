@@ -99,3 +99,8 @@ def machine(
     finally:
         configure(3, 2, SHARED_LIMIT, 9, 1, 0, 0)
         tune(THREADS, 1, DENSITY_BYTES)
+
+
+def last_error() -> int:
+    """The error of CUDA that nobody has asked for yet; 0 for none."""
+    return ctypes.CDLL(str(build.library())).cuda_shim_last_error()

@@ -151,12 +151,18 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 // Each of the calls below fails if the machine is told so.
 inline cudaError_t cuda_shim_call() {
-  int& left = cuda_shim::machine().calls_to_failure;
-  if (left == 0) return cudaSuccess;
-  return --left == 0 ? cudaErrorUnknown : cudaSuccess;
+  cuda_shim::Machine& machine = cuda_shim::machine();
+  if (machine.calls_to_failure == 0 || --machine.calls_to_failure != 0) return cudaSuccess;
+  machine.last_error = cudaErrorUnknown;
+  return cudaErrorUnknown;
 }
 
-inline cudaError_t cudaGetLastError() { return cuda_shim_call(); }
+// What a call answered stays until somebody asks.
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = static_cast<cudaError_t>(cuda_shim::machine().last_error);
+  cuda_shim::machine().last_error = cudaSuccess;
+  return error;
+}
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_shim::machine().device;

@@ -236,3 +236,5 @@ extern "C" __attribute__((visibility("default"))) void cuda_shim_configure(int c
   machine.device = device;
   machine.calls_to_failure = calls_to_failure;
 }
+
+extern "C" __attribute__((visibility("default"))) int cuda_shim_last_error() { return cuda_shim::machine().last_error; }

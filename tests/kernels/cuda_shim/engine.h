@@ -23,6 +23,7 @@ struct Machine {
   int shared_limit = 227 * 1024;
   int compute_capability = 9;
   int device = 0;            // its number
+  int last_error = 0;        // of CUDA, that nobody has asked for yet
   int calls_to_failure = 0;  // the call of CUDA that fails, counted from here on; 0 for none
   int clusters_at_a_time = 3;  // that really run: one is enough for a kernel that is right
   bool real_threads = false;
