@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -235,35 +236,32 @@ def resident_bytes() -> int:
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
 
 
-@pytest.mark.parametrize(("calls", "most_bytes"), [(200, 20_000), pytest.param(10_000, 50_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("calls", "most_bytes"), [(100, 10_000), pytest.param(5_000, 25_000, marks=pytest.mark.slow)])
 def test_memory_stays_flat(calls: int, most_bytes: int) -> None:
     """Short calls with prompts of several lengths and batches of several sizes, and policies that come and go. The
-    first calls fill the free lists of the interpreter, steered or not."""
+    first calls fill the free lists of the interpreter, steered or not. What leaks is more after every so many calls;
+    what is kept once, by torch say, is more after some."""
     model = tiny_model("llama", dtype=torch.float32)
     policies = {"a": tiny_policy(model, dtype=torch.float32), "b": tiny_policy(model, dtype=torch.float32, alpha=0.1)}
     batches = [prompts(lengths) for lengths in ((4,), (3, 5), (6,), (2, 2, 4))]
 
-    def run(count: int) -> None:
+    def run(count: int) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with steer(model, policies, select="a") as steering:
                 for call in range(count):
                     steering.select("ab"[call % 2])
                     generate(model, batches[call % 4], 2)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0], resident_bytes()
 
     run(40)
-    gc.collect()
     tracemalloc.start()
-    run(200)
-    gc.collect()
-    before, _ = tracemalloc.get_traced_memory()
-    resident_before = resident_bytes()
-    run(calls)
-    gc.collect()
-    after, _ = tracemalloc.get_traced_memory()
+    seen = [run(200), *(run(calls) for _ in range(3))]
     tracemalloc.stop()
-    assert after - before < most_bytes
-    assert resident_bytes() - resident_before < 4 * 2**20
+    traced, resident = ([after - before for before, after in pairwise(sizes)] for sizes in zip(*seen, strict=True))
+    assert min(traced) < most_bytes
+    assert min(resident) < 2 * 2**20
 
 
 def test_a_detached_policy_can_be_collected() -> None:
