@@ -3,8 +3,8 @@
     python benchmarks/gpu.py              needs an NVIDIA GPU, torch, triton, transformers, numpy and pytest
     python benchmarks/gpu.py --dry-run    the whole script at toy shapes through Triton's interpreter, on any machine
 
-Writes `benchmarks/results/DATE-COMMIT-gpu.json`, `.md` and `.png`. Exit code 0 if everything passed, 1 if a test or a
-check failed (the report then says so), 2 if there is no GPU.
+Writes `benchmarks/results/DATE-COMMIT-gpu.json`, `.md` and `.png`. Exit code 0 if nothing failed (what there was no
+time or tool for is named), 1 if a test or a check failed (the report then says so), 2 if there is no GPU.
 """
 
 from __future__ import annotations
