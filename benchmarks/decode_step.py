@@ -9,8 +9,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dspa.kernels import EditList
-from dspa.policy import ModelFingerprint, StaticPolicy
-from dspa.sae import SparseAutoencoder
+from dspa.methods.policy import ModelFingerprint, StaticPolicy
+from dspa.sae.autoencoder import SparseAutoencoder
 
 LISTED = 16
 
@@ -54,8 +54,8 @@ def worst_case_policy(model: Any, layer: int, d_sae: int, device: str = "cpu") -
     zeros = torch.zeros(d_sae, device=device)
     sae = SparseAutoencoder(W_enc=W_enc, W_dec=W_dec, b_enc=zeros, threshold=zeros, activation="jumprelu")
     return StaticPolicy(
-        EditList.of([[]], [list(range(LISTED))], device),
-        model=ModelFingerprint.of(model),
+        EditList.from_lists([[]], [list(range(LISTED))], device),
+        model=ModelFingerprint.from_model(model),
         output_layer=layer,
         output_sae=sae,
     )

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gpu_timing import Ceilings, Sampler
 
     from dspa.bench_records import Run
-    from dspa.flops_report import Provenance
+    from dspa.flops.report import Provenance
     from dspa.kernels import available
     from dspa.kernels.gpu_architecture import architecture
 

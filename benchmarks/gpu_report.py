@@ -14,7 +14,7 @@ from gpu_timing import Ceilings
 from dspa.bench_records import Column, Row, Run
 from dspa.bench_report import digits, run_tables
 from dspa.errors import InvalidInputError
-from dspa.report_parts import COLORS, Table, new_figure, png_bytes
+from dspa.util.report_parts import COLORS, Table, new_figure, png_bytes
 
 LEAST_BANDWIDTH = 0.85
 LEAST_SPEEDUP = 3.0

@@ -177,7 +177,7 @@ class Rows:
         return Row(row, group, self.sampler.columns(ways, ways[0].name, cold=True), ways[0].name)
 
     def _plain_ways(self, case: Case) -> list[Way]:
-        plain, hidden = PlainSae.of(case.sae), case.hidden
+        plain, hidden = PlainSae.from_weights(case.sae), case.hidden
         latents = case.lists[NEEDS_MAXIMUM].latents.long()
         ways = [
             Way(EAGER, lambda: with_error_term(plain, hidden, latents)),
@@ -194,7 +194,9 @@ class Rows:
 
     def _call_column(self, backend: str, case: Case) -> Column:
         run, _ = case.in_place("none active", "lazy")
-        return Column(f"{backend}, host time of a call", "us", Interval.of_median(self.sampler.call_microseconds(run)))
+        return Column(
+            f"{backend}, host time of a call", "us", Interval.around_median(self.sampler.call_microseconds(run))
+        )
 
     # ---- encode_density ----------------------------------------------------------------------------------------------
 

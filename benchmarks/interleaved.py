@@ -66,9 +66,9 @@ def time_column(
     return Column(
         name,
         "ms",
-        Interval.of_median(samples),
+        Interval.around_median(samples),
         spread=(low, high),
-        relative=Interval.of_median(ratios),
+        relative=Interval.around_median(ratios),
         rounds=len(samples),
         bytes_read=bytes_read,
     )

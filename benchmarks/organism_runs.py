@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import dspa
-from dspa.batching import BatchLimits
-from dspa.density_store import DensityStore
+from dspa.offline.batching import BatchLimits
+from dspa.offline.density_store import DensityStore
+from dspa.offline.preferences import PreferenceTriple, PreferenceTriples
 from dspa.organism import DATA, INPUT_LAYER, OUTPUT_LAYER, load_model, sae_folder, triples_file
 from dspa.organism.demo import DemoOptions, Organism, load_organism
-from dspa.preferences import PreferenceTriple, PreferenceTriples
-from dspa.sae import SparseAutoencoder
+from dspa.sae.autoencoder import SparseAutoencoder
 
 TRIPLES = 250
 

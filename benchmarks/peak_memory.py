@@ -26,7 +26,7 @@ def peak_column(name: str, prepare: Callable[..., Callable[[], object]], *argume
     for _ in range(PROCESSES):
         with context.Pool(1) as pool:
             peaks.append(pool.apply(_measure, (prepare, arguments)) / 2**20)
-    return Column(name, "MiB", Interval.of_median(peaks), rounds=PROCESSES)
+    return Column(name, "MiB", Interval.around_median(peaks), rounds=PROCESSES)
 
 
 def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> int:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from dspa.flop_counting import load_config
+from dspa.flops.counter import load_config
 
 RANDOM_NUMBERS = 1 << 22  # drawn once and repeated: drawing billions would take longer than the benchmark
 

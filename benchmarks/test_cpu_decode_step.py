@@ -6,10 +6,10 @@ import os
 
 import pytest
 import torch
-from conftest import Record
 from decode_step import step_milliseconds, worst_case_policy
 from interleaved import time_column
 from random_model import random_model
+from record import Record
 
 import dspa
 from dspa.bench_records import Column, Interval

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Record
 from interleaved import Way, timed
 from peak_memory import STATUS, peak_column
+from record import Record
 
 from dspa.bench_records import Column, Interval
 from dspa.kernels import SaeWeights, available, encode_density

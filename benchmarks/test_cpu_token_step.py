@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import Record
 from cpu_token_step import BASELINE, cpu_ways
 from interleaved import timed
+from record import Record
 from token_step_case import Case, Shape
 
 from dspa.kernels import available

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Record
+from record import Record
 
 from dspa.bench_records import Column, Interval
-from dspa.flop_counting import PUBLISHED_MODELS, PublishedModel, counted_alignment, load_config, meta_model, model_shape
-from dspa.flops import COLLECTED, RAHF, AlignmentAssumptions, SteeringShape, alignment_costs, published_figures, ratio
+from dspa.flops.counter import PUBLISHED_MODELS, PublishedModel, counted_alignment, load_config, meta_model, model_shape
+from dspa.flops.formulas import (
+    COLLECTED,
+    RAHF,
+    AlignmentAssumptions,
+    SteeringShape,
+    alignment_costs,
+    published_figures,
+    ratio,
+)
 
 D_SAE = 16384
 

@@ -8,10 +8,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from conftest import Record
 from interleaved import Way, timed
 from organism_runs import Collection, organism
 from peak_memory import STATUS, peak_column
+from record import Record
 
 import dspa
 from dspa.bench_records import Column, Interval
@@ -40,13 +40,13 @@ def test_preference_gain(loaded: Organism, record: Record) -> None:
         prompts = draw_prompts(np.random.default_rng(0), "heldout", GAIN_PROMPTS)
         settings = [Setting("unsteered", None), Setting("steered", loaded.policy(90))]
         unsteered, steered = measure(loaded.model, loaded.tokenizer, prompts, settings, seed=0, neutral_texts=2)
-        gain = Estimate.of(steered.rewards - unsteered.rewards)
+        gain = Estimate.from_samples(steered.rewards - unsteered.rewards)
         slower = unsteered.tokens_per_second / steered.tokens_per_second
         interval = Interval(gain.mean, gain.mean - gain.half_width, gain.mean + gain.half_width)
         return (
             Column("gain over unsteered", "reward", interval, better="higher"),
             Column(
-                "time of a batch, steered / unsteered", "x", Interval.of_median(slower.tolist()), rounds=len(slower)
+                "time of a batch, steered / unsteered", "x", Interval.around_median(slower.tolist()), rounds=len(slower)
             ),
         )
 

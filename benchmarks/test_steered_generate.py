@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Record
 from decode_step import worst_case_policy
 from interleaved import time_column
 from organism_runs import organism
+from record import Record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dspa
 from dspa.bench_records import Column
+from dspa.methods.policy import Policy
 from dspa.organism import triples_file
-from dspa.policy import Policy
 
 PROMPT_TOKENS = 24
 UNSTEERED = "unsteered"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dspa.kernels import EditList, SaeWeights, StepMode, token_step
-from dspa.kernels.encode import encode
+from dspa.sae.encode import encode
 
 ALPHA = 0.2
 K_DIFF = 16
@@ -69,7 +69,8 @@ class Case:
         }
         lists = {name: [row.nonzero().flatten()[:K_DIFF].tolist() for row in mask] for name, mask in wanted.items()}
         return {
-            name: EditList.of([[]] * self.shape.batch, latents, self.hidden.device) for name, latents in lists.items()
+            name: EditList.from_lists([[]] * self.shape.batch, latents, self.hidden.device)
+            for name, latents in lists.items()
         }
 
     def step(self, lists: str, mode: StepMode | None, backend: str | None = None) -> Tensor:
@@ -138,7 +139,7 @@ class PlainSae:
     k: int | None
 
     @classmethod
-    def of(cls, sae: SaeWeights) -> PlainSae:
+    def from_weights(cls, sae: SaeWeights) -> PlainSae:
         assert sae.W_dec is not None
         dtype, zeros = sae.dtype, torch.zeros(sae.d_model, dtype=sae.dtype, device=sae.device)
         return cls(sae.W_enc.T.contiguous(), sae.W_dec, sae.b_enc.to(dtype), zeros, sae.threshold.to(dtype), sae.k)

@@ -1,6 +1,6 @@
 """Chooses the block sizes of the Triton kernels on the GPU that is here, and writes them into the package.
 
-    python benchmarks/tune_triton.py             measures, and rewrites dspa/kernels/triton_configurations.py
+    python benchmarks/tune_triton.py             measures, and rewrites dspa/kernels/triton_common/configurations.py
     python benchmarks/tune_triton.py --dry-run   the same at toy shapes through the interpreter; writes nothing
 
 A candidate is used only if it gives the result of the reference and spills no register. Exits with 2 where there is no
@@ -39,7 +39,8 @@ def main() -> int:
     elif not torch.cuda.is_available():
         print("no GPU was found; --dry-run goes through all of it with the interpreter", file=sys.stderr)
         return 2
-    from dspa.kernels import triton_configurations, triton_launch
+    from dspa.kernels.triton_common import configurations as triton_configurations
+    from dspa.kernels.triton_common import launch as triton_launch
 
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     architecture = triton_launch.architecture(device)
@@ -71,7 +72,7 @@ def candidates(operation: str, toy: bool) -> Iterator[Sizes]:
 
 def best(operation: str, shape: tuple[int, int], device: torch.device, in_parts: bool) -> Sizes:
     """The fastest of the candidates that are right and do not spill."""
-    from dspa.kernels.triton_table import Tile
+    from dspa.kernels.triton_common.table import Tile
 
     run, expected = workload(operation, shape, device, in_parts)
     times: dict[Sizes, float] = {}
@@ -114,7 +115,7 @@ def workload(
     )
     tokens = TOY_TOKENS if device.type == "cpu" else TOKENS
     hidden = normal(BATCH if operation == "token_step" else tokens, d_model).bfloat16() * d_model**0.5
-    edits = EditList.of([[]] * BATCH, [list(range(LISTED))] * BATCH, device)
+    edits = EditList.from_lists([[]] * BATCH, [list(range(LISTED))] * BATCH, device)
     offsets = torch.tensor([0, tokens], device=device)
 
     def run(backend: str) -> Tensor:
@@ -137,7 +138,7 @@ def agrees(operation: str, found: Tensor, expected: Tensor) -> bool:
 @contextmanager
 def tile(candidate: object) -> Iterator[None]:
     """Within it, every kernel runs with these block sizes."""
-    from dspa.kernels import triton_launch
+    from dspa.kernels.triton_common import launch as triton_launch
 
     original = triton_launch.tile_of
     triton_launch.tile_of = lambda *_: candidate  # pyright: ignore[reportAttributeAccessIssue]
@@ -182,7 +183,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def write(path: Path, device: str) -> None:
     """Rewrites the table, all architectures, with the measured ones in place."""
-    from dspa.kernels import triton_configurations
+    from dspa.kernels.triton_common import configurations as triton_configurations
 
     lines = [
         '"""Block sizes of the Triton kernels by architecture and SAE shape (d_model, d_sae).',
@@ -191,7 +192,7 @@ def write(path: Path, device: str) -> None:
         "blocks chosen by hand among a few that spill no register.",
         '"""',
         "",
-        "# latents, tokens, model, warps, stages: see dspa.kernels.triton_table.Tile",
+        "# latents, tokens, model, warps, stages: see dspa.kernels.triton_common.table.Tile",
         "Sizes = tuple[int, int, int, int, int]",
         "",
         "# For each shape, first the sizes for plain products, then those for products in parts.",

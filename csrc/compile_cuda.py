@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def libraries_of(nvcc: str) -> Path:
     raise CompilationError(f"{nvcc} does not say where libcudart_static.a is")
 
 
-def architecture_flags(architectures: list[str]) -> list[str]:
+def architecture_flags(architectures: Sequence[str]) -> list[str]:
     """Machine code for each, and portable code of the newest that is not for one chip alone, for later GPUs."""
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
     portable = [name for name in architectures if name.isdigit()]
@@ -79,7 +80,7 @@ def architecture_flags(architectures: list[str]) -> list[str]:
     return flags
 
 
-def compile_sources(nvcc: str, architectures: list[str]) -> list[Compiled]:
+def compile_sources(nvcc: str, architectures: Sequence[str]) -> list[Compiled]:
     """Compiles all sources for all architectures, "80" or "90a" say, unless that was done before. DSPA_CUDA_FLAGS holds
     further flags for nvcc.
 

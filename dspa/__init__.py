@@ -19,34 +19,34 @@ from dspa.errors import (
 
 if TYPE_CHECKING:
     from dspa import kernels
-    from dspa.collection import collect
-    from dspa.conditional_map import ConditionalDifferenceMap
-    from dspa.density_store import DensityStore
-    from dspa.policy import Policy, StaticPolicy, SteeringPolicy
-    from dspa.preferences import PreferenceTriple, PreferenceTriples, load_preferences
-    from dspa.sae import SparseAutoencoder
-    from dspa.steering import Steering, steer
-    from dspa.steering_summary import SteeringSummary
-    from dspa.steering_trace import SteeringTrace
+    from dspa.methods.conditional_map import ConditionalDifferenceMap
+    from dspa.methods.policy import Policy, StaticPolicy, SteeringPolicy
+    from dspa.offline.collection import collect
+    from dspa.offline.density_store import DensityStore
+    from dspa.offline.preferences import PreferenceTriple, PreferenceTriples, load_preferences
+    from dspa.online.steering import Steering, steer
+    from dspa.online.summary import SteeringSummary
+    from dspa.online.trace import SteeringTrace
+    from dspa.sae.autoencoder import SparseAutoencoder
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "kernels": "dspa.kernels",
-    "collect": "dspa.collection",
-    "ConditionalDifferenceMap": "dspa.conditional_map",
-    "DensityStore": "dspa.density_store",
-    "Policy": "dspa.policy",
-    "StaticPolicy": "dspa.policy",
-    "SteeringPolicy": "dspa.policy",
-    "PreferenceTriple": "dspa.preferences",
-    "PreferenceTriples": "dspa.preferences",
-    "load_preferences": "dspa.preferences",
-    "SparseAutoencoder": "dspa.sae",
-    "Steering": "dspa.steering",
-    "SteeringSummary": "dspa.steering_summary",
-    "SteeringTrace": "dspa.steering_trace",
-    "steer": "dspa.steering",
+    "collect": "dspa.offline.collection",
+    "ConditionalDifferenceMap": "dspa.methods.conditional_map",
+    "DensityStore": "dspa.offline.density_store",
+    "Policy": "dspa.methods.policy",
+    "StaticPolicy": "dspa.methods.policy",
+    "SteeringPolicy": "dspa.methods.policy",
+    "PreferenceTriple": "dspa.offline.preferences",
+    "PreferenceTriples": "dspa.offline.preferences",
+    "load_preferences": "dspa.offline.preferences",
+    "SparseAutoencoder": "dspa.sae.autoencoder",
+    "Steering": "dspa.online.steering",
+    "SteeringSummary": "dspa.online.summary",
+    "SteeringTrace": "dspa.online.trace",
+    "steer": "dspa.online.steering",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from dspa.bench_records import Change, Run, compare, read_run
 from dspa.bench_report import to_html
 from dspa.errors import InvalidInputError
-from dspa.files import write_atomically
+from dspa.util.files import write_atomically
 
 RESULTS = Path("benchmarks/results")
 

@@ -32,7 +32,7 @@ class Interval:
         return cls(value, value, value)
 
     @classmethod
-    def of_median(cls, samples: Sequence[float]) -> Interval:
+    def around_median(cls, samples: Sequence[float]) -> Interval:
         """The median, with the order statistics that enclose it in 95 % of cases whatever the distribution.
 
         Both ends are the extremes where there are fewer than six samples.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dspa.bench_records import Change, Column, Interval, Row, Run
-from dspa.report_parts import COLORS, Table, html_figure, html_page, new_figure, svg_element
+from dspa.util.report_parts import COLORS, Table, html_figure, html_page, new_figure, svg_element
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,7 +15,7 @@ from dspa.errors import DspaError, InvalidInputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dspa.sae import SparseAutoencoder
+    from dspa.sae.autoencoder import SparseAutoencoder
 
 app = typer.Typer(
     name="dspa",
@@ -76,10 +76,10 @@ def collect(
     as_json: JsonOption = False,
 ) -> None:
     """Collect activation densities of preference triples. Processes of torchrun or accelerate launch share the work."""
-    from dspa.collection import collect as collect_densities
-    from dspa.model_structure import text_config
-    from dspa.preferences import load_preferences
-    from dspa.shard_processes import device_of_process, is_first_process
+    from dspa.offline.collection import collect as collect_densities
+    from dspa.offline.distributed import device_of_process, is_first_process
+    from dspa.offline.preferences import load_preferences
+    from dspa.transformers_model import text_config
 
     language_model, tokenizer = _load_model(model, dtype, device_of_process(device))
     progress = not as_json and is_first_process()
@@ -140,8 +140,8 @@ def fit(
     as_json: JsonOption = False,
 ) -> None:
     """Fit the conditional-difference map and write a steering policy."""
-    from dspa.conditional_map import ConditionalDifferenceMap
-    from dspa.policy import SteeringPolicy
+    from dspa.methods.conditional_map import ConditionalDifferenceMap
+    from dspa.methods.policy import SteeringPolicy
 
     options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify}
     fitted = ConditionalDifferenceMap.fit(
@@ -191,8 +191,8 @@ def generate(
     """Generate with a policy, and say what was edited."""
     import torch
 
-    from dspa.policy import SteeringPolicy
-    from dspa.steering import steer
+    from dspa.methods.policy import SteeringPolicy
+    from dspa.online.steering import steer
 
     language_model, tokenizer = _load_model(model, dtype, device)
     changed = {} if alpha is None else {"alpha": alpha}
@@ -283,13 +283,13 @@ def flops(
 ) -> None:
     """Add up the FLOPs of alignment and inference, by formula and by counting, against other methods."""
     options = dict(locals())
-    from dspa.flops_command import run_flops
+    from dspa.flops.command import run_flops
 
     report = run_flops(options, progress=not as_json)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
-        from dspa.flops_report import print_report
+        from dspa.flops.report import print_report
 
         print_report(_console(quiet=False), report)
 
@@ -330,7 +330,7 @@ def serve(
     device: DeviceOption = "cpu",
 ) -> None:
     """Serve a model under policies, OpenAI-compatible: MODEL is unsteered, MODEL@NAME follows a policy."""
-    from dspa.serve_command import run_server
+    from dspa.serving.serve import run_server
 
     run_server(model, policy, host=host, port=port, dtype=dtype, device=device)
 
@@ -380,7 +380,7 @@ def _load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
 
 
 def _load_sae(source: str) -> SparseAutoencoder:
-    from dspa.sae import SparseAutoencoder
+    from dspa.sae.autoencoder import SparseAutoencoder
 
     if Path(source).is_dir():
         return SparseAutoencoder.from_sae_lens(source)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dspa.kernels import SaeWeights
-from dspa.policy import StaticPolicy, SteeringPolicy
+from dspa.methods.policy import StaticPolicy, SteeringPolicy
 
 NEW_TOKENS = 16
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from dspa.density_store import CollectionRun, DensityShard, DensityStore, SparseCounts
-from dspa.model_structure import ModelFingerprint
-from dspa.preferences import PreferenceTriple, PreferenceTriples
-from dspa.sae import SaeMetadata, SparseAutoencoder
+from dspa.offline.density_store import CollectionRun, DensityShard, DensityStore, SparseCounts
+from dspa.offline.preferences import PreferenceTriple, PreferenceTriples
+from dspa.sae.autoencoder import SparseAutoencoder
+from dspa.sae.metadata import SaeMetadata
+from dspa.transformers_model import ModelFingerprint
 
 Matrix = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -197,7 +198,9 @@ def write_store(
     store = DensityStore.create_or_resume(folder, run)
     for first in range(0, triples, per_shard):
         rows = slice(first, first + per_shard)
-        shard = [SparseCounts.of(torch.from_numpy(p.counts[rows]), torch.from_numpy(p.tokens[rows])) for p in parts]
+        shard = [
+            SparseCounts.from_dense(torch.from_numpy(p.counts[rows]), torch.from_numpy(p.tokens[rows])) for p in parts
+        ]
         store = store.append(DensityShard(*shard), 0)
     return store
 

@@ -46,12 +46,13 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from dspa.conditional_map import ConditionalDifferenceMap, FitOptions
-from dspa.density_store import CollectionRun
 from dspa.kernels import CsrMap
-from dspa.model_structure import ModelFingerprint
-from dspa.policy import SteeringPolicy
-from dspa.sae import SaeMetadata, SparseAutoencoder
+from dspa.methods.conditional_map import ConditionalDifferenceMap, FitOptions
+from dspa.methods.policy import SteeringPolicy
+from dspa.offline.density_store import CollectionRun
+from dspa.sae.autoencoder import SparseAutoencoder
+from dspa.sae.metadata import SaeMetadata
+from dspa.transformers_model import ModelFingerprint
 
 Family = Literal[
     "gemma2",
@@ -201,7 +202,7 @@ def tiny_run(
 ) -> CollectionRun:
     """The record of a collection that never took place."""
     return CollectionRun(
-        model=ModelFingerprint.of(model),
+        model=ModelFingerprint.from_model(model),
         input_layer=input_layer,
         output_layer=output_layer,
         input_sae=input_sae.encoder_only().fingerprint(),
@@ -255,7 +256,7 @@ def tiny_policy(
 
     The few prompt latents it reads (`k_prompt`) make its edit lists depend on every counted token of the prompt.
     """
-    d_model = ModelFingerprint.of(model).hidden_size
+    d_model = ModelFingerprint.from_model(model).hidden_size
     input_sae = tiny_sae(kind, layer=input_layer, d_model=d_model, d_sae=D_SAE_IN, dtype=dtype, seed=2 * seed)
     output_sae = tiny_sae(kind, layer=output_layer, d_model=d_model, d_sae=D_SAE_OUT, dtype=dtype, seed=2 * seed + 1)
     run = tiny_run(

@@ -5,16 +5,16 @@ Knows no model and no file. `available()` says which backends are there and why 
 
 from __future__ import annotations
 
-import dspa.kernels.cpu
-import dspa.kernels.cuda
-import dspa.kernels.reference
-import dspa.kernels.triton  # noqa: F401, they register themselves
+import dspa.kernels.backends.cpu
+import dspa.kernels.backends.cuda
+import dspa.kernels.backends.reference
+import dspa.kernels.backends.triton  # noqa: F401, they register themselves
+from dspa.kernels.backends.registry import Backend, Operations, StepMode, available, register_backend
 from dspa.kernels.encode_density import encode_density
 from dspa.kernels.lookup import lookup
-from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
-from dspa.kernels.registry import Backend, Operations, StepMode, available, register_backend
-from dspa.kernels.sae_weights import Activation, InputNormalization, SaeWeights
 from dspa.kernels.token_step import token_step, token_step_with_lookup
+from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
+from dspa.sae.weights import Activation, InputNormalization, SaeWeights
 
 __all__ = [
     "Activation",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import BackendUnavailableError
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.sae.weights import SaeWeights
 
 _PACKAGE = Path(__file__).parent.parent
 _OTHER_BUILD = "DSPA_LIBRARY"  # names another build of the library, such as one with sanitizers

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dspa.collection import collect
-from dspa.conditional_map import ConditionalDifferenceMap, GateRule
-from dspa.density_store import DensityStore
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditKind
+from dspa.methods.conditional_map import ConditionalDifferenceMap, GateRule
+from dspa.methods.policy import StaticPolicy, SteeringPolicy
+from dspa.offline.collection import collect
+from dspa.offline.density_store import DensityStore
+from dspa.offline.preferences import load_preferences
 from dspa.organism import DATA, INPUT_LAYER, OUTPUT_LAYER, load_model, sae_folder, triples_file
 from dspa.organism.evaluation import (
     Estimate,
@@ -45,9 +47,7 @@ from dspa.organism.report import (
     draw_gains,
     print_report,
 )
-from dspa.policy import StaticPolicy, SteeringPolicy
-from dspa.preferences import load_preferences
-from dspa.sae import SparseAutoencoder
+from dspa.sae.autoencoder import SparseAutoencoder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -232,19 +232,19 @@ def _measure(
         triples=options.triples,
         prompts=len(prompts),
         chosen=chosen_name,
-        rows=tuple(Row.of(measurement, unsteered) for measurement in measured),
+        rows=tuple(Row.from_measurement(measurement, unsteered) for measurement in measured),
         overlaps=(
-            OverlapRow("S_prompt", Overlap.of(prompt_sets(densities, published.k_prompt), prompts)),
+            OverlapRow("S_prompt", Overlap.from_sets(prompt_sets(densities, published.k_prompt), prompts)),
             *(
-                OverlapRow(f"edit lists, {name}", Overlap.of(list_sets(edits, d_sae), prompts))
+                OverlapRow(f"edit lists, {name}", Overlap.from_sets(list_sets(edits, d_sae), prompts))
                 for name, edits in lists.items()
             ),
         ),
         kinds=tuple(
-            KindGain(name, kind, Estimate.of(gains[name][kind_of == kind]))
+            KindGain(name, kind, Estimate.from_samples(gains[name][kind_of == kind]))
             for name in (STATIC, PUBLISHED_90, CEILING)
             for kind in KINDS
         ),
-        published_over_static=Estimate.of(gains[PUBLISHED_90] - gains[STATIC]),
+        published_over_static=Estimate.from_samples(gains[PUBLISHED_90] - gains[STATIC]),
         share_of_ceiling=float(gains[PUBLISHED_90].mean() / gains[CEILING].mean()),
     )

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dspa.conditional_map import differences
-from dspa.density_store import DensityStore
 from dspa.kernels import EditList
 from dspa.kernels.lookup.reference import top
+from dspa.methods.conditional_map import differences
+from dspa.methods.policy import Policy, StaticPolicy, SteeringPolicy
+from dspa.offline.density_store import DensityStore
+from dspa.online.steering import steer
 from dspa.organism.language import KINDS, MAX_RESPONSE_TOKENS, RULES, Prompt, neutral_text, parse
-from dspa.policy import Policy, StaticPolicy, SteeringPolicy
-from dspa.progress import track
-from dspa.steering import steer
+from dspa.util.progress import track
 
 if TYPE_CHECKING:
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ class Estimate:
     half_width: float
 
     @classmethod
-    def of(cls, samples: NDArray[np.floating] | NDArray[np.integer]) -> Estimate:
+    def from_samples(cls, samples: NDArray[np.floating] | NDArray[np.integer]) -> Estimate:
         error = samples.std(ddof=1) / np.sqrt(len(samples)) if len(samples) > 1 else np.nan
         return cls(float(samples.mean()), float(NORMAL_95 * error))
 
@@ -92,7 +92,7 @@ class Measurement:
 
     def perplexity(self) -> Estimate:
         """Perplexity on neutral text; the interval by the delta method."""
-        loss = Estimate.of(self.neutral_loss)
+        loss = Estimate.from_samples(self.neutral_loss)
         perplexity = float(np.exp(loss.mean))
         return Estimate(perplexity, perplexity * loss.half_width)
 
@@ -217,7 +217,7 @@ def true_kind_lists(
         totals.index_add_(0, kinds[first : first + len(difference)], difference)
     up = [top(row, policy.k_diff, largest=True).tolist() if policy.edit != "ablate" else [] for row in totals]
     down = [top(row, policy.k_diff, largest=False).tolist() if policy.edit != "augment" else [] for row in totals]
-    return EditList.of(up, down).rows(torch.tensor([KINDS.index(prompt.kind) for prompt in prompts]))
+    return EditList.from_lists(up, down).rows(torch.tensor([KINDS.index(prompt.kind) for prompt in prompts]))
 
 
 def lists_of_other_prompts(lists: EditList, seed: int) -> EditList:
@@ -236,7 +236,7 @@ class Overlap:
     across_kinds: float
 
     @classmethod
-    def of(cls, sets: Tensor, prompts: Sequence[Prompt]) -> Overlap:
+    def from_sets(cls, sets: Tensor, prompts: Sequence[Prompt]) -> Overlap:
         """From sets as rows of `[prompts, d]` bool."""
         member = sets.double()
         shared = member @ member.T

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspa.methods.policy import SteeringPolicy
+from dspa.online.steering import steer
 from dspa.organism.evaluation import prompt_batch
 from dspa.organism.language import MAX_RESPONSE_TOKENS, Prompt, parse, reward
-from dspa.policy import SteeringPolicy
-from dspa.steering import steer
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -42,17 +42,17 @@ class Row:
     tokens_per_second: Estimate
 
     @classmethod
-    def of(cls, measurement: Measurement, unsteered: Measurement) -> Row:
+    def from_measurement(cls, measurement: Measurement, unsteered: Measurement) -> Row:
         same = measurement is unsteered
         return cls(
             setting=measurement.setting,
-            reward=Estimate.of(measurement.rewards),
-            gain=None if same else Estimate.of(measurement.rewards - unsteered.rewards),
-            preferred=Estimate.of(measurement.preferred),
-            dispreferred=Estimate.of(measurement.dispreferred),
-            malformed=Estimate.of(measurement.malformed.astype(float)),
+            reward=Estimate.from_samples(measurement.rewards),
+            gain=None if same else Estimate.from_samples(measurement.rewards - unsteered.rewards),
+            preferred=Estimate.from_samples(measurement.preferred),
+            dispreferred=Estimate.from_samples(measurement.dispreferred),
+            malformed=Estimate.from_samples(measurement.malformed.astype(float)),
             perplexity=measurement.perplexity(),
-            tokens_per_second=Estimate.of(measurement.tokens_per_second),
+            tokens_per_second=Estimate.from_samples(measurement.tokens_per_second),
         )
 
 

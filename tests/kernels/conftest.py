@@ -8,15 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton looks at it once, when it is imported
-
 from kernel_cases import DEVICE_TYPES, Backend, distinct_modes
 
 from dspa.errors import BackendUnavailableError
 from dspa.kernels import available
-from dspa.kernels.registry import operations_for
+from dspa.kernels.backends.registry import operations_for
 
 
 def parameters() -> list[object]:
@@ -84,7 +80,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The Triton launches that a test makes."""
-    from dspa.kernels.triton_launch import Launch
+    from dspa.kernels.triton_common.launch import Launch
 
     made: list[object] = []
     original = Launch.run

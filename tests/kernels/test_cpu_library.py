@@ -26,7 +26,7 @@ KINDS = (Kind(), Kind("gated", "layer_norm"), Kind("topk", subtract_b_dec=True, 
 def step_arguments(sae: SaeWeights, optional: bool) -> tuple[object, ...]:
     rows = normal(generator(1), 3, sae.d_model).bfloat16()
     edits = edit_list(*random_lists(sae, 3, 8, 2), 8)
-    scratch, codes = StepScratch(), Codes.of(sae.W_enc)
+    scratch, codes = StepScratch(), Codes.quantized(sae.W_enc)
     return (
         rows,
         *encoder_arguments(sae),
@@ -178,7 +178,7 @@ def test_latents_without_a_decoder_are_refused() -> None:
     assert sae.decoder_rows is not None
     missing = int((sae.decoder_rows < 0).nonzero()[0])
     with pytest.raises(ValueError, match="no row in W_dec"):
-        token_step(torch.zeros(1, 37), sae, EditList.of([[]], [[missing]]), 0.2, backend="cpu")
+        token_step(torch.zeros(1, 37), sae, EditList.from_lists([[]], [[missing]]), 0.2, backend="cpu")
 
 
 def test_float64_is_refused() -> None:

@@ -23,8 +23,8 @@ from kernel_cases import (
 from torch import Tensor
 
 from dspa.kernels import EditList, SaeWeights, StepMode, TokenStats, available, token_step
-from dspa.kernels.encode import encode
 from dspa.kernels.token_step.cpu import codes_of, scratch_of, work_of
+from dspa.sae.encode import encode
 
 pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}")
 

@@ -51,7 +51,7 @@ def real_rows(batch: int, d_model: int) -> Tensor:
 
 def lists(batch: int, d_sae: int) -> EditList:
     every = d_sae // 16
-    return EditList.of([[]] * batch, [[b % every + every * i for i in range(16)] for b in range(batch)], "cuda")
+    return EditList.from_lists([[]] * batch, [[b % every + every * i for i in range(16)] for b in range(batch)], "cuda")
 
 
 def step(rows: Tensor, sae: SaeWeights, edits: EditList, mode: StepMode) -> Tensor:

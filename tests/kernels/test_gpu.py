@@ -30,8 +30,8 @@ from kernel_cases import (
 from torch import Tensor
 
 from dspa.kernels import EditList, SaeWeights, StepMode, TokenStats, available, encode_density, token_step
-from dspa.kernels.encode import encode, encoder_input
-from dspa.kernels.registry import operations_for
+from dspa.kernels.backends.registry import operations_for
+from dspa.sae.encode import encode, encoder_input
 
 DRY_RUN = os.environ.get("DSPA_GPU_DRY_RUN") == "1"
 DEVICE = "cpu" if DRY_RUN else "cuda"
@@ -227,7 +227,7 @@ def test_weights_beyond_two_to_the_31st(gpu: Backend) -> None:
     W[-1], W[-2] = 2**-6, 2**-7
     sae = SaeWeights(W_enc=W, W_dec=W, b_enc=0 * ones, threshold=ones, activation="jumprelu")
     hidden = torch.ones(2, d_model, dtype=torch.bfloat16, device=DEVICE)
-    lists = EditList.of([[], []], [[d_sae - 2], []], DEVICE)
+    lists = EditList.from_lists([[], []], [[d_sae - 2], []], DEVICE)
     stats = TokenStats.zeros(2, d_sae, DEVICE)
     token_step(hidden, sae, lists, 0.25, stats=stats, mode="dense", backend=gpu.name)
     assert stats.maximum.tolist() == [64.0, 64.0]

@@ -17,12 +17,11 @@ from dspa.kernels import (
     Operations,
     SaeWeights,
     available,
-    backend_choice,
     register_backend,
-    registry,
     token_step,
 )
-from dspa.kernels.registry import OperationName, operations_for
+from dspa.kernels.backends import choice, registry
+from dspa.kernels.backends.registry import OperationName, operations_for
 
 HIDDEN = torch.zeros(1, 8)
 
@@ -188,16 +187,16 @@ def test_the_nearest_measured_sae_decides(
     expected: str | None,
     measured: None,
 ) -> None:
-    assert backend_choice._nearest(operation, architecture, d_model, d_sae, topk) == expected
+    assert choice._nearest(operation, architecture, d_model, d_sae, topk) == expected
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backend_choice, "FASTEST", MEASURED)
-    monkeypatch.setattr(backend_choice, "architecture", lambda device: "sm_90")
-    backend_choice._nearest.cache_clear()
+    monkeypatch.setattr(choice, "FASTEST", MEASURED)
+    monkeypatch.setattr(choice, "architecture", lambda device: "sm_90")
+    choice._nearest.cache_clear()
     yield
-    backend_choice._nearest.cache_clear()
+    choice._nearest.cache_clear()
 
 
 class OnGpu:

@@ -579,11 +579,11 @@ def test_a_row_depends_on_nothing_else_in_the_batch(backend: Backend, kind: Kind
 
 
 def test_room_behind_the_lists_changes_no_bit(backend: Backend) -> None:
-    """The longest list of a batch sets the room that `EditList.of` leaves; other rows must not see it."""
+    """The longest list of a batch sets the room that `EditList.from_lists` leaves; other rows must not see it."""
     sae = make_sae(Kind("relu"), 67, 129, torch.float32, seed=5)
     rows = normal(generator(6), 4, 67).float() * 3
     augment, ablate = [[0, 1], [2], [3, 4, 5], []], [[6, 7, 8], [9, 10, 11, 12, 13], [14], [15]]
-    tight = step(rows, sae, EditList.of(augment, ablate), 0.2, backend=backend)
+    tight = step(rows, sae, EditList.from_lists(augment, ablate), 0.2, backend=backend)
     for room in (6, 7, 8, 16, 19, 33, 64):
         assert same_bits(step(rows, sae, edit_list(augment, ablate, room), 0.2, backend=backend), tight), room
 

@@ -18,9 +18,10 @@ from kernel_cases import LOW_PRECISION
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from dspa.kernels import triton_compile, triton_configurations
-from dspa.kernels.triton_configurations import ENCODE_DENSITY, TOKEN_STEP
-from dspa.kernels.triton_table import Tile, entries, listed_architecture, tile_of
+from dspa.kernels.triton_common import compile as triton_compile
+from dspa.kernels.triton_common import configurations as triton_configurations
+from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
+from dspa.kernels.triton_common.table import Tile, entries, listed_architecture, tile_of
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # of a program
 FEWEST_REGISTERS = 16
@@ -31,7 +32,7 @@ KERNELS = {"token_step_kernel", "count_gates", "write_scores", "count_largest", 
 def compiled(*options: str) -> list[dict[str, object]]:
     """What compiling in a process of its own, where kernels are not interpreted, reports."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "dspa.kernels.triton_compile", *options]
+    command = [sys.executable, "-m", "dspa.kernels.triton_common.compile", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -17,8 +17,8 @@ if available()["triton"] != "available":
 from dspa.kernels.encode_density import triton as triton_density
 from dspa.kernels.lookup import triton as triton_lookup
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.triton_launch import Launch
-from dspa.kernels.triton_tiles import INTERPRETED
+from dspa.kernels.triton_common.launch import Launch
+from dspa.kernels.triton_common.tiles import INTERPRETED
 
 if not INTERPRETED.value:
     pytest.skip("these tests watch the interpreter; set TRITON_INTERPRET=1", allow_module_level=True)

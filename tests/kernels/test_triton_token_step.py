@@ -43,11 +43,9 @@ if available()["triton"] != "available":
 import triton
 import triton.language as tl
 
-from dspa.kernels import triton_launch
-from dspa.kernels.encode import encode
+from dspa.kernels.backends.registry import operations_for
 from dspa.kernels.lookup.triton import map_arguments
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.registry import operations_for
 from dspa.kernels.token_step import bytes_moved
 from dspa.kernels.token_step.cpu import counters_of
 from dspa.kernels.token_step.triton import (
@@ -60,9 +58,11 @@ from dspa.kernels.token_step.triton import (
     products_of,
     scratch_of,
 )
-from dspa.kernels.triton_launch import Launch
-from dspa.kernels.triton_table import INTERPRETER, blocks, tile_of
-from dspa.kernels.triton_tiles import INTERPRETED, Encoder, normalizer, scores
+from dspa.kernels.triton_common import launch as triton_launch
+from dspa.kernels.triton_common.launch import Launch
+from dspa.kernels.triton_common.table import INTERPRETER, blocks, tile_of
+from dspa.kernels.triton_common.tiles import INTERPRETED, Encoder, normalizer, scores
+from dspa.sae.encode import encode
 
 if not INTERPRETED.value:
     pytest.skip("these tests watch the interpreter; set TRITON_INTERPRET=1", allow_module_level=True)

@@ -18,7 +18,7 @@ import pytest
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
-from dspa.kernels.triton_launch import Launch
+from dspa.kernels.triton_common.launch import Launch
 
 
 class PatchOncePerLaunch:

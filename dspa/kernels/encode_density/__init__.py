@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
-from dspa.kernels.registry import operations_for
-from dspa.kernels.sae_weights import STORAGE_DTYPES, SaeWeights
+from dspa.kernels.backends.registry import operations_for
+from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.sae.weights import SaeWeights
 
 
 def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, library: Any = torch.ops.dspa) -> Tensor:

@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from dspa.kernels.encode import activations, encoder_input
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.sae.encode import activations, encoder_input
+from dspa.sae.weights import SaeWeights
 
 TOKENS_PER_BLOCK = 512
 

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspa.kernels import triton_launch
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.sae_weights import SaeWeights
-from dspa.kernels.triton_select import SCAN, are_selected, keys_at, kth_best
-from dspa.kernels.triton_table import blocks
-from dspa.kernels.triton_tiles import Encoder, add_products, encoder_input, is_finite, normalizer, scores
+from dspa.kernels.triton_common import launch as triton_launch
+from dspa.kernels.triton_common.select import SCAN, are_selected, keys_at, kth_best
+from dspa.kernels.triton_common.table import blocks
+from dspa.kernels.triton_common.tiles import Encoder, add_products, encoder_input, is_finite, normalizer, scores
+from dspa.sae.weights import SaeWeights
 
 MOST_SCORES = 16 << 20  # held at a time for topk: 64 MiB
 

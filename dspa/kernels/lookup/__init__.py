@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
-from dspa.kernels.operands import CsrMap, EditKind, EditList
-from dspa.kernels.registry import operations_for
+from dspa.kernels.backends.registry import operations_for
+from dspa.kernels.types import CsrMap, EditKind, EditList
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dspa.kernels.operands import CsrMap, EditKind, EditList
+from dspa.kernels.types import CsrMap, EditKind, EditList
 
 
 def lookup(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspa.kernels.operands import CsrMap, EditKind, EditList
+from dspa.kernels.types import CsrMap, EditKind, EditList
 
 
 def lookup(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dspa.kernels.operands import CsrMap, EditKind, EditList
+from dspa.kernels.types import CsrMap, EditKind, EditList
 
 
 def lookup(
@@ -23,7 +23,7 @@ def lookup(
         augment.append([latent for latent in up.tolist() if latent not in in_both])
         ablate.append([latent for latent in down.tolist() if latent not in in_both])
     edits = EditList.empty(len(augment), 2 * k_diff if edit == "both" else k_diff, density.device)
-    compact = EditList.of(augment, ablate, density.device)
+    compact = EditList.from_lists(augment, ablate, density.device)
     edits.latents[:, : compact.k] = compact.latents
     edits.signs[:, : compact.k] = compact.signs
     edits.counts.copy_(compact.counts)

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspa.kernels import triton_launch
-from dspa.kernels.operands import CsrMap, EditKind, EditList
-from dspa.kernels.triton_select import SCAN, are_selected, keys_at, kth_best, sort_key
-from dspa.kernels.triton_table import LOOKUP
+from dspa.kernels.triton_common import launch as triton_launch
+from dspa.kernels.triton_common.select import SCAN, are_selected, keys_at, kth_best, sort_key
+from dspa.kernels.triton_common.table import LOOKUP
+from dspa.kernels.types import CsrMap, EditKind, EditList
 
 CHUNK = tl.constexpr(16)  # entries of a list that are compared with each other at a time
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
+from dspa.kernels.backends.registry import StepMode, operations_for
 from dspa.kernels.lookup import check_density, check_lookup_options, lookup
-from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
-from dspa.kernels.registry import StepMode, operations_for
-from dspa.kernels.sae_weights import STORAGE_DTYPES, SaeWeights
 from dspa.kernels.token_step.traffic import Traffic, bytes_moved
+from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
+from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
 
 __all__ = ["Traffic", "bytes_moved", "token_step", "token_step_with_lookup"]
 

@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dspa.kernels.backends.registry import StepMode
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.operands import EditList, TokenStats
-from dspa.kernels.registry import StepMode
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.kernels.types import EditList, TokenStats
+from dspa.sae.weights import SaeWeights
 
 LEADERS = 16  # reading this many rows costs a thousandth of a pass over a 16k encoder
 DEFAULT_MODE: StepMode = "screened"  # the measured winner at every shape, see benchmarks/
@@ -31,7 +31,7 @@ class Codes:
     factors: Tensor
 
     @classmethod
-    def of(cls, W_enc: Tensor) -> Codes:
+    def quantized(cls, W_enc: Tensor) -> Codes:
         d_sae, d_model = W_enc.shape
         codes = cls(torch.empty(d_sae, -(-d_model // 32) * 32, dtype=torch.int8), torch.empty(3, d_sae))
         torch.ops.dspa.encode_rows(W_enc, codes.values, codes.factors)
@@ -91,7 +91,7 @@ def codes_of(sae: SaeWeights) -> Codes | None:
     """The codes of this SAE, made when first asked for outside a compiled graph; None where there are none yet, or
     where they would prove nothing. `W_enc` must not be written afterwards."""
     if sae not in _codes and not torch.compiler.is_compiling():
-        _codes[sae] = Codes.of(sae.W_enc) if _can_be_screened(sae) else None
+        _codes[sae] = Codes.quantized(sae.W_enc) if _can_be_screened(sae) else None
     return _codes.get(sae)
 
 

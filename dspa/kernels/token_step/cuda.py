@@ -8,13 +8,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from dspa.kernels.backends.registry import StepMode
 from dspa.kernels.lookup.cuda import lookup
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
-from dspa.kernels.registry import StepMode
-from dspa.kernels.sae_weights import SaeWeights
 from dspa.kernels.token_step.cpu import counters_of
 from dspa.kernels.token_step.scratch import kept, rows_for
+from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
+from dspa.sae.weights import SaeWeights
 
 DEFAULT_MODE: StepMode = "lazy"  # no pass where none is needed; not yet measured on a GPU
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dspa.kernels.encode import activations, encoder_input
-from dspa.kernels.operands import EditList, TokenStats
-from dspa.kernels.registry import StepMode
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.kernels.backends.registry import StepMode
+from dspa.kernels.types import EditList, TokenStats
+from dspa.sae.encode import activations, encoder_input
+from dspa.sae.weights import SaeWeights
 
 
 def token_step(

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.sae.weights import SaeWeights
 
 LEAST_ROWS = 256
 

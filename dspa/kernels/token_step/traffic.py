@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dspa.kernels.sae_weights import SaeWeights
+from dspa.sae.weights import SaeWeights
 
 LISTED_AT_ONCE = 16  # entries of a list that are computed with one reading of the row
 ROWS_AT_ONCE = 16  # rows of a batch that share a pass over W_enc
@@ -57,7 +57,7 @@ def bytes_moved(
         changed: entries of all lists together that the edit changes.
         edited: rows that the edit changes.
         passes: whether the rows need the pass over `W_enc`, which in lazy mode they may not. Leaders are left out.
-        latents_per_program: `latents` of the tile in use, see `dspa.kernels.triton_table`.
+        latents_per_program: `latents` of the tile in use, see `dspa.kernels.triton_common.table`.
     """
     assert sae.W_dec is not None  # token_step checks it
     weight_row = sae.d_model * sae.dtype.itemsize

@@ -29,16 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspa.kernels import triton_launch
+from dspa.kernels.backends.registry import StepMode
 from dspa.kernels.lookup.triton import lookup_row, map_arguments, new_lists, prompt_of
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.operands import CsrMap, EditKind, EditList, TokenStats
-from dspa.kernels.registry import StepMode
-from dspa.kernels.sae_weights import SaeWeights
 from dspa.kernels.token_step.cpu import counters_of
 from dspa.kernels.token_step.scratch import kept, rows_for
-from dspa.kernels.triton_table import blocks
-from dspa.kernels.triton_tiles import (
+from dspa.kernels.triton_common import launch as triton_launch
+from dspa.kernels.triton_common.table import blocks
+from dspa.kernels.triton_common.tiles import (
     Encoder,
     add_products,
     announce,
@@ -50,6 +48,8 @@ from dspa.kernels.triton_tiles import (
     wait_for,
     widen,
 )
+from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
+from dspa.sae.weights import SaeWeights
 
 LEADERS = tl.constexpr(16)  # latents a row remembers
 LISTED = tl.constexpr(16)  # entries of a list that are handled at a time
@@ -579,7 +579,7 @@ class StepScratch:
     leaders: Tensor
 
     @classmethod
-    def of(cls, batch: int, k: int, device: torch.device) -> StepScratch:
+    def allocate(cls, batch: int, k: int, device: torch.device) -> StepScratch:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -609,7 +609,7 @@ _scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], StepScratch]] = We
 def scratch_of(sae: SaeWeights, batch: int, k: int) -> StepScratch:
     """The scratch of an SAE for lists of this length and at least this batch."""
     rows = rows_for(batch)
-    return kept(_scratch, sae, (rows, k), lambda: StepScratch.of(rows, k, sae.device))
+    return kept(_scratch, sae, (rows, k), lambda: StepScratch.allocate(rows, k, sae.device))
 
 
 def run(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cuda_shim import build
+from dspa.kernels.backends.registry import Backend, OperationName, Operations, register_backend
 from dspa.kernels.encode_density.cuda import encode_density
 from dspa.kernels.lookup.cuda import lookup
-from dspa.kernels.registry import Backend, OperationName, Operations, register_backend
-from dspa.kernels.sae_weights import SaeWeights
 from dspa.kernels.token_step.cuda import token_step, token_step_with_lookup
+from dspa.sae.weights import SaeWeights
 
 NAME = "cuda-shim"
 THREADS = 64  # of a block; what a GPU gets is more, and the same kernel

@@ -1,0 +1,220 @@
+"""Compiling the Triton kernels ahead of time, for GPUs that need not be here: what registers and memory they take.
+
+    python -m dspa.kernels.triton_common.compile --architecture sm_90 --every-combination
+
+prints one JSON object a line. It compiles what a launch would compile: the operations run on tensors without data, and
+their launches are noted down instead of being made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from dspa.kernels.encode_density.triton import encode_density
+from dspa.kernels.lookup.triton import lookup
+from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
+from dspa.kernels.triton_common.launch import Launch, recording
+from dspa.kernels.triton_common.table import entries
+from dspa.kernels.types import CsrMap, EditList, TokenStats
+from dspa.sae.weights import Activation, InputNormalization, SaeWeights
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ACTIVATIONS: tuple[Activation, ...] = ("jumprelu", "gated", "topk")  # those that are code of their own
+NORMALIZATIONS: tuple[InputNormalization, ...] = get_args(InputNormalization)
+LOW_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
+MODES = ("dense", "lazy", "lookup")
+_NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides which code a kernel is compiled to.
+
+    Attributes:
+        activation, normalization, subtract_b_dec: of the SAE.
+        hidden, weights: dtypes.
+        mode: of `token_step`: "dense", "lazy", or "lookup" for lazy with the lookup in the same launch.
+        optional: whether there are flags, counters, an alpha for each row, a compact decoder and decoder norms.
+        shape: d_model and d_sae.
+    """
+
+    activation: Activation
+    normalization: InputNormalization
+    subtract_b_dec: bool
+    hidden: torch.dtype
+    weights: torch.dtype
+    mode: str
+    optional: bool
+    shape: tuple[int, int]
+
+    def __str__(self) -> str:
+        dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.hidden, self.weights))
+        bias = "-subtract_b_dec" if self.subtract_b_dec else ""
+        shape = "x".join(str(size) for size in self.shape)
+        options = "-optional" if self.optional else ""
+        return f"{self.activation}-{self.normalization}{bias}-{dtypes}-{self.mode}{options}-{shape}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes.
+
+    Attributes:
+        kernel, case, architecture: which kernel.
+        registers: of a thread.
+        stack_bytes: memory of a thread for what does not fit into registers; 0 if nothing is spilled.
+        shared_bytes: shared memory of a program.
+    """
+
+    kernel: str
+    case: str
+    architecture: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def every_case(architecture: str) -> Iterator[Case]:
+    """Every value of each field with every other, at every shape of the table."""
+    for shape in entries(architecture):
+        for activation, normalization, subtract, hidden, weights, mode, optional in itertools.product(
+            ACTIVATIONS,
+            NORMALIZATIONS,
+            (False, True),
+            LOW_PRECISION,
+            LOW_PRECISION,
+            MODES,
+            (False, True),
+        ):
+            yield Case(activation, normalization, subtract, hidden, weights, mode, optional, shape)
+
+
+def spanning_cases(architecture: str) -> Iterator[Case]:
+    """Every pair of dtypes at every shape of the table. The other fields take turns, so that the architectures together
+    have every pair of values of any two fields."""
+    first = sum(len(entries(earlier)) for earlier in itertools.takewhile(architecture.__ne__, TARGETS))
+    for turn, shape in enumerate(entries(architecture), first):
+        for (i, hidden), (j, weights) in itertools.product(enumerate(LOW_PRECISION), repeat=2):
+            yield Case(
+                ACTIVATIONS[(i + j + turn) % 3],
+                NORMALIZATIONS[(i + 2 * j + turn // 3) % 3],
+                (i + turn // 2) % 2 == 1,
+                hidden,
+                weights,
+                MODES[(i + turn) % 3],
+                (j + turn) % 2 == 1,
+                shape,
+            )
+
+
+def launches_of(case: Case, architecture: str) -> list[Launch]:
+    """The launches of the three operations, on tensors without data."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    d_model, d_sae = case.shape
+    gated = case.activation == "gated"
+    sae = SaeWeights(
+        W_enc=tensor(d_sae, d_model, dtype=case.weights),
+        b_enc=tensor(d_sae),
+        threshold=tensor(d_sae),
+        activation=case.activation,
+        W_dec=tensor(d_sae, d_model, dtype=case.weights),
+        b_dec=tensor(d_model),
+        decoder_rows=tensor(d_sae, dtype=torch.int32) if case.optional else None,
+        k=64 if case.activation == "topk" else None,
+        subtract_b_dec=case.subtract_b_dec,
+        normalization=case.normalization,
+        decoder_norm=tensor(d_sae) if case.optional and not gated else None,
+        magnitude_scale=tensor(d_sae) if gated else None,
+        magnitude_bias=tensor(d_sae) if gated else None,
+    )
+    batch, k = 16, 16
+    hidden = tensor(batch, d_model, dtype=case.hidden)
+    enabled = tensor(batch, dtype=torch.bool) if case.optional else None
+    stats = TokenStats.zeros(batch, d_sae, "meta") if case.optional else None
+    alpha = tensor(batch) if case.optional else 0.2
+    density = tensor(batch, d_sae)
+    conditional_map = CsrMap(tensor(d_sae + 1, dtype=torch.int64), tensor(4096, dtype=torch.int32), tensor(4096), d_sae)
+    with recording(architecture) as made:
+        if case.mode == "lookup":
+            token_step_with_lookup(
+                hidden, sae, density, conditional_map, 32, k, "ablate", False, alpha, enabled, stats, "lazy"
+            )
+            lookup(density, conditional_map, 32, k, "both", True)
+        else:
+            edits = EditList.empty(batch, k, "meta")
+            mode = "dense" if case.mode == "dense" else "lazy"
+            token_step(hidden, sae, edits, alpha, enabled, stats, mode)
+        encode_density(hidden, tensor(3, dtype=torch.int64), sae)
+    return made
+
+
+def compile_launch(made: Launch, case: Case, architecture: str) -> Compiled:
+    """Compiles a kernel as a launch on that architecture would."""
+    target, kernel = TARGETS[architecture], made.kernel
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(**made.arguments, **made.options, debug=False)
+    options, signature, constants, attributes = kernel._pack_args(backend, made.options, bound, specialization, options)
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=target, options=options.__dict__)
+    registers, stack = resources_of(binary)
+    return Compiled(kernel.__name__, str(case), architecture, registers, stack, binary.metadata.shared)
+
+
+def resources_of(binary: Any) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    if "amdgcn" in binary.asm:
+        text = binary.asm["amdgcn"]
+        found = [re.findall(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size")]
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            command = [str(_NVIDIA_TOOLS / "cuobjdump"), "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = [re.findall(rf"{name}:(\d+)", text) for name in ("REG", "STACK")]
+    assert all(found), text
+    registers, stack = (max(int(number) for number in numbers) for numbers in found)
+    return registers, stack
+
+
+def main() -> None:
+    """Compiles what is asked for. Must run without TRITON_INTERPRET."""
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time.")
+    parser.add_argument("--architecture", choices=sorted(TARGETS), action="append", help="default: all")
+    parser.add_argument("--every-combination", action="store_true", help="not only the few that span all of them")
+    arguments = parser.parse_args()
+    for architecture in arguments.architecture or TARGETS:
+        cases = every_case(architecture) if arguments.every_combination else spanning_cases(architecture)
+        for case in cases:
+            for made in launches_of(case, architecture):
+                print(json.dumps(asdict(compile_launch(made, case, architecture))), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""What the Triton kernels share: number formats, the SAE's encoder, and how programs of one launch wait for each other.
+
+Loaded only by the Triton backend. Contraction of `a * b + c` is switched off at every launch (`triton_launch`), so that
+the bits of a result are those that the source says; where a fused multiply-add is meant, it is written `tl.fma`.
+"""
+# Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
+# pyright: reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+# The interpreter multiplies bfloat16 matrices as if they were integers, so it is given float32 ones of the same value.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+class Encoder(NamedTuple):
+    """The tensors of `SaeWeights` that encoding reads; None for those that the SAE does not have or does not use."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    b_dec: Tensor | None
+    decoder_norm: Tensor | None
+    magnitude_scale: Tensor | None
+    magnitude_bias: Tensor | None
+
+
+# ---- number formats --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def widen(x):
+    """The same numbers in float32."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 to a storage dtype, to nearest, ties to even."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)  # NaN stays NaN
+        narrowed = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrowed = x.to(dtype)
+    return narrowed
+
+
+@triton.jit
+def is_finite(x):
+    """Whether float32 numbers are neither NaN nor infinite."""
+    return (x.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+
+
+@triton.jit
+def leading_bits(x):
+    """The first 8 significant bits of float32, as bfloat16. Three times that, of what is left, is all of x."""
+    return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+# ---- the encoder -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def encoder_input(h, shift, factor, b_dec, columns, inside, valid, NORMALIZATION: tl.constexpr):
+    """`h'` of method.md, section 1, in float32; 0 where not valid. All arguments broadcast to one shape.
+
+    Args:
+        columns, inside: which columns of the model, and whether they are there.
+        valid: where `h` was loaded.
+    """
+    x = widen(h)
+    if NORMALIZATION == "layer_norm":
+        x = (x - shift) * factor
+    elif NORMALIZATION == "constant_norm_rescale":
+        x = x * factor
+    if b_dec is not None:
+        x = x - tl.load(b_dec + columns, mask=inside, other=0.0)
+    return tl.where(valid, x, 0.0)
+
+
+@triton.jit
+def normalizer(begin, column_stride, d_model, valid, NORMALIZATION: tl.constexpr, BLOCK: tl.constexpr):
+    """What normalises some rows, `(h - shift) * factor`, and the scale that maps a decoded difference back.
+
+    Args:
+        begin: `[R, 1]`, where each row begins.
+        valid: `[R, 1]`, which rows to read.
+
+    Returns:
+        Three times `[R, 1]` float32.
+    """
+    shift = tl.zeros(begin.shape, tl.float32)
+    factor = shift + 1.0
+    scale = shift + 1.0
+    if NORMALIZATION != "none":
+        size = tl.cast(d_model, tl.float32)
+        columns = tl.arange(0, BLOCK)[None, :]
+        if NORMALIZATION == "layer_norm":
+            total = tl.zeros([begin.shape[0], BLOCK], tl.float32)
+            for first in range(0, d_model, BLOCK):
+                inside = valid & (first + columns < d_model)
+                total += widen(tl.load(begin + (first + columns) * column_stride, mask=inside, other=0.0))
+            shift = tl.div_rn(tl.sum(total, axis=1, keep_dims=True), size)
+        squares = tl.zeros([begin.shape[0], BLOCK], tl.float32)
+        for first in range(0, d_model, BLOCK):
+            inside = valid & (first + columns < d_model)
+            h = widen(tl.load(begin + (first + columns) * column_stride, mask=inside, other=0.0))
+            centred = tl.where(inside, h - shift, 0.0)
+            squares = tl.fma(centred, centred, squares)
+        if NORMALIZATION == "layer_norm":
+            scale = tl.sqrt_rn(tl.div_rn(tl.sum(squares, axis=1, keep_dims=True), size - 1.0))
+            factor = tl.div_rn(1.0, scale + 1e-5)  # sae-lens' epsilon, as in dspa.sae.encode
+        else:
+            norm = tl.sqrt_rn(tl.sum(squares, axis=1, keep_dims=True))
+            root = tl.sqrt_rn(size)
+            factor = tl.div_rn(root, norm)
+            scale = tl.div_rn(norm, root)
+    return shift, factor, scale
+
+
+@triton.jit
+def dot(a, b, total):
+    if INTERPRETED:
+        a, b = widen(a), widen(b)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def add_products(w, x, main, rest, X_PARTS: tl.constexpr):
+    """Adds `w @ x` to `main + rest`: exact products on tensor cores, float32 sums.
+
+    bfloat16 holds 8 significant bits, so a float16 is the sum of 2 bfloat16 and a float32 that of 3. Matrices are
+    multiplied part by part; `rest` takes the products of all but the leading parts, which are a hundredth of those, so
+    that their roundings do not count.
+
+    Args:
+        w: `[latents, d]` in storage dtype.
+        x: `[d, tokens]` float32.
+        main, rest: `[latents, tokens]` float32.
+        X_PARTS: how many bfloat16 it takes to represent x; 0 if x is exact in the dtype of w, so that it takes none.
+    """
+    if X_PARTS == 0:
+        main = dot(w, narrow(x, w.dtype), main)
+    elif w.dtype == tl.bfloat16:
+        main, rest = add_part(w, x, main, rest, True, X_PARTS)
+    else:
+        left = widen(w)
+        part = leading_bits(left)
+        main, rest = add_part(part, x, main, rest, True, X_PARTS)
+        left = left - widen(part)
+        part = leading_bits(left)
+        main, rest = add_part(part, x, main, rest, False, X_PARTS)
+        if w.dtype == tl.float32:
+            main, rest = add_part(leading_bits(left - widen(part)), x, main, rest, False, X_PARTS)
+    return main, rest
+
+
+@triton.jit
+def add_part(w, x, main, rest, LEADING: tl.constexpr, X_PARTS: tl.constexpr):
+    """Adds the products of one part of the weights, which is bfloat16."""
+    for part in tl.static_range(X_PARTS):
+        leading = leading_bits(x)
+        if LEADING and part == 0:
+            main = dot(w, leading, main)
+        else:
+            rest = dot(w, leading, rest)
+        x = x - widen(leading)
+    return main, rest
+
+
+@triton.jit
+def scores(product, encoder, latents, valid, ACTIVATION: tl.constexpr):
+    """What the selection compares: the activation, or for topk the pre-activation, from `W_enc h'`.
+
+    Args:
+        product: float32; `latents` and `valid` broadcast to it. Where not valid, it must be 0, and so is the score.
+        latents: which rows of the encoder.
+        ACTIVATION: "threshold" (jumprelu, relu, batchtopk), "gated" or "topk".
+    """
+    z = product + tl.load(encoder.b_enc + latents, mask=valid, other=0.0)
+    if encoder.decoder_norm is not None:
+        z = z * tl.load(encoder.decoder_norm + latents, mask=valid, other=0.0)
+    if ACTIVATION == "gated":
+        magnitude = product * tl.load(encoder.magnitude_scale + latents, mask=valid, other=0.0)
+        magnitude += tl.load(encoder.magnitude_bias + latents, mask=valid, other=0.0)
+        z = tl.where((z > 0.0) & (magnitude > 0.0), magnitude, 0.0)
+    elif ACTIVATION == "threshold":
+        threshold = tl.load(encoder.threshold + latents, mask=valid, other=0.0)
+        z = tl.where((z > threshold) & (z > 0.0), z, 0.0)
+    return z
+
+
+# ---- programs that wait for each other -------------------------------------------------------------------------------
+
+
+@triton.jit
+def announce(counter):
+    """Adds 1 to a counter. Whoever waits for it sees what this program wrote before."""
+    tl.debug_barrier()  # a release covers what the other threads of this program wrote only behind a barrier
+    return tl.atomic_add(counter, 1, sem="acq_rel")
+
+
+@triton.jit
+def wait_for(counter, target):
+    """Returns once a counter has reached `target`. Progress is certain only if those who raise it are running."""
+    while tl.atomic_add(counter, 0, sem="acquire") < target:
+        pass
+    tl.debug_barrier()

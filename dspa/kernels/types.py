@@ -1,0 +1,230 @@
+"""What the operations exchange beside hidden states and SAE weights: the sparse map, edit lists and counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dspa.errors import CorruptFileError, InvalidInputError
+
+EditKind = Literal["ablate", "augment", "both"]
+
+
+@dataclass(frozen=True, eq=False)
+class CsrMap:
+    """The conditional-difference map `A`, `[d_sae_in, d_sae_out]`, by compressed rows (method, section 2).
+
+    Attributes:
+        row_offsets: `[d_sae_in + 1]` int64; row i holds entries `row_offsets[i]` to `row_offsets[i + 1]`.
+        columns: `[nonzeros]` int32, ascending within a row.
+        values: `[nonzeros]` float32 or float64.
+        d_sae_out: number of columns.
+    """
+
+    row_offsets: Tensor
+    columns: Tensor
+    values: Tensor
+    d_sae_out: int
+
+    @property
+    def d_sae_in(self) -> int:
+        return self.row_offsets.shape[0] - 1
+
+    @property
+    def nonzeros(self) -> int:
+        return self.columns.shape[0]
+
+    def to(self, device: torch.device | str) -> CsrMap:
+        if self.values.device == torch.device(device):
+            return self
+        return CsrMap(self.row_offsets.to(device), self.columns.to(device), self.values.to(device), self.d_sae_out)
+
+    def to_dense(self) -> Tensor:
+        """`[d_sae_in, d_sae_out]`, dtype of the values."""
+        dense = torch.zeros(self.d_sae_in, self.d_sae_out, dtype=self.values.dtype, device=self.values.device)
+        dense[self._row_of_entry(), self.columns.long()] = self.values
+        return dense
+
+    def check(self) -> CsrMap:
+        """Itself, if every offset and column is in bounds and every value finite; kernels rely on it.
+
+        Raises:
+            CorruptFileError: naming the first violation.
+        """
+        offsets, columns, values = self.row_offsets, self.columns, self.values
+        value_types = (torch.float32, torch.float64)
+        if (offsets.dtype, columns.dtype) != (torch.int64, torch.int32) or values.dtype not in value_types:
+            raise CorruptFileError(
+                f"map tensors are {offsets.dtype}, {columns.dtype}, {values.dtype}; expected int64, int32, float32"
+            )
+        if self.d_sae_out < 1:
+            raise CorruptFileError(f"the map has {self.d_sae_out} columns; expected at least 1")
+        if offsets.ndim != 1 or columns.ndim != 1 or columns.shape != values.shape or self.d_sae_in < 1:
+            raise CorruptFileError(
+                f"map tensors have shapes {tuple(offsets.shape)}, {tuple(columns.shape)}, {tuple(values.shape)}; "
+                "expected [d_sae_in + 1], [nonzeros], [nonzeros]"
+            )
+        # The bound comes before the differences, which could wrap around.
+        bounded = bool(((offsets >= 0) & (offsets <= self.nonzeros)).all())
+        if offsets[0] != 0 or offsets[-1] != self.nonzeros or not bounded or bool((offsets.diff() < 0).any()):
+            raise CorruptFileError(f"map row offsets do not rise from 0 to the {self.nonzeros} entries; fit it again")
+        if self.nonzeros and not (int(columns.min()) >= 0 and int(columns.max()) < self.d_sae_out):
+            raise CorruptFileError(
+                f"map columns run from {int(columns.min())} to {int(columns.max())}; expected 0 to {self.d_sae_out - 1}"
+            )
+        row = self._row_of_entry()
+        if bool(((columns.diff() <= 0) & (row.diff() == 0)).any()):
+            raise CorruptFileError("map columns are not strictly ascending within a row; fit it again")
+        if not bool(values.isfinite().all()):
+            raise CorruptFileError("map values contain NaN or Inf; fit it again")
+        return self
+
+    def _row_of_entry(self) -> Tensor:
+        rows = torch.arange(self.d_sae_in, device=self.row_offsets.device)
+        return rows.repeat_interleave(self.row_offsets.diff())
+
+
+@dataclass(frozen=True, eq=False)
+class EditList:
+    """For each row of a batch, which output latents to edit and in which direction (method, section 3).
+
+    Row b edits `latents[b, :counts[b]]`; what lies behind is padding (latent 0, sign 0).
+    The tensors are allocated once per batch and updated in place, so that captured graphs see fixed addresses.
+
+    Attributes:
+        latents: `[B, k]` int32; augmented ones by falling score, then ablated ones by rising score.
+        signs: `[B, k]` int8; +1 augment, -1 ablate.
+        counts: `[B]` int32.
+    """
+
+    latents: Tensor
+    signs: Tensor
+    counts: Tensor
+
+    def __post_init__(self) -> None:
+        latents, signs, counts = self.latents, self.signs, self.counts
+        if (latents.dtype, signs.dtype, counts.dtype) != (torch.int32, torch.int8, torch.int32):
+            raise InvalidInputError(
+                f"edit lists are {latents.dtype}, {signs.dtype}, {counts.dtype}; expected int32, int8, int32"
+            )
+        if latents.ndim != 2 or signs.shape != latents.shape or counts.shape != latents.shape[:1]:
+            raise InvalidInputError(
+                f"edit lists have shapes {tuple(latents.shape)}, {tuple(signs.shape)}, {tuple(counts.shape)}; "
+                "expected [B, k], [B, k], [B]"
+            )
+
+    @classmethod
+    def empty(cls, batch: int, k: int, device: torch.device | str = "cpu") -> EditList:
+        """Lists without an edit, with room for k a row."""
+        return cls(
+            torch.zeros(batch, k, dtype=torch.int32, device=device),
+            torch.zeros(batch, k, dtype=torch.int8, device=device),
+            torch.zeros(batch, dtype=torch.int32, device=device),
+        )
+
+    @classmethod
+    def from_lists(
+        cls, augment: list[list[int]], ablate: list[list[int]], device: torch.device | str = "cpu"
+    ) -> EditList:
+        """Lists written out by hand: `augment[b]` and `ablate[b]` are the latents of row b.
+
+        Raises:
+            InvalidInputError: if the two have different lengths.
+        """
+        if len(augment) != len(ablate):
+            raise InvalidInputError(f"{len(augment)} augment rows and {len(ablate)} ablate rows; expected as many")
+        edits = cls.empty(len(augment), max((len(a) + len(b) for a, b in zip(augment, ablate, strict=True)), default=0))
+        for row, (up, down) in enumerate(zip(augment, ablate, strict=True)):
+            count = len(up) + len(down)
+            edits.latents[row, :count] = torch.tensor(up + down, dtype=torch.int32)
+            edits.signs[row, : len(up)] = 1
+            edits.signs[row, len(up) : count] = -1
+            edits.counts[row] = count
+        return edits.to(device)
+
+    @property
+    def batch(self) -> int:
+        return self.latents.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Entries a row has room for."""
+        return self.latents.shape[1]
+
+    def to(self, device: torch.device | str) -> EditList:
+        return EditList(self.latents.to(device), self.signs.to(device), self.counts.to(device))
+
+    def rows(self, index: Tensor) -> EditList:
+        """The lists of the rows in `index` (int64), as new tensors."""
+        return EditList(self.latents[index], self.signs[index], self.counts[index])
+
+    def copy_(self, other: EditList) -> None:
+        """Takes over the lists of another of the same shape, in place.
+
+        Raises:
+            InvalidInputError: if the shapes differ.
+        """
+        if other.latents.shape != self.latents.shape:
+            raise InvalidInputError(
+                f"edit lists of shape {tuple(other.latents.shape)} do not fit into {tuple(self.latents.shape)}"
+            )
+        self.latents.copy_(other.latents)
+        self.signs.copy_(other.signs)
+        self.counts.copy_(other.counts)
+
+    def valid(self) -> Tensor:
+        """`[B, k]` bool: which entries are edits and not padding."""
+        return torch.arange(self.k, device=self.counts.device) < self.counts[:, None]
+
+    def augmented(self, row: int) -> list[int]:
+        """The latents that row augments."""
+        return self._signed(row, 1)
+
+    def ablated(self, row: int) -> list[int]:
+        """The latents that row ablates."""
+        return self._signed(row, -1)
+
+    def _signed(self, row: int, sign: int) -> list[int]:
+        count = int(self.counts[row])
+        return self.latents[row, :count][self.signs[row, :count] == sign].tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStats:
+    """Counters that `token_step` adds to where the edit happens. Rows that are not enabled are not touched.
+
+    Attributes:
+        seen: `[B]` int64, tokens that came by.
+        edited: `[B]` int64, tokens whose hidden state was changed.
+        nonfinite: `[B]` int64, tokens left alone because NaN or Inf came up; see `token_step`.
+        maximum: `[B]` float64, M_t of the last token; NaN where it did not have to be computed.
+        maximum_sum: `[B]` float64, sum of M_t over the tokens for which it was computed.
+        maximum_known: `[B]` int64, number of those tokens.
+        latent_edits: `[d_sae]` int64, edits of each latent that changed it.
+    """
+
+    seen: Tensor
+    edited: Tensor
+    nonfinite: Tensor
+    maximum: Tensor
+    maximum_sum: Tensor
+    maximum_known: Tensor
+    latent_edits: Tensor
+
+    @classmethod
+    def zeros(cls, batch: int, d_sae: int, device: torch.device | str = "cpu") -> TokenStats:
+        def counter(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        return cls(
+            seen=counter(batch),
+            edited=counter(batch),
+            nonfinite=counter(batch),
+            maximum=torch.full((batch,), torch.nan, dtype=torch.float64, device=device),
+            maximum_sum=counter(batch, torch.float64),
+            maximum_known=counter(batch),
+            latent_edits=counter(d_sae),
+        )

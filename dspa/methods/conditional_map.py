@@ -1,0 +1,299 @@
+"""The conditional-difference map: which response latents go with preference, given prompt latents.
+
+Method, section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspa.errors import CorruptFileError, InvalidInputError
+from dspa.kernels import CsrMap
+from dspa.offline.density_store import CollectionRun, DensityStore, SparseCounts
+from dspa.util.files import read_tensor_folder, write_tensor_folder
+from dspa.util.progress import track
+
+GateRule = Literal["ge", "positive_ge"]
+Sparsification = Literal["per_row", "global_tau", "none"]
+
+KIND = "conditional_map"
+FORMAT_VERSION = 1
+BLOCK_BYTES = 256 * 2**20  # what one dense block may take in memory while fitting
+GRID = 2.0**48  # A is rounded to multiples of 1 / GRID, far below what densities resolve and above what sums lose
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a map is fitted; see the table of open points in method.md, section 2.
+
+    Attributes:
+        gate_percentile: p, in percent: a latent's gate opens at this percentile of its densities over the prompts.
+        gate_rule: "ge" is the literal gate `rho >= tau`, always on where tau is 0; "positive_ge" also asks `rho > 0`.
+        sparsify: "per_row" keeps each row's own extremes; "global_tau" is appendix B's one threshold for all rows.
+        entries_per_side: how many of a row's largest, and of its smallest, entries are its extremes.
+    """
+
+    gate_percentile: float = 90.0
+    gate_rule: GateRule = "ge"
+    sparsify: Sparsification = "per_row"
+    entries_per_side: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gate_percentile <= 100:
+            raise InvalidInputError(f"gate_percentile is {self.gate_percentile}; expected 0 to 100")
+        for name, value, known in (
+            ("gate_rule", self.gate_rule, get_args(GateRule)),
+            ("sparsify", self.sparsify, get_args(Sparsification)),
+        ):
+            if value not in known:
+                raise InvalidInputError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        if self.entries_per_side < 1:
+            raise InvalidInputError(f"entries_per_side is {self.entries_per_side}; expected at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionalDifferenceMap:
+    """The map `A` of method.md, section 2, and what is known of its rows.
+
+    Attributes:
+        matrix: A by compressed rows, float32.
+        gate_counts: `[d_sae_in]` int64, N_i: for how many triples gate i was on.
+        gate_thresholds: `[d_sae_in]` float64, tau_i.
+        mean_difference: `[d_sae_out]` float32, the mean of D over all triples: what a prompt-blind edit goes by.
+        run: the collection it was fitted from.
+        options: how it was fitted.
+    """
+
+    matrix: CsrMap
+    gate_counts: Tensor
+    gate_thresholds: Tensor
+    mean_difference: Tensor
+    run: CollectionRun
+    options: FitOptions
+
+    @classmethod
+    def fit(
+        cls,
+        store: DensityStore | str | Path,
+        *,
+        gate_percentile: float = 90.0,
+        gate_rule: GateRule = "ge",
+        sparsify: Sparsification = "per_row",
+        entries_per_side: int = 16,
+        progress: bool = False,
+    ) -> ConditionalDifferenceMap:
+        """Fits a map from collected densities, without the model, in float64, a block of rows at a time.
+
+        A dense block takes at most a quarter of a GiB; the whole map is never dense.
+
+        Args:
+            store: what `collect` returned, or its folder.
+            gate_percentile, gate_rule, sparsify, entries_per_side: see FitOptions.
+            progress: whether to draw a progress bar.
+
+        Raises:
+            InvalidInputError: for an option out of range, or a collection that is not complete.
+            CorruptFileError: for a damaged shard.
+        """
+        options = FitOptions(gate_percentile, gate_rule, sparsify, entries_per_side)
+        store = store if isinstance(store, DensityStore) else DensityStore.open(store)
+        starts = range(0, store.run.d_sae_in, _rows_per_block(store.run))
+        threshold = 0.0
+        if sparsify == "global_tau":
+            # Appendix B's threshold is a minimum over all rows, so the rows are computed once more to find it.
+            passes = track(starts, "Finding the threshold", enabled=progress, unit="row blocks")
+            threshold = min(_smallest_extreme(_row_block(store, options, at).rows, entries_per_side) for at in passes)
+        counts, thresholds, lengths, columns, values = [], [], [], [], []
+        for at in track(starts, "Fitting the map", enabled=progress, unit="row blocks"):
+            block = _row_block(store, options, at)
+            kept = _kept(block.rows, options, threshold)
+            counts.append(block.gate_counts)
+            thresholds.append(block.gate_thresholds)
+            lengths.append(kept.sum(dim=1))
+            columns.append(kept.nonzero()[:, 1].int())
+            values.append(block.rows[kept].float())
+        offsets = torch.zeros(store.run.d_sae_in + 1, dtype=torch.int64)
+        offsets[1:] = torch.cat(lengths).cumsum(dim=0)
+        return cls(
+            matrix=CsrMap(offsets, torch.cat(columns), torch.cat(values), store.run.d_sae_out),
+            gate_counts=torch.cat(counts),
+            gate_thresholds=torch.cat(thresholds),
+            mean_difference=_mean_difference(store).float(),
+            run=store.run,
+            options=options,
+        )
+
+    def to_dense(self) -> Tensor:
+        """`[d_sae_in, d_sae_out]` float32."""
+        return self.matrix.to_dense()
+
+    def always_on(self) -> Tensor:
+        """`[d_sae_in]` bool: gates that were on for every triple; their rows are the prompt-blind mean difference."""
+        return self.gate_counts == self.run.triple_count
+
+    def deviation_probability(self, epsilon: float) -> Tensor:
+        """`[d_sae_in]` float64: a bound on the probability that an entry of row i is off its expectation by epsilon
+        or more, `2 exp(-N_i epsilon^2 / 2)`, at most 1 (appendix A)."""
+        return (2 * torch.exp(-self.gate_counts.double() * epsilon**2 / 2)).clamp(max=1)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the map to a folder: `conditional_map.safetensors` and `config.json`.
+
+        Raises:
+            DspaError: if it cannot be written.
+        """
+        return write_tensor_folder(folder, KIND, FORMAT_VERSION, self.config(), self.tensors())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ConditionalDifferenceMap:
+        """Reads what `save` wrote, checking every index and shape.
+
+        Raises:
+            InvalidInputError: if the folder holds no map.
+            CorruptFileError: if it is truncated, altered or out of bounds.
+        """
+        return cls.from_tensors(*read_tensor_folder(folder, KIND, FORMAT_VERSION), str(folder))
+
+    def config(self) -> dict[str, object]:
+        """What is saved as JSON."""
+        return {"run": asdict(self.run), "fit": asdict(self.options)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved as tensors."""
+        return {
+            "row_offsets": self.matrix.row_offsets,
+            "columns": self.matrix.columns,
+            "values": self.matrix.values,
+            "gate_counts": self.gate_counts,
+            "gate_thresholds": self.gate_thresholds,
+            "mean_difference": self.mean_difference,
+        }
+
+    @classmethod
+    def from_tensors(cls, config: dict, tensors: dict[str, Tensor], source: str) -> ConditionalDifferenceMap:
+        """From `config()` and `tensors()`; `source` is named in errors.
+
+        Raises:
+            CorruptFileError: if a field is missing or out of bounds.
+        """
+        try:
+            run = CollectionRun.from_json(config["run"])
+            options = FitOptions(**config["fit"])
+            matrix = CsrMap(tensors["row_offsets"], tensors["columns"], tensors["values"], run.d_sae_out)
+            rows = {name: tensors[name] for name in ("gate_counts", "gate_thresholds", "mean_difference")}
+        except (KeyError, TypeError, InvalidInputError) as error:
+            raise CorruptFileError(f"{source} does not hold a whole map ({error}); fit it again") from error
+        sizes = {"gate_counts": run.d_sae_in, "gate_thresholds": run.d_sae_in, "mean_difference": run.d_sae_out}
+        for name, size in {**sizes, "row_offsets": run.d_sae_in + 1}.items():
+            if tuple(tensors[name].shape) != (size,):
+                raise CorruptFileError(f"{source}: {name} is {tuple(tensors[name].shape)}; expected [{size}]")
+        for name, dtype, low, high in (
+            ("gate_counts", torch.int64, 0, run.triple_count),
+            ("gate_thresholds", torch.float64, 0, 1),
+            ("mean_difference", torch.float32, -1, 1),
+        ):
+            if rows[name].dtype != dtype or not bool(((rows[name] >= low) & (rows[name] <= high)).all()):
+                raise CorruptFileError(f"{source}: {name} is not all {dtype} from {low} to {high}; fit it again")
+        return cls(matrix.check(), rows["gate_counts"], rows["gate_thresholds"], rows["mean_difference"], run, options)
+
+
+@dataclass(frozen=True, eq=False)
+class _RowBlock:
+    """Some consecutive rows of A, dense: `rows` is `[n, d_sae_out]` float64."""
+
+    rows: Tensor
+    gate_counts: Tensor
+    gate_thresholds: Tensor
+
+
+def _rows_per_block(run: CollectionRun) -> int:
+    widest = max(run.triple_count, run.d_sae_out)
+    return min(run.d_sae_in, max(1, BLOCK_BYTES // (8 * widest)))
+
+
+def _row_block(store: DensityStore, options: FitOptions, start: int) -> _RowBlock:
+    """Rows `start` and following of A, before sparsification."""
+    run = store.run
+    end = min(start + _rows_per_block(run), run.d_sae_in)
+    density = torch.cat([_dense(shard.prompt, start, end) for shard in store.read()]).numpy()
+    thresholds = np.percentile(density, options.gate_percentile, axis=0)
+    gates = density >= thresholds
+    if options.gate_rule == "positive_ge":
+        gates &= density > 0
+    gate = torch.from_numpy(gates)
+    rows = torch.zeros(end - start, run.d_sae_out, dtype=torch.float64)
+    for first, difference in differences(store):
+        rows += gate[first : first + len(difference)].double().T @ difference
+    return _RowBlock(_mean(rows, run), gate.sum(dim=0), torch.from_numpy(thresholds))
+
+
+def _mean_difference(store: DensityStore) -> Tensor:
+    total = torch.zeros(store.run.d_sae_out, dtype=torch.float64)
+    for _, difference in differences(store):
+        total += difference.sum(dim=0)
+    return _mean(total, store.run)
+
+
+def _mean(total: Tensor, run: CollectionRun) -> Tensor:
+    """The total over all triples divided by their number, in place.
+
+    Rounded to a grid, so that what cancels is 0 and what ties is equal whatever the order in which it was added.
+    """
+    return total.div_(run.triple_count).mul_(GRID).round_().div_(GRID)
+
+
+def differences(store: DensityStore) -> Iterator[tuple[int, Tensor]]:
+    """For each shard, the number of its first triple and D, `[triples, d_sae_out]` float64."""
+    first = 0
+    for shard in store.read():
+        difference = _dense(shard.chosen, 0, store.run.d_sae_out) - _dense(shard.rejected, 0, store.run.d_sae_out)
+        yield first, difference
+        first += len(difference)
+
+
+def _dense(counts: SparseCounts, start: int, end: int) -> Tensor:
+    """Densities of the latents from `start` to `end`, `[triples, end - start]` float64."""
+    inside = (counts.latents >= start) & (counts.latents < end)
+    dense = torch.zeros(len(counts.tokens), end - start, dtype=torch.float64)
+    dense[counts.triple_of_entry[inside], counts.latents[inside].long() - start] = counts.densities()[inside]
+    return dense
+
+
+def _extremes(rows: Tensor, entries_per_side: int) -> tuple[Tensor, Tensor]:
+    """Each row's n largest entries, falling, and its n smallest, rising, `[rows, n]`."""
+    n = min(entries_per_side, rows.shape[1])
+    return rows.topk(n, dim=1).values, rows.topk(n, dim=1, largest=False).values
+
+
+def _smallest_extreme(rows: Tensor, entries_per_side: int) -> float:
+    """Appendix B's threshold over these rows: the least magnitude among the entries at or beyond their extremes."""
+    largest, smallest = _extremes(rows, entries_per_side)
+    extreme = (rows >= largest[:, -1:]) | (rows <= smallest[:, -1:])
+    return float(torch.where(extreme, rows.abs(), math.inf).min())
+
+
+def _kept(rows: Tensor, options: FitOptions, threshold: float) -> Tensor:
+    """Which entries of some rows stay in the map; zeros never do."""
+    if options.sparsify == "none":
+        return rows != 0
+    if options.sparsify == "global_tau":
+        return (rows != 0) & (rows.abs() >= threshold)
+    largest, smallest = _extremes(rows, options.entries_per_side)
+    kept = ((rows > largest[:, -1:]) | (rows < smallest[:, -1:])) & (rows != 0)
+    for extremes in (largest, smallest):
+        # Of the entries equal to the n-th, the lower columns fill the places that are left.
+        level = extremes[:, -1:]
+        places = (extremes == level).sum(dim=1)
+        row, column = ((rows == level) & (rows != 0)).nonzero(as_tuple=True)
+        place = torch.arange(len(row)) - torch.searchsorted(row, row)
+        fits = place < places[row]
+        kept[row[fits], column[fits]] = True
+    return kept

@@ -1,0 +1,1 @@
+"""From preference triples to activation densities, in resumable shards."""

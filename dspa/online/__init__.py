@@ -1,0 +1,1 @@
+"""Steering a transformers model while it generates."""

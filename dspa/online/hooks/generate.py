@@ -1,0 +1,203 @@
+"""Telling when a model's `generate` starts, with which prompt, and when it ends."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dspa.errors import InvalidInputError
+from dspa.online.hooks.method_patch import MethodOverride
+
+
+class GenerateObserver(Protocol):
+    def generate_begins(self, token_ids: Tensor | None, present: Tensor) -> None:
+        """A generate call starts: ids `[B, n]`, or None for embeddings, and `[B, P]` nonzero where there is a token."""
+
+    def generate_ends(self, new_tokens: int | None) -> None:
+        """The generate call returned, with so many columns after the prompt, or raised: then None."""
+
+    def draft_begins(self) -> None:
+        """A generate call starts inside the running one, to draft what that may accept."""
+
+    def draft_ends(self) -> None:
+        """It returned or raised."""
+
+
+class ObservedGenerate(MethodOverride):
+    """Stands in for `model.generate` while somebody observes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "generate")
+        self.observers: list[GenerateObserver] = []
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        observers = list(self.observers)
+        if not observers:  # somebody wrapped this method while it was observed, and calls it still
+            return self.original(inputs, *args, **kwargs)
+        config = args[0] if args else kwargs.get("generation_config")
+        if getattr(config, "is_assistant", False):
+            return self._draft(observers, inputs, *args, **kwargs)
+        self._refuse_what_cannot_be_followed(config, kwargs)
+        token_ids, present = self._prompt(inputs, config, kwargs)
+        begun: list[GenerateObserver] = []
+        new_tokens = None
+        try:
+            for observer in observers:
+                observer.generate_begins(token_ids, present)
+                begun.append(observer)
+            result = self.original(inputs, *args, **kwargs)
+            sequences = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
+            if sequences is not None:
+                new_tokens = sequences.shape[1] - (0 if token_ids is None else token_ids.shape[1])
+            return result
+        finally:
+            errors = []
+            for observer in begun:  # every one of them, also when another raises
+                try:
+                    observer.generate_ends(new_tokens)
+                except BaseException as error:
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+
+    def _draft(self, observers: list[GenerateObserver], *args: Any, **kwargs: Any) -> Any:
+        for observer in observers:
+            observer.draft_begins()
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            for observer in observers:
+                observer.draft_ends()
+
+    def _refuse_what_cannot_be_followed(self, config: Any, kwargs: dict[str, Any]) -> None:
+        # An adapter in front of this model hands it the inputs by a method of its own.
+        refuse_virtual_tokens(getattr(vars(self.module).get("prepare_inputs_for_generation"), "__self__", None))
+        guidance = self._option("guidance_scale", config, kwargs)
+        if guidance is not None and guidance != 1:
+            raise InvalidInputError(
+                f"guidance_scale is {guidance}: its unconditional passes have another prompt and would be taken for "
+                "steps of this one; leave it out while the model is steered"
+            )
+        if self._option("token_healing", config, kwargs):
+            raise InvalidInputError(
+                "token_healing is on: it replaces the prompt inside generate, after the policy was chosen for it; heal "
+                "the prompt first (model.heal_tokens), or leave it out while the model is steered"
+            )
+        if self._option("cache_implementation", config, kwargs) == "paged":
+            raise InvalidInputError(PACKED)
+
+    def _prompt(self, inputs: Tensor | None, config: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+        token_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        embeddings = kwargs.get("inputs_embeds")
+        present = kwargs.get("attention_mask")
+        if token_ids is None and embeddings is None:  # generate begins with a token of its own
+            first = self._option("bos_token_id", config, kwargs)
+            return None if first is None else torch.tensor([[first]]), torch.ones(1, 1)
+        if embeddings is not None:
+            return None, torch.ones(embeddings.shape[:2], device=embeddings.device) if present is None else present
+        assert token_ids is not None
+        return token_ids, self._presence(token_ids, config, kwargs) if present is None else present
+
+    def _presence(self, token_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Tensor:
+        """As generate infers it without a mask: the padding id is padding unless it also ends sequences."""
+        padding, ends = (self._option(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        if padding is None or padding in ends:
+            return torch.ones_like(token_ids)
+        return (token_ids != padding).long()
+
+    def _option(self, name: str, config: Any, kwargs: dict[str, Any]) -> Any:
+        """What an option of a generate call is, wherever it was set."""
+        for value in (kwargs.get(name), getattr(config, name, None)):
+            if value is not None:
+                return value
+        return getattr(getattr(self.module, "generation_config", None), name, None)
+
+
+class RefusedMethod(MethodOverride):
+    """A method that cannot be steered, and says so while `generate` is observed."""
+
+    def __init__(self, model: nn.Module, name: str, reason: str, observed: ObservedGenerate) -> None:
+        super().__init__(model, name)
+        self._reason = reason
+        self._observed = observed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._observed.observers:
+            raise InvalidInputError(self._reason)
+        return self.original(*args, **kwargs)
+
+
+def refuse_virtual_tokens(model: object) -> None:
+    """Refuses adapters that put trained columns before the prompt, such as those of prompt tuning and prefix tuning.
+
+    Raises:
+        InvalidInputError: if the model is wrapped into one.
+    """
+    configs = getattr(model, "peft_config", None)
+    for name, config in configs.items() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise InvalidInputError(
+                f"adapter {name!r} puts virtual tokens before the prompt ({type(config).__name__}), which shifts the "
+                "positions to be edited; steer the model without it, or with an adapter of weights such as LoRA"
+            )
+
+
+# Also, it skips prompt tokens that another request has in the cache, and replays captured graphs of whole steps.
+PACKED = (
+    "continuous batching packs the tokens of many requests into one row and does not tell the model whose they are, so "
+    "that prompts cannot be told apart; call generate with a padded batch instead of generate_batch while steered"
+)
+
+
+class ObserverHandle:
+    """Ends an observation."""
+
+    def __init__(self, observed: ObservedGenerate, observer: GenerateObserver) -> None:
+        self._observed = observed
+        self._observer = observer
+
+    def remove(self) -> None:
+        """Stops observing; `model.generate` is its old self when nobody observes it any more."""
+        self._observed.observers.remove(self._observer)
+        if self._observed.observers:
+            return
+        self._observed.remove()
+        refused = vars(self._observed.module).get("init_continuous_batching")
+        if isinstance(refused, RefusedMethod):
+            refused.remove()
+
+
+def observe_generate(model: nn.Module, observer: GenerateObserver) -> ObserverHandle:
+    """Tells an observer of every `generate` call on a model, or on the transformers model inside a wrapper. Continuous
+    batching is refused meanwhile.
+
+    Raises:
+        InvalidInputError: if nothing in the model can generate, or an adapter puts virtual tokens before prompts.
+    """
+    refuse_virtual_tokens(model)
+    generating = generating_module(model)
+    observed = vars(generating).get("generate")
+    if not isinstance(observed, ObservedGenerate):
+        observed = ObservedGenerate(generating)
+        observed.install()
+        if callable(getattr(generating, "init_continuous_batching", None)):
+            RefusedMethod(generating, "init_continuous_batching", PACKED, observed).install()
+    observed.observers.append(observer)
+    return ObserverHandle(observed, observer)
+
+
+def generating_module(model: nn.Module) -> nn.Module:
+    """The transformers model whose `generate` is called, by the user or by the wrapper around it.
+
+    Raises:
+        InvalidInputError: if there is none.
+    """
+    from transformers import GenerationMixin
+
+    for module in model.modules():
+        if isinstance(module, GenerationMixin):
+            return module
+    raise InvalidInputError(f"{type(model).__name__} has no generate method; pass a causal language model")

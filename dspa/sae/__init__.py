@@ -1,0 +1,1 @@
+"""What a sparse autoencoder is: weights and semantics, the encoder, loaders."""

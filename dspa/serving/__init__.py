@@ -1,0 +1,1 @@
+"""Serving a steered model over HTTP."""

@@ -1,0 +1,137 @@
+"""What this package needs to know of a transformers model: its decoder layers, its shape, and how to tell it from
+another. Found by structure, not by a list of model names."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dspa.errors import InvalidInputError, MismatchError
+from dspa.kernels import SaeWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """The fields of a model's configuration that decide whether a policy belongs to it. A fine-tuned model has the
+    fingerprint of the model it was tuned from."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    intermediate_size: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> ModelFingerprint:
+        """The fingerprint of a transformers model.
+
+        Raises:
+            InvalidInputError: if the model has no configuration that says how wide and deep it is.
+        """
+        config = text_config(model)
+        values: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in fields(cls)}
+        missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if values[name] is None]
+        if missing:
+            raise InvalidInputError(f"the model's configuration has no {', '.join(missing)}; expected a language model")
+        return cls(**values)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises MismatchError, naming the fields that differ, if the model has another fingerprint."""
+        found = asdict(ModelFingerprint.from_model(model))
+        differing = [
+            f"{name} {found[name]} (expected {value})" for name, value in asdict(self).items() if found[name] != value
+        ]
+        if differing:
+            raise MismatchError(f"this was made for another model: found {', '.join(differing)}; use that model")
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderStack:
+    """The module that runs the decoder layers, and the layers themselves."""
+
+    module: nn.Module
+    layers: nn.ModuleList
+
+
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    """The configuration of the language model inside a transformers model.
+
+    Raises:
+        InvalidInputError: if it has none.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise InvalidInputError(f"{type(model).__name__} has no transformers configuration; pass a transformers model")
+    return config.get_text_config(decoder=True)
+
+
+def decoder_stack(model: nn.Module) -> DecoderStack:
+    """The decoder layers of a model: the one list of as many modules as the configuration names layers.
+
+    Raises:
+        InvalidInputError: if there is no such list, or more than one.
+    """
+    depth = text_config(model).num_hidden_layers
+    found = [
+        DecoderStack(module, child)
+        for module in model.modules()
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth and callable(getattr(child[0], "forward", None))
+    ]
+    stacks = [stack for stack in found if any("attn" in n or "attention" in n for n, _ in stack.layers.named_modules())]
+    if len(stacks) != 1:
+        raise InvalidInputError(
+            f"{type(model).__name__} has {len(stacks)} lists of {depth} decoder layers; expected one"
+        )
+    return stacks[0]
+
+
+def check_sae_fits(sae: SaeWeights, which: str, layer: int, fingerprint: ModelFingerprint) -> None:
+    """Raises MismatchError if an SAE cannot belong to a layer of a model.
+
+    Args:
+        sae: the SAE.
+        which: "input" or "output", for the message.
+        layer: the decoder layer after which it reads, from 0.
+        fingerprint: the model.
+    """
+    if not 0 <= layer < fingerprint.num_hidden_layers:
+        raise MismatchError(
+            f"{which} layer is {layer}; this model's layers are 0 to {fingerprint.num_hidden_layers - 1}"
+        )
+    if sae.d_model != fingerprint.hidden_size:
+        raise MismatchError(
+            f"the {which} SAE has d_model {sae.d_model}; expected the model's hidden size {fingerprint.hidden_size}"
+        )
+
+
+def hidden_of(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden states `[B, T, d_model]` in what a decoder layer returns: a tensor in some transformers releases, a
+    tuple that starts with it in others."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_hidden(output: Tensor | tuple[Any, ...], hidden: Tensor) -> Tensor | tuple[Any, ...]:
+    """A decoder layer's output with other hidden states, in the form it came in."""
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer computes: where its weights are, or where accelerate brings them from memory or disk."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
+    return torch.device("cpu")

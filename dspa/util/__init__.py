@@ -1,0 +1,1 @@
+"""Atomic files, progress bars, parts of reports."""

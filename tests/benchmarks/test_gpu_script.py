@@ -1,0 +1,174 @@
+"""`make gpu` where there is no GPU: one clear line, or the whole script at toy shapes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspa.bench_records import Run, read_run
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "DSPA_"))}
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500, env=environment
+    )
+
+
+# What `make gpu` may not ask for, as a plugin that hides it.
+HIDDEN = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("sae_lens", "datasets", "pyarrow", "httpx", "pytest_timeout", "pytest_benchmark"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_the_tests_for_a_gpu_ask_for_little(tmp_path: Path) -> None:
+    """They are found where only what `make gpu` asks for is installed."""
+    (tmp_path / "hide_packages.py").write_text(HIDDEN)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "hide_packages",
+        "-q",
+        "--collect-only",
+        "-m",
+        "gpu",
+        "tests/kernels",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "test_gpu.py" in done.stdout
+    assert "error" not in done.stdout
+
+
+def test_what_hangs_is_stopped_with_all_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    gpu = importlib.import_module("gpu")
+    left = tmp_path / "left"
+    shell = f"(sleep 8; touch {left}) & sleep 60"
+    started = time.monotonic()
+    step = gpu.run_step("a step", ["sh", "-c", shell], 5.0, late="not done")
+    assert (step.state, time.monotonic() - started < 8) == ("not done", True)
+    assert gpu.run_step("a step", ["sh", "-c", "exit 3"], 5.0).state == "failed"
+    assert gpu.run_step("a step", ["true"], 1.0).state == "not done"
+    time.sleep(max(0.0, started + 8.5 - time.monotonic()))
+    assert not left.exists()
+
+
+def test_a_row_that_hangs_ends_the_run_with_a_report(tmp_path: Path) -> None:
+    program = f"""
+import sys, time
+sys.path[:0] = [{str(SCRIPT.parent)!r}]
+import gpu
+from gpu_report import Report
+from gpu_timing import Ceilings
+from dspa.bench_records import Run
+from pathlib import Path
+run = Run("hung", "2026-01-01T00:00:00", "0" * 40, "a GPU", ())
+with gpu.watchdog(time.monotonic() + 1, Report(run, Ceilings(1.0, 1.0, 1.0), [], Path({str(tmp_path)!r}), "sm_90")):
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1, done.stderr
+    assert "the row hangs" in (tmp_path / "hung.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    done = run()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "make gpu: no NVIDIA GPU was found; run it on a machine with one, or make gpu DRY_RUN=1\n"
+
+
+def test_dry_run_goes_through_every_step_and_claims_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = run("--dry-run", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = tmp_path.glob("*-dry-run.json")
+    found = read_run(record)
+    assert found.machine.startswith("DRY RUN")
+    assert {row.group for row in found.rows} == {"token_step, GPU", "encode_density, GPU", "generate, GPU"}
+    assert [row.failed for row in found.rows if row.failed] == []
+    details = json.loads(record.read_text())
+    assert details["failures"] == []
+    assert details["rows_without_time"] == 0
+    assert [step["state"] for step in details["steps"]] == ["passed"]
+    text = record.with_suffix(".md").read_text()
+    assert "DRY RUN" in text
+    assert "Budgets" not in text
+    assert record.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("compute_capability", [8, 9])
+def test_shapes_of_launches(compute_capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that only the CUDA backend has, on the shim of its kernels: a GPU before sm_90 has fewer shapes."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "kernels"))
+    from cuda_shim import backend, build  # pyright: ignore[reportMissingImports]
+
+    if build.compiler() is None:
+        pytest.skip("there is no C++ compiler to build the shim with")
+    from gpu_report import roofline  # pyright: ignore[reportMissingImports]
+    from gpu_rows import TOY, Rows  # pyright: ignore[reportMissingImports]
+    from gpu_timing import Ceilings, Sampler  # pyright: ignore[reportMissingImports]
+    from token_step_case import Shape  # pyright: ignore[reportMissingImports]
+
+    backend.register()
+    library = backend.operations()
+    rows = Rows(Sampler("cpu", 3), TOY, (backend.NAME,), backend.NAME, library)
+    with backend.machine(compute_capability=compute_capability):
+        launches = rows.step_launches("toy", Shape(48, 256, torch.bfloat16, 1))
+        density = rows.encode_density("toy", 48, 16)
+    assert [row.failed for row in (launches, density)] == [None, None]
+    names = [column.name for column in launches.columns]
+    assert names[:2] == ["256 threads", "128 threads"]
+    assert len(names) == (2 if compute_capability == 8 else 12)
+    assert ("128 threads, clusters of 4, bulk copies" in names) == (compute_capability == 9)
+    assert (density.column(f"{backend.NAME}, by warpgroups") is not None) == (compute_capability == 9)
+    run = Run("", "", "", "a GPU", (launches, density))
+    assert roofline(run, Ceilings(1, 1, 1)).startswith(b"\x89PNG")
+
+
+def test_a_shape_that_changes_the_result_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_rows import TOY, Rows  # pyright: ignore[reportMissingImports]
+    from gpu_timing import Sampler  # pyright: ignore[reportMissingImports]
+    from token_step_case import Case, Shape  # pyright: ignore[reportMissingImports]
+
+    class Library:
+        """Whose launches of 128 threads are wrong."""
+
+        threads = 256
+
+        def set_cuda_tuning(self, threads: int, *_: object) -> None:
+            self.threads = threads
+
+        def has_bulk_copies(self) -> bool:
+            return False
+
+    library, right = Library(), Case.step
+    monkeypatch.setattr(Case, "step", lambda *call: right(*call) + (library.threads == 128))
+    row = Rows(Sampler("cpu", 3), TOY, ("reference",), "reference", library).step_launches(
+        "toy", Shape(48, 256, torch.bfloat16, 1)
+    )
+    assert row.failed == "128 threads: another result than 256 threads"

@@ -1,0 +1,225 @@
+"""What an observer hears of `generate` calls, and what is left of it afterwards."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BOS, PAD, left_padded, prompts, tiny_model
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from dspa.errors import InvalidInputError
+from dspa.online.hooks.generate import observe_generate
+
+IDS, MASK = torch.tensor([[PAD, BOS, 9], [BOS, 7, 8]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+ALL = torch.ones(2, 3)
+SHORT: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
+
+
+class Ear:
+    """Writes down what it hears."""
+
+    def __init__(self, refuses: bool = False, fails: bool = False) -> None:
+        self.refuses, self.fails = refuses, fails
+        self.heard: list[tuple[Tensor | None, Tensor] | str] = []
+
+    def generate_begins(self, token_ids: Tensor | None, present: Tensor) -> None:
+        if self.refuses:
+            raise InvalidInputError("refused")
+        self.heard.append((token_ids, present))
+
+    def generate_ends(self, new_tokens: int | None) -> None:
+        self.new_tokens = new_tokens
+        self.heard.append("end")
+        if self.fails:
+            raise RuntimeError("on purpose")
+
+    def draft_begins(self) -> None:
+        self.heard.append("draft")
+
+    def draft_ends(self) -> None:
+        self.heard.append("end of draft")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "expected_ids", "expected_mask"),
+    [
+        ((), {"input_ids": IDS, "attention_mask": MASK}, IDS, MASK),
+        ((IDS,), {"attention_mask": MASK}, IDS, MASK),
+        ((), {"inputs": IDS, "attention_mask": MASK}, IDS, MASK),
+        ((), {"input_ids": IDS}, IDS, MASK),  # the padding id of the model's generation_config
+        ((), {"input_ids": IDS, "attention_mask": None}, IDS, MASK),
+        ((), {"input_ids": IDS, "pad_token_id": 9}, IDS, (IDS != 9).long()),
+        ((), {"input_ids": IDS, "pad_token_id": 50}, IDS, ALL),
+        ((), {"input_ids": IDS, "eos_token_id": PAD}, IDS, ALL),  # padding that ends sequences is not told apart
+        ((), {"input_ids": IDS, "eos_token_id": [5, PAD]}, IDS, ALL),
+        ((), {"input_ids": IDS, "eos_token_id": [5, 6]}, IDS, MASK),
+        ((IDS, GenerationConfig(pad_token_id=8, **SHORT)), {}, IDS, (IDS != 8).long()),
+        ((), {"inputs": IDS, "generation_config": GenerationConfig(pad_token_id=8, **SHORT)}, IDS, (IDS != 8).long()),
+        ((), {"inputs_embeds": torch.zeros(2, 3, 24, dtype=torch.float64)}, None, ALL),
+        ((), {"inputs_embeds": torch.zeros(2, 3, 24, dtype=torch.float64), "attention_mask": MASK}, None, MASK),
+        ((), {}, torch.tensor([[BOS]]), torch.ones(1, 1)),
+        ((), {"bos_token_id": 5}, torch.tensor([[5]]), torch.ones(1, 1)),
+    ],
+)
+def test_the_prompt_is_the_one_generate_uses(
+    args: tuple[Any, ...], kwargs: dict[str, Any], expected_ids: Tensor | None, expected_mask: Tensor
+) -> None:
+    model: Any = tiny_model("llama")
+    options = {} if len(args) > 1 or "generation_config" in kwargs else SHORT
+    masks: list[Tensor | None] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    expected = model.generate(*args, **kwargs, **options)
+    hook.remove()
+    ear = Ear()
+    handle = observe_generate(model, ear)
+    assert torch.equal(model.generate(*args, **kwargs, **options), expected)
+    handle.remove()
+    (ids, present), end = ear.heard
+    assert end == "end"
+    assert isinstance(present, Tensor)
+    assert present.tolist() == expected_mask.tolist()
+    seen = torch.ones_like(present) if masks[0] is None else masks[0]  # generate may drop a mask without a zero
+    assert present.tolist() == seen.tolist()  # what the model itself was given
+    assert (None if ids is None else ids.tolist()) == (None if expected_ids is None else expected_ids.tolist())  # type: ignore[union-attr]
+
+
+def test_generate_is_its_old_self_when_nobody_listens() -> None:
+    model: Any = tiny_model()
+    first, second = observe_generate(model, Ear()), observe_generate(model, Ear())
+    assert "generate" in vars(model)
+    first.remove()
+    assert "generate" in vars(model)
+    second.remove()
+    assert "generate" not in vars(model)
+
+
+def test_every_observer_hears_every_call() -> None:
+    model: Any = tiny_model()
+    ears = [Ear(), Ear()]
+    handles = [observe_generate(model, ear) for ear in ears]
+    model.generate(**left_padded(prompts((4,))), **SHORT)
+    handles[0].remove()
+    model.generate(**left_padded(prompts((4,))), **SHORT)
+    assert [len(ear.heard) for ear in ears] == [2, 4]
+
+
+def test_an_observer_that_refuses_stops_the_call_and_the_others_hear_its_end() -> None:
+    model: Any = tiny_model()
+    ears = [Ear(), Ear(refuses=True), Ear()]
+    for ear in ears:
+        observe_generate(model, ear)
+    with pytest.raises(InvalidInputError, match="refused"):
+        model.generate(**left_padded(prompts((4,))), **SHORT)
+    assert [len(ear.heard) for ear in ears] == [2, 0, 0]
+    assert ears[0].heard[-1] == "end"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "count"),
+    [
+        ({"input_ids": IDS, "attention_mask": MASK}, 2),
+        ({"inputs_embeds": torch.zeros(2, 3, 24, dtype=torch.float64)}, 2),
+        ({}, 2),
+    ],
+)
+@pytest.mark.parametrize("as_record", [True, False])
+def test_the_number_of_new_columns_is_heard(inputs: dict[str, Any], count: int, as_record: bool) -> None:
+    model, ear = tiny_model("llama"), Ear()
+    observe_generate(model, ear)
+    model.generate(**inputs, **SHORT, return_dict_in_generate=as_record)  # type: ignore[operator]
+    assert ear.new_tokens == count
+
+
+def test_a_draft_by_the_model_itself_is_heard_as_such() -> None:
+    model, ear = tiny_model("llama"), Ear()
+    observe_generate(model, ear)
+    model.generate(IDS[1:], **SHORT, assistant_early_exit=2)  # type: ignore[operator]
+    assert ear.heard.count("end") == 1
+    assert ear.heard.count("draft") == ear.heard.count("end of draft") >= 1
+
+
+def test_an_error_of_generate_is_passed_on() -> None:
+    model: Any = tiny_model()
+    ear = Ear()
+    observe_generate(model, ear)
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(**left_padded(prompts((4,))), num_beams=2, num_return_sequences=3, max_new_tokens=2)
+    assert ear.heard[-1] == "end"
+    assert ear.new_tokens is None
+
+
+class Wrapper(nn.Module):
+    """Something around a transformers model, as adapters are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def generate(self, **kwargs: Any) -> Any:
+        return self.inner.generate(**kwargs)  # type: ignore[operator]
+
+
+def test_the_model_inside_a_wrapper_is_observed() -> None:
+    wrapper, ear = Wrapper(tiny_model()), Ear()
+    handle = observe_generate(wrapper, ear)
+    wrapper.generate(**left_padded(prompts((4,))), **SHORT)
+    assert len(ear.heard) == 2
+    handle.remove()
+    assert "generate" not in vars(wrapper.inner)
+
+
+def test_a_later_replacement_of_generate_is_left_alone() -> None:
+    model: Any = tiny_model()
+    ear = Ear()
+    handle = observe_generate(model, ear)
+    observed = model.generate
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return observed(*args, **kwargs)
+
+    model.generate = replacement
+    handle.remove()
+    assert model.generate is replacement
+    model.generate(**left_padded(prompts((4,))), **SHORT)
+    model.generate(**left_padded(prompts((4,))), **SHORT, guidance_scale=1.5)  # refused only while it was observed
+    assert ear.heard == []
+
+
+def test_a_later_replacement_of_a_refused_method_is_no_longer_refused() -> None:
+    model: Any = tiny_model()
+    handle = observe_generate(model, Ear())
+    refused = model.init_continuous_batching
+    with pytest.raises(InvalidInputError, match="continuous batching packs"):
+        refused()
+    handle.remove()
+    assert type(refused(continuous_batching_config=ContinuousBatchingConfig())).__name__ == "ContinuousBatchingManager"
+
+
+def test_every_observer_hears_the_end_also_when_one_raises_there() -> None:
+    model: Any = tiny_model()
+    ears = [Ear(fails=True), Ear(), Ear(fails=True)]
+    for ear in ears:
+        observe_generate(model, ear)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model.generate(**left_padded(prompts((4,))), **SHORT)
+    assert [ear.heard[-1] for ear in ears] == ["end"] * 3
+
+
+def test_a_model_without_generate_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="Linear has no generate method; pass a causal language model"):
+        observe_generate(nn.Linear(2, 2), Ear())
+
+
+def test_the_observed_method_still_looks_like_generate() -> None:
+    model: Any = tiny_model()
+    doc = model.generate.__doc__
+    observe_generate(model, Ear())
+    assert model.generate.__name__ == "generate"
+    assert model.generate.__doc__ == doc
+    assert copy.copy(model.generation_config).pad_token_id == PAD
