@@ -9,8 +9,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dspa.kernels import EditList
-from dspa.methods.policy import ModelFingerprint, StaticPolicy
+from dspa.methods.static_policy import StaticPolicy
 from dspa.sae.autoencoder import SparseAutoencoder
+from dspa.transformers_model import ModelFingerprint
 
 LISTED = 16
 

@@ -20,7 +20,10 @@ from dspa.errors import (
 if TYPE_CHECKING:
     from dspa import kernels
     from dspa.methods.conditional_map import ConditionalDifferenceMap
-    from dspa.methods.policy import Policy, StaticPolicy, SteeringPolicy
+    from dspa.methods.policy import Policy
+    from dspa.methods.static_policy import StaticPolicy
+    from dspa.methods.steering_policy import SteeringPolicy
+    from dspa.methods.vector_policy import VectorPolicy
     from dspa.offline.collection import collect
     from dspa.offline.density_store import DensityStore
     from dspa.offline.preferences import PreferenceTriple, PreferenceTriples, load_preferences
@@ -37,8 +40,9 @@ _MODULE_OF = {
     "ConditionalDifferenceMap": "dspa.methods.conditional_map",
     "DensityStore": "dspa.offline.density_store",
     "Policy": "dspa.methods.policy",
-    "StaticPolicy": "dspa.methods.policy",
-    "SteeringPolicy": "dspa.methods.policy",
+    "StaticPolicy": "dspa.methods.static_policy",
+    "SteeringPolicy": "dspa.methods.steering_policy",
+    "VectorPolicy": "dspa.methods.vector_policy",
     "PreferenceTriple": "dspa.offline.preferences",
     "PreferenceTriples": "dspa.offline.preferences",
     "load_preferences": "dspa.offline.preferences",
@@ -67,6 +71,7 @@ __all__ = [
     "SteeringSummary",
     "SteeringTrace",
     "UnsupportedSaeError",
+    "VectorPolicy",
     "collect",
     "kernels",
     "load_preferences",

@@ -141,7 +141,7 @@ def fit(
 ) -> None:
     """Fit the conditional-difference map and write a steering policy."""
     from dspa.methods.conditional_map import ConditionalDifferenceMap
-    from dspa.methods.policy import SteeringPolicy
+    from dspa.methods.steering_policy import SteeringPolicy
 
     options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify}
     fitted = ConditionalDifferenceMap.fit(
@@ -191,7 +191,7 @@ def generate(
     """Generate with a policy, and say what was edited."""
     import torch
 
-    from dspa.methods.policy import SteeringPolicy
+    from dspa.methods.steering_policy import SteeringPolicy
     from dspa.online.steering import steer
 
     language_model, tokenizer = _load_model(model, dtype, device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError, MismatchError
-from dspa.kernels import SaeWeights
+from dspa.sae.weights import SaeWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,9 +44,9 @@ class ModelFingerprint:
             raise InvalidInputError(f"the model's configuration has no {', '.join(missing)}; expected a language model")
         return cls(**values)
 
-    def check(self, model: nn.Module) -> None:
-        """Raises MismatchError, naming the fields that differ, if the model has another fingerprint."""
-        found = asdict(ModelFingerprint.from_model(model))
+    def check(self, model: nn.Module | ModelFingerprint) -> None:
+        """Raises MismatchError, naming the fields that differ, if a model has another fingerprint."""
+        found = asdict(model if isinstance(model, ModelFingerprint) else ModelFingerprint.from_model(model))
         differing = [
             f"{name} {found[name]} (expected {value})" for name, value in asdict(self).items() if found[name] != value
         ]
@@ -95,6 +95,14 @@ def decoder_stack(model: nn.Module) -> DecoderStack:
     return stacks[0]
 
 
+def check_layer_fits(which: str, layer: int, fingerprint: ModelFingerprint) -> None:
+    """Raises MismatchError if a model has no such decoder layer; `which` says in the message what the layer is for."""
+    if not 0 <= layer < fingerprint.num_hidden_layers:
+        raise MismatchError(
+            f"{which} layer is {layer}; this model's layers are 0 to {fingerprint.num_hidden_layers - 1}"
+        )
+
+
 def check_sae_fits(sae: SaeWeights, which: str, layer: int, fingerprint: ModelFingerprint) -> None:
     """Raises MismatchError if an SAE cannot belong to a layer of a model.
 
@@ -104,10 +112,7 @@ def check_sae_fits(sae: SaeWeights, which: str, layer: int, fingerprint: ModelFi
         layer: the decoder layer after which it reads, from 0.
         fingerprint: the model.
     """
-    if not 0 <= layer < fingerprint.num_hidden_layers:
-        raise MismatchError(
-            f"{which} layer is {layer}; this model's layers are 0 to {fingerprint.num_hidden_layers - 1}"
-        )
+    check_layer_fits(which, layer, fingerprint)
     if sae.d_model != fingerprint.hidden_size:
         raise MismatchError(
             f"the {which} SAE has d_model {sae.d_model}; expected the model's hidden size {fingerprint.hidden_size}"

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dspa.kernels import SaeWeights
-from dspa.methods.policy import StaticPolicy, SteeringPolicy
+from dspa.methods.static_policy import StaticPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 
 NEW_TOKENS = 16
 

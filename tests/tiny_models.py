@@ -48,7 +48,7 @@ from transformers import (
 
 from dspa.kernels import CsrMap
 from dspa.methods.conditional_map import ConditionalDifferenceMap, FitOptions
-from dspa.methods.policy import SteeringPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.density_store import CollectionRun
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.sae.metadata import SaeMetadata

@@ -1,43 +1,48 @@
-"""The page that explains a policy on the hub: written from its configuration, with the latents it edits."""
+"""The page that explains a policy on the hub: its settings, and the latents it edits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from dspa.methods.policy import SteeringPolicy
-    from dspa.online.summary import SteeringSummary
+from dspa.kernels import CsrMap
+from dspa.sae.autoencoder import SparseAutoencoder
 
 AUDITED_LATENTS = 20
 
+Page = Callable[[int], str | None]  # the address of a latent's page, where there is one
 
-def model_card(policy: SteeringPolicy, repo_id: str, summary: SteeringSummary | None = None) -> str:
+
+class EditedLatent(Protocol):
+    @property
+    def latent(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+class EditCounts(Protocol):
+    """What the card reads of a steering's summary."""
+
+    @property
+    def prompts(self) -> int: ...
+    @property
+    def tokens_seen(self) -> int: ...
+    @property
+    def tokens_edited(self) -> int: ...
+    @property
+    def latents(self) -> Sequence[EditedLatent]: ...
+
+
+def model_card(repo_id: str, settings: Mapping[str, object], audit: str) -> str:
     """Markdown with the header the hub reads.
 
     Args:
-        policy: the policy.
-        repo_id: where it will be found, for the example.
-        summary: what it edited on prompts of one's own; without one, the card counts how often the map names a latent.
+        repo_id: where the policy will be found, for the example.
+        settings: names and values for the table of the configuration.
+        audit: the section on edited latents.
     """
-    model = policy.model
-    run, fit = policy.conditional_map.run, policy.conditional_map.options
-    settings = {
-        "model": f"{model.model_type}, {model.num_hidden_layers} layers, width {model.hidden_size}",
-        "input SAE": f"after layer {policy.input_layer}: {_origin(policy, 'input')}",
-        "output SAE": f"after layer {policy.output_layer}: {_origin(policy, 'output')}",
-        "k_prompt, k_diff": f"{policy.k_prompt}, {policy.k_diff}",
-        "alpha": policy.alpha,
-        "edit": policy.edit,
-        "sign_guard": policy.sign_guard,
-        "edit_positions": policy.edit_positions,
-        "gate_percentile, gate_rule": f"{fit.gate_percentile}, {fit.gate_rule}",
-        "sparsify": fit.sparsify,
-        "map entries": policy.conditional_map.matrix.nonzeros,
-        "preference triples": f"{run.triple_count}",
-        "counted tokens": f"BOS {_yes(run.count_bos)}, template {_yes(run.count_template)}, EOS {_yes(run.count_eos)}",
-    }
     table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return f"""---
 library_name: dspa
@@ -70,48 +75,54 @@ print(steering.summary())
 
 ## Edited latents
 
-{_audit(policy, summary)}
+{audit}
 """
 
 
-def _audit(policy: SteeringPolicy, summary: SteeringSummary | None) -> str:
-    if summary is not None:
-        heading = (
-            f"Counted where the edits happened, on {summary.prompts} prompts: {summary.tokens_edited} of "
-            f"{summary.tokens_seen} tokens were edited."
-        )
-        ranked = [(edit.latent, f"{edit.tokens}") for edit in summary.latents]
-        column = "tokens edited"
-    else:
-        heading = (
-            "Not measured on prompts. By the map: in how many of its rows, one for each prompt latent, a latent has an "
-            "entry, and the mean of these entries (positive: more frequent in preferred responses)."
-        )
-        matrix = policy.conditional_map.matrix
-        columns, values = matrix.columns.long().cpu(), matrix.values.double().cpu()
-        rows = torch.zeros(matrix.d_sae_out, dtype=torch.int64).index_add_(0, columns, torch.ones_like(columns))
-        total = torch.zeros(matrix.d_sae_out, dtype=torch.float64).index_add_(0, columns, values)
-        order = sorted(rows.nonzero().flatten().tolist(), key=lambda latent: (-int(rows[latent]), latent))
-        ranked = [(latent, f"{int(rows[latent])}, mean {float(total[latent] / rows[latent]):+.4f}") for latent in order]
-        column = "rows of the map"
-    lines = [f"| {_linked(policy, latent)} | {count} |" for latent, count in ranked[:AUDITED_LATENTS]]
+def audit_of_counts(counts: EditCounts, page: Page) -> str:
+    """The latents edited on prompts, most often edited first."""
+    heading = (
+        f"Counted where the edits happened, on {counts.prompts} prompts: {counts.tokens_edited} of "
+        f"{counts.tokens_seen} tokens were edited."
+    )
+    return _audit(heading, "tokens edited", [(edit.latent, f"{edit.tokens}") for edit in counts.latents], page)
+
+
+def audit_of_map(matrix: CsrMap, page: Page) -> str:
+    """The latents that rows of a conditional map name, most often named first."""
+    heading = (
+        "Not measured on prompts. By the map: in how many of its rows, one for each prompt latent, a latent has an "
+        "entry, and the mean of these entries (positive: more frequent in preferred responses)."
+    )
+    columns, values = matrix.columns.long().cpu(), matrix.values.double().cpu()
+    rows = torch.zeros(matrix.d_sae_out, dtype=torch.int64).index_add_(0, columns, torch.ones_like(columns))
+    total = torch.zeros(matrix.d_sae_out, dtype=torch.float64).index_add_(0, columns, values)
+    order = sorted(rows.nonzero().flatten().tolist(), key=lambda latent: (-int(rows[latent]), latent))
+    ranked = [(latent, f"{int(rows[latent])}, mean {float(total[latent] / rows[latent]):+.4f}") for latent in order]
+    return _audit(heading, "rows of the map", ranked, page)
+
+
+def _audit(heading: str, column: str, ranked: Sequence[tuple[int, str]], page: Page) -> str:
+    lines = [f"| {_linked(latent, page)} | {count} |" for latent, count in ranked[:AUDITED_LATENTS]]
     more = len(ranked) - AUDITED_LATENTS
     table = "\n".join([f"| output latent | {column} |", "|---|---|", *lines])
     return f"{heading}\n\n{table}" + (f"\n\nand {more} more latents." if more > 0 else "")
 
 
-def _linked(policy: SteeringPolicy, latent: int) -> str:
-    link = policy.output_sae.metadata.neuronpedia_page(latent)
+def _linked(latent: int, page: Page) -> str:
+    link = page(latent)
     return str(latent) if link is None else f"[{latent}]({link})"
 
 
-def _origin(policy: SteeringPolicy, which: str) -> str:
-    sae = policy.input_sae if which == "input" else policy.output_sae
+def describe_sae(sae: SparseAutoencoder) -> str:
+    """Where an SAE comes from, and its kind and size, in one line."""
     metadata = sae.metadata
     source = " ".join(part for part in (metadata.release, metadata.sae_id) if part) or "source not recorded"
     trained = f", trained on {metadata.model_name}" if metadata.model_name else ""
     return f"{source}{trained}, {sae.activation}, {sae.d_sae} latents"
 
 
-def _yes(counted: bool) -> str:
-    return "counted" if counted else "not counted"
+def counted_tokens(bos: bool, template: bool, eos: bool) -> str:
+    """Which special tokens count in densities, in one line."""
+    kinds: Iterable[tuple[str, bool]] = (("BOS", bos), ("template", template), ("EOS", eos))
+    return ", ".join(f"{name} {'counted' if counted else 'not counted'}" for name, counted in kinds)

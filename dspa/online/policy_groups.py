@@ -1,25 +1,21 @@
-"""Which of several policies share an SAE at a layer, so that one launch serves all of their rows."""
+"""Which of several policies are served together: those that read by one SAE, and those that edit in one launch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
-
-from dspa.errors import MismatchError
-from dspa.kernels import SaeWeights
-from dspa.methods.policy import Policy
-from dspa.sae.autoencoder import SparseAutoencoder
+from dspa.methods.policy import Intervention, Policy
+from dspa.sae.weights import SaeWeights, encode_alike
 
 
 @dataclass(frozen=True, eq=False)
-class PolicyGroup:
-    """Policies that read, or edit, after one layer by one SAE.
+class ReadingGroup:
+    """Policies that observe prompts after one layer by one SAE.
 
     Attributes:
         layer: the decoder layer, from 0.
-        sae: the SAE; None for policies that do not look at the prompt.
+        sae: the SAE; None for policies that are the same for every prompt.
         names: the policies, by name.
     """
 
@@ -28,61 +24,53 @@ class PolicyGroup:
     names: tuple[str, ...]
 
 
-def reading_groups(policies: Mapping[str, Policy]) -> list[PolicyGroup]:
-    """By input layer and input SAE."""
-    saes = {name: policy.input_sae for name, policy in policies.items()}
-    layers = {name: policy.input_layer for name, policy in policies.items()}
-    return [PolicyGroup(layer, found[0], names) for layer, found, names in _grouped(layers, saes)]
+@dataclass(frozen=True, eq=False)
+class EditingGroup:
+    """Policies whose rows one editor edits.
 
-
-def editing_groups(policies: Mapping[str, Policy]) -> list[PolicyGroup]:
-    """By output layer and output SAE. Saved policies keep different decoder rows of it; the group's SAE has them all.
-
-    Raises:
-        MismatchError: if two output SAEs have the same encoder, but decode a latent differently.
+    Attributes:
+        layer: the decoder layer, from 0.
+        interventions: what each of the policies changes, by name.
     """
-    layers = {name: policy.output_layer for name, policy in policies.items()}
-    saes: dict[str, SaeWeights | None] = {name: policy.output_sae for name, policy in policies.items()}
-    groups = []
-    for layer, found, names in _grouped(layers, saes):
-        groups.append(PolicyGroup(layer, _with_all_decoder_rows([sae for sae in found if sae is not None]), names))
-    return groups
+
+    layer: int
+    interventions: Mapping[str, Intervention]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.interventions)
 
 
-def _grouped(
-    layers: Mapping[str, int], saes: Mapping[str, SaeWeights | None]
-) -> Iterable[tuple[int, list[SaeWeights | None], tuple[str, ...]]]:
-    by_layer: dict[int, list[str]] = {}
-    for name, layer in layers.items():
-        by_layer.setdefault(layer, []).append(name)
-    for layer, names in sorted(by_layer.items()):
-        one_object = len({id(saes[name]) for name in names}) == 1  # then there is nothing to compare
-        keys = {name: 0 if one_object else _encoder_key(saes[name]) for name in names}
-        for key in dict.fromkeys(keys.values()):
-            members = tuple(name for name in names if keys[name] == key)
-            yield layer, [saes[name] for name in members], members
+def reading_groups(policies: Mapping[str, Policy]) -> list[ReadingGroup]:
+    """By layer and encoder, in the order of layers. A policy without an observation reads where it edits: its prompt
+    has been computed there, and nothing of it is encoded."""
+    groups: list[tuple[int, SaeWeights | None, list[str]]] = []
+    for name, policy in policies.items():
+        observed = policy.observation
+        layer, sae = (policy.intervention.layer, None) if observed is None else (observed.layer, observed.sae)
+        for known_layer, known_sae, names in groups:
+            if known_layer == layer and _read_alike(known_sae, sae):
+                names.append(name)
+                break
+        else:
+            groups.append((layer, sae, [name]))
+    return [ReadingGroup(layer, sae, tuple(names)) for layer, sae, names in sorted(groups, key=lambda group: group[0])]
 
 
-def _encoder_key(sae: SaeWeights | None) -> object:
-    """Equal for SAEs that encode alike, where that can be told."""
-    return sae.encoder_only().fingerprint() if isinstance(sae, SparseAutoencoder) else id(sae)
+def editing_groups(policies: Mapping[str, Policy]) -> list[EditingGroup]:
+    """By shared launches, in the order of layers."""
+    groups: list[dict[str, Intervention]] = []
+    for name, policy in policies.items():
+        intervention = policy.intervention
+        for group in groups:
+            if next(iter(group.values())).shares_launch_with(intervention):
+                group[name] = intervention
+                break
+        else:
+            groups.append({name: intervention})
+    groups.sort(key=lambda group: next(iter(group.values())).layer)
+    return [EditingGroup(next(iter(group.values())).layer, group) for group in groups]
 
 
-def _with_all_decoder_rows(saes: Sequence[SaeWeights]) -> SaeWeights:
-    first = saes[0]
-    if all(sae is first or sae.W_dec is first.W_dec for sae in saes):
-        return first
-    decoder_rows = torch.full((first.d_sae,), -1, dtype=torch.int32, device=first.device)
-    W_dec = first.W_enc.new_empty(0, first.d_model)
-    for sae in saes:
-        assert sae.W_dec is not None  # policies check it
-        own = torch.arange(sae.d_sae, device=sae.device) if sae.decoder_rows is None else sae.decoder_rows.long()
-        known = (own >= 0) & (decoder_rows >= 0)
-        if not torch.equal(W_dec[decoder_rows[known].long()], sae.W_dec[own[known]]):
-            raise MismatchError(
-                "two policies have output SAEs with the same encoder and different decoders; steer with one at a time"
-            )
-        new = (own >= 0) & (decoder_rows < 0)
-        decoder_rows[new] = len(W_dec) + torch.arange(int(new.sum()), dtype=torch.int32, device=first.device)
-        W_dec = torch.cat([W_dec, sae.W_dec[own[new]]])
-    return replace(first, W_dec=W_dec, decoder_rows=decoder_rows)
+def _read_alike(one: SaeWeights | None, other: SaeWeights | None) -> bool:
+    return one is other or (one is not None and other is not None and encode_alike(one, other))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
-from dspa.kernels import EditList, SaeWeights
-from dspa.online.policy_groups import PolicyGroup
-from dspa.sae.autoencoder import SparseAutoencoder
-from dspa.sae.encode import encode
+from dspa.methods.policy import TokenEdit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,93 +174,66 @@ class SteeringTrace:
         return [(sequence, token) for sequence in self.sequences for token in sequence.tokens]
 
 
-class ListsOfBatch(Protocol):
-    """What the recorder reads of an editor's buffers."""
-
-    edits: EditList | None
-    alpha: float | Tensor
-
-
 @dataclass
 class RecordedCall:
-    """One call while it is recorded: by column and row, the tokens of one pass after another; later ones replace
-    earlier ones, so that what was computed on trial and rejected is gone."""
+    """One call while it is recorded: by position in the batch and row, the tokens of one pass after another; later ones
+    replace earlier ones, so that rejected tokens are gone."""
 
     names: list[str | None]
-    positions: list[list[int]]  # of each row's tokens, by column of the prompt
-    lengths: list[int]  # tokens of each row in these columns
+    places: list[list[int]]  # of each row's tokens in its sequence, by position of the prompt
+    lengths: list[int]  # tokens of each row at these positions
     prompt_tokens: list[int]  # how many of these are its prompt
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     maxima: dict[int, list[float | None]] = field(default_factory=dict)
-    edits: dict[int, dict[int, dict[int, tuple[TracedEdit, ...]]]] = field(default_factory=dict)  # column, layer, row
+    # by position, layer and row
+    edits: dict[int, dict[int, dict[int, tuple[TracedEdit, ...]]]] = field(default_factory=dict)
 
-    def position(self, column: int, row: int) -> int:
+    def place(self, position: int, row: int) -> int:
         """Of a token in its sequence, padding on either side not counted."""
-        generated = column - len(self.positions[row])
-        return self.positions[row][column] if generated < 0 else self.lengths[row] + generated
+        generated = position - len(self.places[row])
+        return self.places[row][position] if generated < 0 else self.lengths[row] + generated
 
 
 class TraceRecorder:
-    """Writes down what editors do. It computes activations once more, in plain torch, and changes nothing."""
+    """Records what editors do, call by call. Changes no result."""
 
     def __init__(self) -> None:
         self._calls: list[RecordedCall] = []
 
-    def begin(self, names: list[str | None], present: Tensor, prompt_tokens: Tensor | None) -> None:
+    def begin_prompt(self, names: list[str | None], attention_mask: Tensor, prompt_lengths: Tensor | None) -> None:
         """A prompt begins: the rows' policies, `[B, P]` nonzero where there is a token, and how many tokens of each row
         are its prompt, `[B]`; None if all of them are."""
-        tokens = present.bool().cumsum(dim=1)
+        tokens = attention_mask.bool().cumsum(dim=1)
         lengths = tokens[:, -1].tolist()
-        prompt = lengths if prompt_tokens is None else prompt_tokens.tolist()
+        prompt = lengths if prompt_lengths is None else prompt_lengths.tolist()
         self._calls.append(RecordedCall(names, (tokens - 1).tolist(), lengths, prompt))
 
-    def read(self, token_ids: Tensor | None, past: int) -> None:
-        """A pass begins, over `token_ids [B, T]` from column `past` on."""
+    def read(self, token_ids: Tensor | None, start: int) -> None:
+        """A pass begins, over `token_ids [B, T]` from position `start` of the batch on."""
         if token_ids is not None and self._calls:
             for offset, ids in enumerate(token_ids.T.tolist()):
-                self._calls[-1].token_ids[past + offset] = ids
+                self._calls[-1].token_ids[start + offset] = ids
 
-    def before(
-        self, group: PolicyGroup, sae: SaeWeights, hidden: Tensor, lists: ListsOfBatch, enabled: Tensor | None
-    ) -> tuple[int, list[float | None], dict[int, tuple[TracedEdit, ...]]]:
-        """A column `hidden [B, d_model]` is about to be edited: its layer, M_t by row, and what will be edited."""
-        assert lists.edits is not None
-        edits = lists.edits
-        metadata = sae.metadata if isinstance(sae, SparseAutoencoder) else None
-        f = encode(hidden, sae)
-        maximum = f.amax(dim=1)
-        on = torch.ones(len(f), dtype=torch.bool, device=f.device) if enabled is None else enabled
-        finite = maximum.isfinite() & hidden.isfinite().all(dim=1)
-        before = f.gather(1, edits.latents.long())
-        after = before + edits.signs * (torch.as_tensor(lists.alpha, device=f.device).to(f.dtype) * maximum)[:, None]
-        after = torch.where(edits.signs < 0, after.clamp(min=0), after)
-        changed = edits.valid() & (before > 0) & (after != before) & (on & finite)[:, None]
-        found = {}
-        for row in on.nonzero().flatten().tolist():
-            listed = zip(edits.latents[row].tolist(), before[row].tolist(), after[row].tolist(), strict=True)
-            found[row] = tuple(
-                TracedEdit(latent, group.layer, was, becomes, metadata and metadata.neuronpedia_page(latent))
-                for (latent, was, becomes), edited in zip(listed, changed[row].tolist(), strict=True)
-                if edited
-            )
-        known = torch.where(finite, maximum, math.nan).tolist()
-        return group.layer, [known[row] if row in found else None for row in range(len(f))], found
-
-    def record(self, column: int, step: Any) -> None:
-        """The column was edited: keeps what `before` returned."""
-        layer, maxima, found = step
+    def record(self, position: int, layer: int, edits: Sequence[TokenEdit | None]) -> None:
+        """The edits of one position, for each row; None for rows left alone."""
         call = self._calls[-1]
-        kept = call.maxima.setdefault(column, [None] * len(maxima))
-        call.maxima[column] = [old if new is None else new for old, new in zip(kept, maxima, strict=True)]
-        call.edits.setdefault(column, {})[layer] = found
+        kept = call.maxima.setdefault(position, [None] * len(edits))
+        call.maxima[position] = [old if edit is None else edit.maximum for old, edit in zip(kept, edits, strict=True)]
+        call.edits.setdefault(position, {})[layer] = {
+            row: tuple(
+                TracedEdit(change.latent, layer, change.before, change.after, change.link) for change in edit.changes
+            )
+            for row, edit in enumerate(edits)
+            if edit is not None
+        }
 
-    def settle(self, accepted: int) -> None:
-        """Forgets the columns from `accepted` on: they were rejected."""
+    def commit(self, accepted: int) -> None:
+        """Forgets the positions from `accepted` on: their tokens were rejected."""
         if self._calls:
             call = self._calls[-1]
             for kept in (call.token_ids, call.maxima, call.edits):
-                for column in [column for column in kept if column >= accepted]:
-                    del kept[column]
+                for position in [position for position in kept if position >= accepted]:
+                    del kept[position]
 
     def trace(self) -> SteeringTrace:
         """Everything so far."""
@@ -271,17 +242,17 @@ class TraceRecorder:
             for row, name in enumerate(call.names):
                 tokens = tuple(
                     TracedToken(
-                        position=call.position(column, row),
-                        token_id=call.token_ids[column][row] if column in call.token_ids else None,
-                        in_prompt=call.position(column, row) < call.prompt_tokens[row],
+                        position=call.place(position, row),
+                        token_id=call.token_ids[position][row] if position in call.token_ids else None,
+                        in_prompt=call.place(position, row) < call.prompt_tokens[row],
                         maximum=float(maxima[row]),  # type: ignore[arg-type]
                         edits=tuple(
                             edit
-                            for layer in sorted(call.edits[column])
-                            for edit in call.edits[column][layer].get(row, ())
+                            for layer in sorted(call.edits[position])
+                            for edit in call.edits[position][layer].get(row, ())
                         ),
                     )
-                    for column, maxima in sorted(call.maxima.items())
+                    for position, maxima in sorted(call.maxima.items())
                     if maxima[row] is not None
                 )
                 sequences.append(TracedSequence(number, row, name, tokens))

@@ -14,7 +14,8 @@ import numpy as np
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditKind
 from dspa.methods.conditional_map import ConditionalDifferenceMap, GateRule
-from dspa.methods.policy import StaticPolicy, SteeringPolicy
+from dspa.methods.static_policy import StaticPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.collection import collect
 from dspa.offline.density_store import DensityStore
 from dspa.offline.preferences import load_preferences

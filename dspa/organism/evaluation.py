@@ -16,7 +16,9 @@ from torch import Tensor
 from dspa.kernels import EditList
 from dspa.kernels.lookup.reference import top
 from dspa.methods.conditional_map import differences
-from dspa.methods.policy import Policy, StaticPolicy, SteeringPolicy
+from dspa.methods.policy import Policy
+from dspa.methods.static_policy import StaticPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.density_store import DensityStore
 from dspa.online.steering import steer
 from dspa.organism.language import KINDS, MAX_RESPONSE_TOKENS, RULES, Prompt, neutral_text, parse

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspa.methods.policy import SteeringPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import steer
 from dspa.organism.evaluation import prompt_batch
 from dspa.organism.language import MAX_RESPONSE_TOKENS, Prompt, parse, reward

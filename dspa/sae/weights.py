@@ -134,3 +134,20 @@ class SaeWeights:
             raise UnsupportedSaeError("magnitude_scale and magnitude_bias belong to gated SAEs, and those need both")
         if gated and self.decoder_norm is not None:
             raise UnsupportedSaeError("a gated SAE has a decoder_norm; only its absence is supported")
+
+
+DECODER_FIELDS = ("W_dec", "decoder_rows")
+
+
+def encode_alike(one: SaeWeights, other: SaeWeights) -> bool:
+    """Whether two SAEs have the same encoder, whatever rows of the decoder they hold."""
+    if one is other:
+        return True
+    for name in (field.name for field in fields(SaeWeights) if field.name not in DECODER_FIELDS):
+        a, b = getattr(one, name), getattr(other, name)
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
+                return False
+        elif (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) or not torch.equal(a, b):
+            return False
+    return True

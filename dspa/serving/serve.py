@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspa.errors import InvalidInputError
-from dspa.methods.policy import Policy, SteeringPolicy
+from dspa.methods.policy import Policy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import Steering, steer
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from naive_generation import generate
 from tiny_models import prompts, tiny_model, tiny_policy
 
 from dspa.errors import DspaError
-from dspa.methods.model_card import AUDITED_LATENTS, model_card
-from dspa.methods.policy import SteeringPolicy
+from dspa.methods.model_card import AUDITED_LATENTS
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import steer
 from dspa.sae.metadata import SaeMetadata
 
@@ -64,7 +64,7 @@ def test_what_is_uploaded_comes_back(policy: SteeringPolicy, hub: FakeHub) -> No
     density = torch.rand(3, policy.input_sae.d_sae)
     assert torch.equal(loaded.select(density).latents, policy.select(density).latents)
     assert loaded.output_sae.metadata.neuronpedia_id == NEURONPEDIA_ID
-    assert (folder / "README.md").read_text() == model_card(policy, "me/mine")
+    assert (folder / "README.md").read_text() == policy.model_card("me/mine")
 
 
 def test_a_refusal_of_the_hub_is_one_line(policy: SteeringPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,14 +95,14 @@ def test_a_refusal_of_the_hub_is_one_line(policy: SteeringPolicy, monkeypatch: p
     ],
 )
 def test_the_card_names_every_choice(policy: SteeringPolicy, line: str) -> None:
-    assert line in model_card(policy, "me/mine")
-    assert model_card(policy, "me/mine").startswith("---\n")
+    assert line in policy.model_card("me/mine")
+    assert policy.model_card("me/mine").startswith("---\n")
 
 
 def test_the_audit_by_the_map(policy: SteeringPolicy) -> None:
     """Counted again from the dense map."""
     dense = policy.conditional_map.to_dense().double()
-    lines = [line for line in model_card(policy, "me/mine").splitlines() if NEURONPEDIA_ID in line]
+    lines = [line for line in policy.model_card("me/mine").splitlines() if NEURONPEDIA_ID in line]
     assert len(lines) == AUDITED_LATENTS
     for latent, line in enumerate(lines):  # every row of this map names every latent: ties go by number
         mean = dense[:, latent].mean()
@@ -115,7 +115,7 @@ def test_the_audit_by_what_was_edited(policy: SteeringPolicy) -> None:
     with steer(model, policy) as steering:
         generate(model, prompts((6, 5)), 6)
         summary = steering.summary()
-    card = model_card(policy, "me/mine", summary)
+    card = policy.model_card("me/mine", summary)
     assert f"on 2 prompts: {summary.tokens_edited} of 12 tokens were edited" in card
     first = summary.latents[0]
     assert f"| [{first.latent}](https://www.neuronpedia.org/{NEURONPEDIA_ID}/{first.latent}) | {first.tokens} |" in card

@@ -502,7 +502,7 @@ def test_the_static_edit_is_the_extremes_of_the_mean_difference(
         assert (edits.augmented(row), edits.ablated(row)) == (up, down)
     for name in ("model", "output_layer", "output_sae", "alpha", "uncounted_token_ids"):
         assert getattr(static, name) == getattr(policy, name)
-    assert (static.edit_positions, static.input_sae, static.input_layer) == ("all", None, 2)
+    assert (static.edit_positions, static.observation, static.intervention.layer) == ("all", None, 2)
 
 
 def test_a_static_list_for_each_row(policy: SteeringPolicy) -> None:

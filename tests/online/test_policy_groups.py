@@ -13,7 +13,9 @@ from tiny_models import prompts, tiny_model, tiny_policy
 
 from dspa.errors import MismatchError
 from dspa.kernels import EditList
-from dspa.methods.policy import StaticPolicy, SteeringPolicy
+from dspa.methods.latent_lists import with_all_decoder_rows
+from dspa.methods.static_policy import StaticPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.policy_groups import editing_groups, reading_groups
 from dspa.online.steering import steer
 
@@ -58,15 +60,16 @@ def test_saved_policies_share_a_launch_with_the_decoder_rows_of_both(tmp_path: P
         for name, edits, latents in zip("ab", lists, kept, strict=True)
     }
     (group,) = editing_groups(policies)
-    assert group.sae is not None
-    assert group.sae.decoder_rows is not None
-    assert group.sae.W_dec is not None
+    sae = with_all_decoder_rows([policy.output_sae for policy in policies.values()])
+    assert group.names == ("a", "b")
+    assert sae.decoder_rows is not None
+    assert sae.W_dec is not None
     assert whole.output_sae.W_dec is not None
     for latent in range(whole.output_sae.d_sae):
-        row = int(group.sae.decoder_rows[latent])
+        row = int(sae.decoder_rows[latent])
         assert (row >= 0) == (latent in (1, 5, 7, 9, 30))
         if row >= 0:
-            assert torch.equal(group.sae.W_dec[row], whole.output_sae.W_dec[latent])
+            assert torch.equal(sae.W_dec[row], whole.output_sae.W_dec[latent])
 
 
 def test_rows_under_saved_policies(tmp_path: Path) -> None:
@@ -84,4 +87,4 @@ def test_decoders_that_contradict_each_other_are_refused() -> None:
     assert policy.output_sae.W_dec is not None
     other = replace(policy, output_sae=replace(policy.output_sae, W_dec=2 * policy.output_sae.W_dec))
     with pytest.raises(MismatchError, match="same encoder and different decoders"):
-        editing_groups({"a": policy, "b": other})
+        steer(MODEL, {"a": policy, "b": other})

@@ -16,7 +16,7 @@ UNCOUNTED = torch.tensor([BOS])
 POSITIONS: tuple[EditPositions, ...] = ("from_last_prompt", "generated", "all")
 
 
-def columns_of(
+def mask_of(
     ids: list[list[int]] | None,
     mask: list[list[int]],
     positions: EditPositions = "all",
@@ -50,10 +50,10 @@ def test_counted_and_edited(
         assert tensor.dtype == torch.bool
         return "".join(str(int(value)) for value in tensor[0])
 
-    assert marks(columns_of(ids, mask).counted) == counted
-    assert marks(columns_of(ids, mask, "all").edited) == all_edited
-    assert marks(columns_of(ids, mask, "from_last_prompt").edited) == last_edited
-    assert marks(columns_of(ids, mask, "generated").edited) == "0" * len(counted)
+    assert marks(mask_of(ids, mask).counted) == counted
+    assert marks(mask_of(ids, mask, "all").edited) == all_edited
+    assert marks(mask_of(ids, mask, "from_last_prompt").edited) == last_edited
+    assert marks(mask_of(ids, mask, "generated").edited) == "0" * len(counted)
 
 
 @given(st.data())
@@ -63,16 +63,16 @@ def test_every_row_by_the_rule(data: st.DataObject) -> None:
     ids, mask = data.draw(table), [[min(value, 1) for value in row] for row in data.draw(table)]
     uncounted = data.draw(st.sets(st.integers(0, 4), max_size=2))
     positions = data.draw(st.sampled_from(POSITIONS))
-    columns = columns_of(ids, mask, positions, torch.tensor(sorted(uncounted), dtype=torch.int64))
-    edited_columns = set()
+    columns = mask_of(ids, mask, positions, torch.tensor(sorted(uncounted), dtype=torch.int64))
+    edited_positions = set()
     for row in range(batch):
         present = [t for t in range(width) if mask[row][t]]
         counted = [t for t in present if ids[row][t] not in uncounted]
         edited = set(counted if positions == "all" else []) | set(present[-1:] if positions != "generated" else [])
         assert columns.counted[row].nonzero().flatten().tolist() == counted
         assert set(columns.edited[row].nonzero().flatten().tolist()) == edited
-        edited_columns |= edited
-    assert columns.edited_columns == tuple(sorted(edited_columns))
+        edited_positions |= edited
+    assert columns.edited_positions == tuple(sorted(edited_positions))
     assert (columns.batch, columns.width) == (batch, width)
 
 
@@ -91,23 +91,23 @@ def test_a_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_expanded_rows_stand_next_to_each_other() -> None:
-    columns = columns_of([[1, 7], [0, 8]], [[1, 1], [0, 1]])
+    columns = mask_of([[1, 7], [0, 8]], [[1, 1], [0, 1]])
     expanded = columns.expanded_to(6)
     assert expanded.counted.tolist() == [[False, True]] * 6
-    assert columns_of([[7, 7], [0, 8]], [[1, 1], [0, 1]]).expanded_to(4).counted.tolist() == [
+    assert mask_of([[7, 7], [0, 8]], [[1, 1], [0, 1]]).expanded_to(4).counted.tolist() == [
         [True, True],
         [True, True],
         [False, True],
         [False, True],
     ]
-    assert expanded.edited_columns == columns.edited_columns
+    assert expanded.edited_positions == columns.edited_positions
     assert columns.expanded_to(2) is columns
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
 def test_a_batch_that_is_no_multiple_is_refused(batch: int) -> None:
     with pytest.raises(InvalidInputError, match=f"{batch} rows for 2 prompts"):
-        columns_of([[1, 7], [0, 8]], [[1, 1], [0, 1]]).expanded_to(batch)
+        mask_of([[1, 7], [0, 8]], [[1, 1], [0, 1]]).expanded_to(batch)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_prompts_with_responses(
 
 
 @pytest.mark.parametrize(
-    ("mask", "positions", "edited_columns", "known_after"),
+    ("mask", "positions", "edited_positions", "known_after"),
     [
         ([[1, 1, 1]], "from_last_prompt", (2,), (3,)),
         ([[1, 1, 0], [1, 1, 1]], "from_last_prompt", (1, 2), (2, 3)),  # a shorter row is known earlier
@@ -144,16 +144,16 @@ def test_prompts_with_responses(
     ],
 )
 def test_when_a_column_can_be_edited(
-    mask: list[list[int]], positions: EditPositions, edited_columns: tuple[int, ...], known_after: tuple[int, ...]
+    mask: list[list[int]], positions: EditPositions, edited_positions: tuple[int, ...], known_after: tuple[int, ...]
 ) -> None:
-    columns = columns_of([[BOS, 7, 8] for _ in mask], mask, positions)
-    assert (columns.edited_columns, columns.known_after) == (edited_columns, known_after)
+    columns = mask_of([[BOS, 7, 8] for _ in mask], mask, positions)
+    assert (columns.edited_positions, columns.known_after) == (edited_positions, known_after)
 
 
 def test_rows_by_different_rules() -> None:
     ids = [[1, 7, 8]] * 3
-    choices = [columns_of(ids, [[1, 1, 1]] * 3, positions) for positions in ("all", "from_last_prompt")]
+    choices = [mask_of(ids, [[1, 1, 1]] * 3, positions) for positions in ("all", "from_last_prompt")]
     columns = PromptMask.from_rows(choices, torch.tensor([1, -1, 0]))
     assert columns.counted.int().tolist() == [[0, 1, 1], [0, 0, 0], [0, 1, 1]]
     assert columns.edited.int().tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 1]]
-    assert (columns.edited_columns, columns.known_after) == ((1, 2), (3, 3))
+    assert (columns.edited_positions, columns.known_after) == ((1, 2), (3, 3))

@@ -31,7 +31,6 @@ from naive_generation import (
 from tiny_models import (
     BOS,
     D_MODEL,
-    D_SAE_OUT,
     FAMILIES,
     INPUT_LAYER,
     LAYERS,
@@ -61,7 +60,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from dspa.errors import InvalidInputError, MismatchError
 from dspa.kernels import EditList
-from dspa.methods.policy import EditPositions, StaticPolicy, SteeringPolicy
+from dspa.methods.policy import EditPositions, Intervention, PromptObservation
+from dspa.methods.static_policy import StaticPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import Steering, steer
 from dspa.transformers_model import ModelFingerprint
 
@@ -733,12 +734,12 @@ def test_static_lists_follow_their_prompts(select: tuple[Any, ...], options: dic
 
 
 class KeptListPolicy:
-    """A policy of one's own that hands out a list it keeps."""
+    """A policy of one's own that returns a list it keeps."""
 
     def __init__(self, policy: SteeringPolicy, edits: EditList) -> None:
-        self.model, self.alpha = policy.model, policy.alpha
-        self.input_layer, self.output_layer = policy.input_layer, policy.output_layer
-        self.input_sae, self.output_sae = policy.input_sae, policy.output_sae
+        self.model: ModelFingerprint | None = policy.model
+        self.observation: PromptObservation | None = policy.observation
+        self.intervention: Intervention = policy.intervention
         self.edit_positions: EditPositions = policy.edit_positions
         self.uncounted_token_ids = policy.uncounted_token_ids
         self.edits = {False: edits, True: EditList.from_lists([[]], [[30, 31]])}
@@ -798,11 +799,15 @@ def test_a_layer_or_sae_that_does_not_fit_is_refused(changes: dict[str, Any], me
 def test_an_input_layer_or_input_sae_that_does_not_fit_is_refused() -> None:
     model = tiny_model()
     policy = KeptListPolicy(tiny_policy(model), EditList.from_lists([[1]], [[2]]))
-    policy.input_layer = LAYERS
+    sae = tiny_policy(model).input_sae
+    policy.observation = PromptObservation(LAYERS, sae)
     with pytest.raises(MismatchError, match="input layer is 4"):
         steer(model, policy)
-    policy.input_layer, policy.input_sae = 0, tiny_sae(d_model=32)
+    policy.observation = PromptObservation(0, tiny_sae(d_model=32))
     with pytest.raises(MismatchError, match="the input SAE has d_model 32"):
+        steer(model, policy)
+    policy.observation = PromptObservation(OUTPUT_LAYER + 1, sae)
+    with pytest.raises(InvalidInputError, match="observes prompts after layer 3 and edits after layer 2"):
         steer(model, policy)
 
 
@@ -921,5 +926,5 @@ def test_attributes_before_and_after_a_prompt() -> None:
     assert steering.counters(2).seen.tolist() == [4, 4]
     steering.remove()
     assert steering.edits is not None  # still there to look at
-    assert steering.policy.output_sae.d_sae == D_SAE_OUT
+    assert steering.policy is policy
     assert ModelFingerprint.from_model(model) == policy.model

@@ -194,7 +194,7 @@ import torch.distributed as dist
 from naive_generation import generate
 from tiny_models import prompts
 from transformers import AutoModelForCausalLM
-from dspa.methods.policy import SteeringPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import steer
 
 folder = Path(sys.argv[1])

@@ -312,7 +312,7 @@ def test_launches_per_token(shared: bool, launches: int, monkeypatch: pytest.Mon
         calls.append(len(hidden))
         token_step(hidden, *args, **kwargs)
 
-    monkeypatch.setattr("dspa.online.editor.token_step", counting)
+    monkeypatch.setattr("dspa.methods.latent_lists.token_step", counting)
     with steer(model, policies, select=("a", "b", None, "b")):
         generate(model, rows, COUNT)
         calls.clear()  # the first prompt of a batch of this size makes its buffers

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
-from dspa.methods.policy import StaticPolicy
+from dspa.methods.static_policy import StaticPolicy
 from dspa.online.steering import Steering, steer
 from dspa.online.trace import SHOWN_TOKENS, SteeringTrace, TracedEdit, TracedSequence, TracedToken
 
@@ -258,7 +258,12 @@ def inactive(policy: Any) -> StaticPolicy:
         (lambda model: tiny_policy(model, alpha=0.0), [BOS, 9, 8], 4, "alpha is 0"),
         (lambda model: tiny_policy(model, k_diff=0), [BOS, 9, 8], 4, "the policy selected no latent"),
         (lambda model: tiny_policy(model), [BOS], 4, "the prompt has no token that counts"),
-        (lambda model: tiny_policy(model, edit_positions="generated"), [BOS, 9], 1, "no token came by at a position"),
+        (
+            lambda model: tiny_policy(model, edit_positions="generated"),
+            [BOS, 9],
+            1,
+            "no token was computed at",
+        ),
         (
             lambda model: inactive(tiny_policy(model)),
             [BOS, 9, 8],

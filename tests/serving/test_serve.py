@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dspa.cli import app
 from dspa.errors import InvalidInputError
-from dspa.methods.policy import SteeringPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 
 openai = pytest.importorskip("openai", reason="the server needs dspa[serve]")
 uvicorn = pytest.importorskip("uvicorn", reason="the server needs dspa[serve]")

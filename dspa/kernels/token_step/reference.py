@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dspa.kernels.backends.registry import StepMode
+from dspa.kernels.token_step.equation import edited_activations
 from dspa.kernels.types import EditList, TokenStats
 from dspa.sae.encode import activations, encoder_input
 from dspa.sae.weights import SaeWeights
@@ -38,10 +39,8 @@ def token_step(
     latents = edits.latents.long()
     listed = edits.valid()
     selected = f.gather(1, latents)
-    step = torch.as_tensor(alpha, dtype=x.dtype, device=x.device) * maximum
-    moved = selected + edits.signs * step[:, None]
-    moved = torch.where(edits.signs < 0, moved.clamp(min=0), moved)
-    difference = torch.where(listed & (selected > 0), moved - selected, 0)
+    difference = edited_activations(selected, edits.signs, alpha, maximum) - selected
+    difference = torch.where(listed, difference, 0)
 
     finite = x.isfinite().all(dim=-1) & difference.isfinite().all(dim=-1)
     finite &= (product.gather(1, latents).isfinite() | ~listed).all(dim=-1)

@@ -1,4 +1,4 @@
-"""Where a model is tapped: before each forward pass of its decoder, and after chosen decoder layers.
+"""Where a model is hooked: before each forward pass of its decoder, and after chosen decoder layers.
 
 In a compiled model a tap is one opaque operation per place, with nothing in it that changes from step to step: no graph
 break, no guard on a number, and whoever listens is looked up when it runs. A compiled graph is therefore the same for
@@ -18,42 +18,48 @@ from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError
 from dspa.online.hooks.generate import PACKED
-from dspa.online.hooks.method_patch import MethodOverride
+from dspa.online.hooks.method_patch import MethodPatch
 from dspa.transformers_model import DecoderStack, device_of, hidden_of, with_hidden
 
-_ATTRIBUTE = "_dspa_taps"
+_ATTRIBUTE = "_dspa_hooks"
 _NUMBERS = itertools.count()
-_models: WeakValueDictionary[int, ModelTaps] = WeakValueDictionary()
+_models: WeakValueDictionary[int, ModelHooks] = WeakValueDictionary()
 
 _library = torch.library.Library("dspa_steering", "FRAGMENT")
 # `order` is written by every operation, so that a compiler keeps them, and in this order.
 _library.define(
-    "begin_pass(Tensor(a!) order, Tensor tokens, Tensor? mask, SymInt past, Tensor? lengths, int model) -> ()"
+    "begin_pass(Tensor(a!) order, Tensor tokens, Tensor? mask, SymInt cache_length, Tensor? lengths, int model) -> ()"
 )
-_library.define("visit(Tensor(a!) hidden, Tensor(b!) order, int model, int layer) -> ()")
-_library.define("visited(Tensor hidden, Tensor order, int model, int layer) -> Tensor")
+_library.define("layer_computed(Tensor(a!) hidden, Tensor(b!) order, int model, int layer) -> ()")
+_library.define("layer_computed_copy(Tensor hidden, Tensor order, int model, int layer) -> Tensor")
 
 
 class PassObserver(Protocol):
-    """Who listens to the passes of a model."""
+    """Is called during the passes of a model.
+
+    Attributes:
+        differentiable: whether gradients have to flow through its edits, which a compiled model cannot do.
+    """
+
+    differentiable: bool
 
     def pass_begins(
-        self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool, cache: object | None
+        self, tokens: Tensor, mask: Tensor | None, cache_length: int | Tensor, has_cache: bool, cache: object | None
     ) -> None:
-        """The decoder is about to run on `tokens`, ids `[B, T]` or embeddings `[B, T, d_model]`; `past` columns are in
-        the cache. `mask` is what was passed for the attention mask, if that was a tensor. `cache` is the cache itself;
-        None where there is none, and in a compiled model, which cannot tell."""
+        """The decoder is about to run on `tokens`, ids `[B, T]` or embeddings `[B, T, d_model]`, after `cache_length`
+        cached positions. `mask` is what was passed for the attention mask, if that was a tensor. `cache` is the cache
+        itself; None where there is none, and in a compiled model, which cannot tell."""
 
     def pass_ends(self, cache: object | None) -> None:
         """The decoder has returned, with this cache or without one. Not called by compiled models."""
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """A tapped layer has returned `hidden [B, T, d_model]`, which may be edited in place; returns what takes its
+        """A hooked layer has returned `hidden [B, T, d_model]`, which may be edited in place; returns what takes its
         place where that is not allowed, else None."""
 
 
-class ModelTaps:
-    """The taps of one model. They stay with it when nobody listens any more, uninstalled, so that a compiled model
+class ModelHooks:
+    """The hooks of one model. They stay with it when nobody listens any more, uninstalled, so that a compiled model
     recognises them later."""
 
     def __init__(self, stack: DecoderStack) -> None:
@@ -66,42 +72,47 @@ class ModelTaps:
         from torch._dynamo import mark_static_address  # takes long, but transformers has it when there is a model
 
         mark_static_address(self.order)  # else its being written to would rule out CUDA graphs
-        self._stack_tap = StackTap(self, stack.module)
-        self._layer_taps: dict[int, LayerTap] = {}
-        self._listened: dict[int, int] = {}
+        self._decoder_hook = DecoderHook(self, stack.module)
+        self._layer_hooks: dict[int, LayerHook] = {}
+        self._uses: dict[int, int] = {}
         _models[self.number] = self
 
     def add(self, observer: PassObserver, layers: set[int]) -> None:
         """Lets somebody listen to the passes and to some layers."""
         self.observers.append(observer)
-        self._stack_tap.install()
+        self._decoder_hook.install()
         for layer in layers:
-            if layer not in self._layer_taps:
-                self._layer_taps[layer] = LayerTap(self, layer, self.stack.layers[layer])
-            self._layer_taps[layer].install()
-            self._listened[layer] = self._listened.get(layer, 0) + 1
+            if layer not in self._layer_hooks:
+                self._layer_hooks[layer] = LayerHook(self, layer, self.stack.layers[layer])
+            self._layer_hooks[layer].install()
+            self._uses[layer] = self._uses.get(layer, 0) + 1
 
     def remove(self, observer: PassObserver, layers: set[int]) -> None:
         """Undoes `add`."""
         self.observers.remove(observer)
         for layer in layers:
-            self._listened[layer] -= 1
-            if not self._listened[layer]:
-                self._layer_taps[layer].remove()
+            self._uses[layer] -= 1
+            if not self._uses[layer]:
+                self._layer_hooks[layer].remove()
         if not self.observers:
-            self._stack_tap.remove()
+            self._decoder_hook.remove()
 
     def begin_pass(
-        self, tokens: Tensor, mask: Tensor | None, past: int | Tensor, has_cache: bool, cache: object | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        cache_length: int | Tensor,
+        has_cache: bool,
+        cache: object | None = None,
     ) -> None:
         for observer in self.observers:
-            observer.pass_begins(tokens, mask, past, has_cache, cache)
+            observer.pass_begins(tokens, mask, cache_length, has_cache, cache)
 
     def end_pass(self, cache: object | None) -> None:
         for observer in self.observers:
             observer.pass_ends(cache)
 
-    def visit(self, layer: int, hidden: Tensor) -> Tensor | None:
+    def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """What takes the place of `hidden`, or None if it was edited in place or not at all."""
         replacement = None
         for observer in self.observers:
@@ -111,28 +122,28 @@ class ModelTaps:
         return replacement
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the model has taps of its own, once it is steered."""
+        """A copy of the model has hooks of its own, once it is steered."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
 
-def taps_of(stack: DecoderStack) -> ModelTaps:
-    """The taps of the model with these decoder layers, made when first asked for."""
-    taps = vars(stack.module).get(_ATTRIBUTE)
-    if taps is None or taps.stack.layers is not stack.layers:
-        taps = vars(stack.module)[_ATTRIBUTE] = ModelTaps(stack)
-    return taps
+def hooks_of(stack: DecoderStack) -> ModelHooks:
+    """The hooks of the model with these decoder layers, made when first asked for."""
+    hooks = vars(stack.module).get(_ATTRIBUTE)
+    if hooks is None or hooks.stack.layers is not stack.layers:
+        hooks = vars(stack.module)[_ATTRIBUTE] = ModelHooks(stack)
+    return hooks
 
 
-class StackTap(MethodOverride):
+class DecoderHook(MethodPatch):
     """Tells of each pass of the decoder before it runs."""
 
-    def __init__(self, taps: ModelTaps, module: nn.Module) -> None:
+    def __init__(self, hooks: ModelHooks, module: nn.Module) -> None:
         super().__init__(module, "forward")
-        self._taps = taps
-        self._order = taps.order
-        self._number = taps.number
+        self._hooks = hooks
+        self._order = hooks.order
+        self._number = hooks.number
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,45 +156,45 @@ class StackTap(MethodOverride):
         if "cu_seq_lens_q" in arguments:
             raise InvalidInputError(PACKED)
         cache = arguments.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()  # of a static cache, a tensor
+        cache_length = 0 if cache is None else cache.get_seq_length()  # of a static cache, a tensor
         if not isinstance(mask, Tensor):
             mask = None  # one already made into what some kind of attention asks for
         if torch.compiler.is_compiling():
-            number, lengths = (0, past) if isinstance(past, Tensor) else (past, None)
+            number, lengths = (0, cache_length) if isinstance(cache_length, Tensor) else (cache_length, None)
             number = number if cache is not None else -1
             torch.ops.dspa_steering.begin_pass(self._order, tokens, mask, number, lengths, self._number)
             return self.original(*args, **kwargs)
-        if not self._taps.running.acquire(blocking=False):
+        if not self._hooks.running.acquire(blocking=False):
             raise InvalidInputError("two threads run this steered model at once; run one at a time")
         try:
-            self._taps.begin_pass(tokens, mask, past, cache is not None, cache)
+            self._hooks.begin_pass(tokens, mask, cache_length, cache is not None, cache)
             output = self.original(*args, **kwargs)
-            self._taps.end_pass(_cache_in(output) if cache is None else cache)
+            self._hooks.end_pass(_cache_in(output) if cache is None else cache)
             return output
         finally:
-            self._taps.running.release()
+            self._hooks.running.release()
 
 
-class LayerTap(MethodOverride):
+class LayerHook(MethodPatch):
     """Shows what a decoder layer returns, and lets it be edited."""
 
-    def __init__(self, taps: ModelTaps, layer: int, module: nn.Module) -> None:
+    def __init__(self, hooks: ModelHooks, layer: int, module: nn.Module) -> None:
         super().__init__(module, "forward")
-        self._taps = taps
-        self._order = taps.order
-        self._number = taps.number
+        self._hooks = hooks
+        self._order = hooks.order
+        self._number = hooks.number
         self._layer = layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)
         hidden = hidden_of(output)
         if not torch.compiler.is_compiling():
-            replacement = self._taps.visit(self._layer, hidden)
+            replacement = self._hooks.layer_computed(self._layer, hidden)
             return output if replacement is None else with_hidden(output, replacement)
         if hidden.requires_grad and torch.is_grad_enabled():
-            edited = torch.ops.dspa_steering.visited(hidden, self._order, self._number, self._layer)
+            edited = torch.ops.dspa_steering.layer_computed_copy(hidden, self._order, self._number, self._layer)
             return with_hidden(output, edited)
-        torch.ops.dspa_steering.visit(hidden, self._order, self._number, self._layer)
+        torch.ops.dspa_steering.layer_computed(hidden, self._order, self._number, self._layer)
         return output
 
 
@@ -194,32 +205,38 @@ def _cache_in(output: Any) -> object | None:
 
 
 def _begin_pass(
-    order: Tensor, tokens: Tensor, mask: Tensor | None, past: int, lengths: Tensor | None, model: int
+    order: Tensor, tokens: Tensor, mask: Tensor | None, cache_length: int, lengths: Tensor | None, model: int
 ) -> None:
-    taps = _models.get(model)
-    if taps is not None:
-        taps.begin_pass(tokens, mask, max(past, 0) if lengths is None else lengths, past >= 0)
+    hooks = _models.get(model)
+    if hooks is not None:
+        hooks.begin_pass(tokens, mask, max(cache_length, 0) if lengths is None else lengths, cache_length >= 0)
 
 
-def _visit(hidden: Tensor, order: Tensor, model: int, layer: int) -> None:
-    taps = _models.get(model)
-    if taps is not None:
-        taps.visit(layer, hidden)
+def _layer_computed(hidden: Tensor, order: Tensor, model: int, layer: int) -> None:
+    hooks = _models.get(model)
+    if hooks is not None:
+        hooks.layer_computed(layer, hidden)
 
 
-def _visited(hidden: Tensor, order: Tensor, model: int, layer: int) -> Tensor:
+def _layer_computed_copy(hidden: Tensor, order: Tensor, model: int, layer: int) -> Tensor:
+    hooks = _models.get(model)
+    if hooks is not None and any(observer.differentiable for observer in hooks.observers):
+        raise InvalidInputError(
+            "differentiable edits do not work in a compiled model; train without torch.compile, or steer without "
+            "differentiable=True"
+        )
     edited = hidden.detach().clone()
-    _visit(edited, order, model, layer)
+    _layer_computed(edited, order, model, layer)
     return edited
 
 
 for _name, _function, _fake in (
     ("begin_pass", _begin_pass, lambda *args: None),
-    ("visit", _visit, lambda *args: None),
-    ("visited", _visited, lambda hidden, *args: torch.empty_like(hidden)),
+    ("layer_computed", _layer_computed, lambda *args: None),
+    ("layer_computed_copy", _layer_computed_copy, lambda hidden, *args: torch.empty_like(hidden)),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dspa_steering::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
-    "dspa_steering::visited", lambda context, gradient: (gradient, None, None, None), lib=_library
+    "dspa_steering::layer_computed_copy", lambda context, gradient: (gradient, None, None, None), lib=_library
 )

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError
-from dspa.online.hooks.method_patch import MethodOverride
+from dspa.online.hooks.method_patch import MethodPatch
 
 
 class GenerateObserver(Protocol):
-    def generate_begins(self, token_ids: Tensor | None, present: Tensor) -> None:
+    def generate_begins(self, token_ids: Tensor | None, attention_mask: Tensor) -> None:
         """A generate call starts: ids `[B, n]`, or None for embeddings, and `[B, P]` nonzero where there is a token."""
 
     def generate_ends(self, new_tokens: int | None) -> None:
@@ -25,7 +25,7 @@ class GenerateObserver(Protocol):
         """It returned or raised."""
 
 
-class ObservedGenerate(MethodOverride):
+class ObservedGenerate(MethodPatch):
     """Stands in for `model.generate` while somebody observes it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,12 +40,12 @@ class ObservedGenerate(MethodOverride):
         if getattr(config, "is_assistant", False):
             return self._draft(observers, inputs, *args, **kwargs)
         self._refuse_what_cannot_be_followed(config, kwargs)
-        token_ids, present = self._prompt(inputs, config, kwargs)
+        token_ids, attention_mask = self._prompt(inputs, config, kwargs)
         begun: list[GenerateObserver] = []
         new_tokens = None
         try:
             for observer in observers:
-                observer.generate_begins(token_ids, present)
+                observer.generate_begins(token_ids, attention_mask)
                 begun.append(observer)
             result = self.original(inputs, *args, **kwargs)
             sequences = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
@@ -91,14 +91,16 @@ class ObservedGenerate(MethodOverride):
     def _prompt(self, inputs: Tensor | None, config: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
         token_ids = inputs if inputs is not None else kwargs.get("input_ids")
         embeddings = kwargs.get("inputs_embeds")
-        present = kwargs.get("attention_mask")
+        attention_mask = kwargs.get("attention_mask")
         if token_ids is None and embeddings is None:  # generate begins with a token of its own
             first = self._option("bos_token_id", config, kwargs)
             return None if first is None else torch.tensor([[first]]), torch.ones(1, 1)
         if embeddings is not None:
-            return None, torch.ones(embeddings.shape[:2], device=embeddings.device) if present is None else present
+            if attention_mask is None:
+                attention_mask = torch.ones(embeddings.shape[:2], device=embeddings.device)
+            return None, attention_mask
         assert token_ids is not None
-        return token_ids, self._presence(token_ids, config, kwargs) if present is None else present
+        return token_ids, self._presence(token_ids, config, kwargs) if attention_mask is None else attention_mask
 
     def _presence(self, token_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Tensor:
         """As generate infers it without a mask: the padding id is padding unless it also ends sequences."""
@@ -116,7 +118,7 @@ class ObservedGenerate(MethodOverride):
         return getattr(getattr(self.module, "generation_config", None), name, None)
 
 
-class RefusedMethod(MethodOverride):
+class RefusedMethod(MethodPatch):
     """A method that cannot be steered, and says so while `generate` is observed."""
 
     def __init__(self, model: nn.Module, name: str, reason: str, observed: ObservedGenerate) -> None:

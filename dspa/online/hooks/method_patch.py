@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 
-class MethodOverride:
+class MethodPatch:
     """Replaces `module.name` between `install` and `remove`; subclasses say by what, in `__call__`.
 
     A copy of the module, by `copy.deepcopy` or by pickle, has the method it had before: the copy is not steered.

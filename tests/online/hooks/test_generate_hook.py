@@ -19,29 +19,29 @@ ALL = torch.ones(2, 3)
 SHORT: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
 
 
-class Ear:
+class Recorder:
     """Writes down what it hears."""
 
     def __init__(self, refuses: bool = False, fails: bool = False) -> None:
         self.refuses, self.fails = refuses, fails
-        self.heard: list[tuple[Tensor | None, Tensor] | str] = []
+        self.events: list[tuple[Tensor | None, Tensor] | str] = []
 
-    def generate_begins(self, token_ids: Tensor | None, present: Tensor) -> None:
+    def generate_begins(self, token_ids: Tensor | None, attention_mask: Tensor) -> None:
         if self.refuses:
             raise InvalidInputError("refused")
-        self.heard.append((token_ids, present))
+        self.events.append((token_ids, attention_mask))
 
     def generate_ends(self, new_tokens: int | None) -> None:
         self.new_tokens = new_tokens
-        self.heard.append("end")
+        self.events.append("end")
         if self.fails:
             raise RuntimeError("on purpose")
 
     def draft_begins(self) -> None:
-        self.heard.append("draft")
+        self.events.append("draft")
 
     def draft_ends(self) -> None:
-        self.heard.append("end of draft")
+        self.events.append("end of draft")
 
 
 @pytest.mark.parametrize(
@@ -76,22 +76,22 @@ def test_the_prompt_is_the_one_generate_uses(
     )
     expected = model.generate(*args, **kwargs, **options)
     hook.remove()
-    ear = Ear()
-    handle = observe_generate(model, ear)
+    recorder = Recorder()
+    handle = observe_generate(model, recorder)
     assert torch.equal(model.generate(*args, **kwargs, **options), expected)
     handle.remove()
-    (ids, present), end = ear.heard
+    (ids, attention_mask), end = recorder.events
     assert end == "end"
-    assert isinstance(present, Tensor)
-    assert present.tolist() == expected_mask.tolist()
-    seen = torch.ones_like(present) if masks[0] is None else masks[0]  # generate may drop a mask without a zero
-    assert present.tolist() == seen.tolist()  # what the model itself was given
+    assert isinstance(attention_mask, Tensor)
+    assert attention_mask.tolist() == expected_mask.tolist()
+    seen = torch.ones_like(attention_mask) if masks[0] is None else masks[0]  # generate may drop a mask without a zero
+    assert attention_mask.tolist() == seen.tolist()  # what the model itself was given
     assert (None if ids is None else ids.tolist()) == (None if expected_ids is None else expected_ids.tolist())  # type: ignore[union-attr]
 
 
 def test_generate_is_its_old_self_when_nobody_listens() -> None:
     model: Any = tiny_model()
-    first, second = observe_generate(model, Ear()), observe_generate(model, Ear())
+    first, second = observe_generate(model, Recorder()), observe_generate(model, Recorder())
     assert "generate" in vars(model)
     first.remove()
     assert "generate" in vars(model)
@@ -101,23 +101,23 @@ def test_generate_is_its_old_self_when_nobody_listens() -> None:
 
 def test_every_observer_hears_every_call() -> None:
     model: Any = tiny_model()
-    ears = [Ear(), Ear()]
-    handles = [observe_generate(model, ear) for ear in ears]
+    recorders = [Recorder(), Recorder()]
+    handles = [observe_generate(model, recorder) for recorder in recorders]
     model.generate(**left_padded(prompts((4,))), **SHORT)
     handles[0].remove()
     model.generate(**left_padded(prompts((4,))), **SHORT)
-    assert [len(ear.heard) for ear in ears] == [2, 4]
+    assert [len(recorder.events) for recorder in recorders] == [2, 4]
 
 
 def test_an_observer_that_refuses_stops_the_call_and_the_others_hear_its_end() -> None:
     model: Any = tiny_model()
-    ears = [Ear(), Ear(refuses=True), Ear()]
-    for ear in ears:
-        observe_generate(model, ear)
+    recorders = [Recorder(), Recorder(refuses=True), Recorder()]
+    for recorder in recorders:
+        observe_generate(model, recorder)
     with pytest.raises(InvalidInputError, match="refused"):
         model.generate(**left_padded(prompts((4,))), **SHORT)
-    assert [len(ear.heard) for ear in ears] == [2, 0, 0]
-    assert ears[0].heard[-1] == "end"
+    assert [len(recorder.events) for recorder in recorders] == [2, 0, 0]
+    assert recorders[0].events[-1] == "end"
 
 
 @pytest.mark.parametrize(
@@ -130,28 +130,28 @@ def test_an_observer_that_refuses_stops_the_call_and_the_others_hear_its_end() -
 )
 @pytest.mark.parametrize("as_record", [True, False])
 def test_the_number_of_new_columns_is_heard(inputs: dict[str, Any], count: int, as_record: bool) -> None:
-    model, ear = tiny_model("llama"), Ear()
-    observe_generate(model, ear)
+    model, recorder = tiny_model("llama"), Recorder()
+    observe_generate(model, recorder)
     model.generate(**inputs, **SHORT, return_dict_in_generate=as_record)  # type: ignore[operator]
-    assert ear.new_tokens == count
+    assert recorder.new_tokens == count
 
 
 def test_a_draft_by_the_model_itself_is_heard_as_such() -> None:
-    model, ear = tiny_model("llama"), Ear()
-    observe_generate(model, ear)
+    model, recorder = tiny_model("llama"), Recorder()
+    observe_generate(model, recorder)
     model.generate(IDS[1:], **SHORT, assistant_early_exit=2)  # type: ignore[operator]
-    assert ear.heard.count("end") == 1
-    assert ear.heard.count("draft") == ear.heard.count("end of draft") >= 1
+    assert recorder.events.count("end") == 1
+    assert recorder.events.count("draft") == recorder.events.count("end of draft") >= 1
 
 
 def test_an_error_of_generate_is_passed_on() -> None:
     model: Any = tiny_model()
-    ear = Ear()
-    observe_generate(model, ear)
+    recorder = Recorder()
+    observe_generate(model, recorder)
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(**left_padded(prompts((4,))), num_beams=2, num_return_sequences=3, max_new_tokens=2)
-    assert ear.heard[-1] == "end"
-    assert ear.new_tokens is None
+    assert recorder.events[-1] == "end"
+    assert recorder.new_tokens is None
 
 
 class Wrapper(nn.Module):
@@ -166,18 +166,18 @@ class Wrapper(nn.Module):
 
 
 def test_the_model_inside_a_wrapper_is_observed() -> None:
-    wrapper, ear = Wrapper(tiny_model()), Ear()
-    handle = observe_generate(wrapper, ear)
+    wrapper, recorder = Wrapper(tiny_model()), Recorder()
+    handle = observe_generate(wrapper, recorder)
     wrapper.generate(**left_padded(prompts((4,))), **SHORT)
-    assert len(ear.heard) == 2
+    assert len(recorder.events) == 2
     handle.remove()
     assert "generate" not in vars(wrapper.inner)
 
 
 def test_a_later_replacement_of_generate_is_left_alone() -> None:
     model: Any = tiny_model()
-    ear = Ear()
-    handle = observe_generate(model, ear)
+    recorder = Recorder()
+    handle = observe_generate(model, recorder)
     observed = model.generate
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -188,12 +188,12 @@ def test_a_later_replacement_of_generate_is_left_alone() -> None:
     assert model.generate is replacement
     model.generate(**left_padded(prompts((4,))), **SHORT)
     model.generate(**left_padded(prompts((4,))), **SHORT, guidance_scale=1.5)  # refused only while it was observed
-    assert ear.heard == []
+    assert recorder.events == []
 
 
 def test_a_later_replacement_of_a_refused_method_is_no_longer_refused() -> None:
     model: Any = tiny_model()
-    handle = observe_generate(model, Ear())
+    handle = observe_generate(model, Recorder())
     refused = model.init_continuous_batching
     with pytest.raises(InvalidInputError, match="continuous batching packs"):
         refused()
@@ -203,23 +203,23 @@ def test_a_later_replacement_of_a_refused_method_is_no_longer_refused() -> None:
 
 def test_every_observer_hears_the_end_also_when_one_raises_there() -> None:
     model: Any = tiny_model()
-    ears = [Ear(fails=True), Ear(), Ear(fails=True)]
-    for ear in ears:
-        observe_generate(model, ear)
+    recorders = [Recorder(fails=True), Recorder(), Recorder(fails=True)]
+    for recorder in recorders:
+        observe_generate(model, recorder)
     with pytest.raises(RuntimeError, match="on purpose"):
         model.generate(**left_padded(prompts((4,))), **SHORT)
-    assert [ear.heard[-1] for ear in ears] == ["end"] * 3
+    assert [recorder.events[-1] for recorder in recorders] == ["end"] * 3
 
 
 def test_a_model_without_generate_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="Linear has no generate method; pass a causal language model"):
-        observe_generate(nn.Linear(2, 2), Ear())
+        observe_generate(nn.Linear(2, 2), Recorder())
 
 
 def test_the_observed_method_still_looks_like_generate() -> None:
     model: Any = tiny_model()
     doc = model.generate.__doc__
-    observe_generate(model, Ear())
+    observe_generate(model, Recorder())
     assert model.generate.__name__ == "generate"
     assert model.generate.__doc__ == doc
     assert copy.copy(model.generation_config).pad_token_id == PAD

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from dspa.online.hooks.method_patch import MethodOverride
+from dspa.online.hooks.method_patch import MethodPatch
 
 
-class Doubling(MethodOverride):
+class Doubling(MethodPatch):
     """Twice what the method returns."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,297 @@
+"""A steering policy: the map, both SAEs and the options, as one thing that selects edits for a prompt."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
+from dspa.kernels import EditKind, EditList, lookup
+from dspa.kernels.lookup import check_lookup_options
+from dspa.methods.conditional_map import ConditionalDifferenceMap
+from dspa.methods.hub import local_folder, upload_folder
+from dspa.methods.latent_lists import LatentLists
+from dspa.methods.model_card import (
+    EditCounts,
+    audit_of_counts,
+    audit_of_map,
+    counted_tokens,
+    describe_sae,
+    model_card,
+)
+from dspa.methods.policy import EditPositions, PromptObservation, check_edit_positions
+from dspa.methods.saved_sae import sae_config, sae_from_config
+from dspa.sae.autoencoder import SparseAutoencoder
+from dspa.transformers_model import ModelFingerprint
+from dspa.util.files import read_tensor_folder, write_tensor_folder
+
+KIND = "policy"
+FORMAT_VERSION = 1
+OPTIONS = ("k_prompt", "k_diff", "alpha", "edit", "sign_guard", "edit_positions")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringPolicy:
+    """DSPA's policy (method, sections 3 and 4).
+
+    Attributes:
+        conditional_map: the map A, with the collection it comes from (model, layers, counting rules).
+        input_sae, output_sae: the SAEs it was collected with.
+        k_prompt: how many of a prompt's densest latents choose rows of the map.
+        k_diff: how many latents are edited in each direction.
+        alpha: edit strength, in units of the token's largest activation M_t.
+        edit: "ablate", "augment" or "both".
+        sign_guard: drop selected latents whose score has the other sign; the literal rule keeps them.
+        edit_positions: "from_last_prompt" edits the last prompt token and every generated one, "generated" only these,
+            "all" every prompt token that is counted as well.
+
+    Raises:
+        InvalidInputError: for an option out of range.
+        MismatchError: for an SAE other than those the map was collected with.
+    """
+
+    conditional_map: ConditionalDifferenceMap
+    input_sae: SparseAutoencoder
+    output_sae: SparseAutoencoder
+    _: KW_ONLY
+    k_prompt: int = 32
+    k_diff: int = 16
+    alpha: float = 0.2
+    edit: EditKind = "ablate"
+    sign_guard: bool = False
+    edit_positions: EditPositions = "from_last_prompt"
+
+    def __post_init__(self) -> None:
+        run = self.conditional_map.run
+        check_lookup_options(self.conditional_map.matrix, self.k_prompt, self.k_diff, self.edit)
+        if not 0 <= self.alpha < float("inf"):
+            raise InvalidInputError(f"alpha is {self.alpha}; expected a number >= 0 (edit says in which direction)")
+        check_edit_positions(self.edit_positions)
+        if self.input_layer > self.output_layer:
+            raise InvalidInputError(
+                f"input_layer {self.input_layer} comes after output_layer {self.output_layer}; the prompt must be read "
+                "before it is edited"
+            )
+        for which, sae, width, fingerprint in (
+            ("input", self.input_sae, run.d_sae_in, run.input_sae),
+            ("output", self.output_sae, run.d_sae_out, run.output_sae),
+        ):
+            if sae.d_sae != width:
+                raise MismatchError(f"the {which} SAE has {sae.d_sae} latents; expected {width} as in the map")
+            if sae.encoder_only().fingerprint() != fingerprint:
+                raise MismatchError(f"the {which} SAE is not the one the map was collected with; pass that one")
+        if self.output_sae.W_dec is None:
+            raise InvalidInputError("the output SAE has no decoder, so no edit can be decoded; pass the whole SAE")
+        if self.output_sae.decoder_rows is not None:
+            missing = int((self.output_sae.decoder_rows.cpu()[self.selectable_latents()] < 0).sum())
+            if missing:
+                raise MismatchError(
+                    f"k_diff = {self.k_diff} may select {missing} latents whose decoder rows were not saved; "
+                    "build the policy again from the whole SAE"
+                )
+
+    @property
+    def model(self) -> ModelFingerprint:
+        return self.conditional_map.run.model
+
+    @property
+    def input_layer(self) -> int:
+        return self.conditional_map.run.input_layer
+
+    @property
+    def output_layer(self) -> int:
+        return self.conditional_map.run.output_layer
+
+    @property
+    def observation(self) -> PromptObservation:
+        return PromptObservation(self.input_layer, self.input_sae)
+
+    @property
+    def intervention(self) -> LatentLists:
+        directions = 2 if self.edit == "both" else 1
+        return LatentLists(self.output_layer, self.output_sae, self.alpha, directions * self.k_diff)
+
+    @property
+    def uncounted_token_ids(self) -> tuple[int, ...]:
+        return self.conditional_map.run.uncounted_token_ids
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in OPTIONS)
+        return (
+            f"SteeringPolicy({self.model.model_type}, layers {self.input_layer} -> {self.output_layer}, "
+            f"SAEs {self.input_sae.d_sae} -> {self.output_sae.d_sae}, {options})"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of the options."""
+        return html_table(
+            {
+                "model": self.model.model_type,
+                "layers": f"{self.input_layer} → {self.output_layer}",
+                "latents": f"{self.input_sae.d_sae} → {self.output_sae.d_sae}",
+                **{name: getattr(self, name) for name in OPTIONS},
+            }
+        )
+
+    def select(self, density: Tensor) -> EditList:
+        """Which latents to edit for prompts of the given densities (method, section 3).
+
+        Args:
+            density: `[B, d_sae_in]` floating point.
+
+        Raises:
+            InvalidInputError: if the shape does not fit.
+        """
+        matrix = self.conditional_map.matrix.to(density.device)
+        return lookup(density, matrix, self.k_prompt, self.k_diff, self.edit, sign_guard=self.sign_guard)
+
+    def selectable_latents(self) -> Tensor:
+        """Output latents that some prompt can select, int64, ascending: those in the map, and, since latents with a
+        score of 0 are selected in index order when a prompt leaves room, the first k_diff of the others."""
+        touched = torch.zeros(self.output_sae.d_sae, dtype=torch.bool)
+        touched[self.conditional_map.matrix.columns.long().cpu()] = True
+        untouched = (~touched).nonzero().flatten()[: self.k_diff]
+        return torch.cat([touched.nonzero().flatten(), untouched]).sort().values
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the policy to a folder that needs nothing else: `policy.safetensors` and `config.json`.
+
+        Of the input SAE its encoder is kept, of the output SAE the encoder and the decoder rows some prompt can select.
+
+        Raises:
+            DspaError: if it cannot be written.
+        """
+        config = {
+            **{name: getattr(self, name) for name in OPTIONS},
+            "conditional_map": self.conditional_map.config(),
+            "input_sae": sae_config(self.input_sae),
+            "output_sae": sae_config(self.output_sae),
+        }
+        parts = {
+            "conditional_map": self.conditional_map.tensors(),
+            "input_sae": self.input_sae.encoder_only().tensors(),
+            "output_sae": self.output_sae.with_decoder_rows(self.selectable_latents()).tensors(),
+        }
+        tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        return write_tensor_folder(folder, KIND, FORMAT_VERSION, config, tensors)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        summary: EditCounts | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload steering policy",
+    ) -> str:
+        """Uploads the policy's folder, with a model card written from its configuration, to a hub repository, which is
+        made if it is not there.
+
+        Args:
+            repo_id: `user/name`.
+            summary: what the policy edited on prompts of one's own (`Steering.summary`), for the card's audit.
+            private: whether a new repository is private; None leaves it to the account.
+            token: a hub token; None takes the one of `hf auth login`.
+            commit_message: of the upload.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            DspaError: if it cannot be written, or the hub refuses it.
+        """
+        return upload_folder(
+            self.save_pretrained,
+            self.model_card(repo_id, summary),
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+        )
+
+    def model_card(self, repo_id: str, counts: EditCounts | None = None) -> str:
+        """Markdown with the header the hub reads.
+
+        Args:
+            repo_id: where the policy will be found, for the example.
+            counts: what it edited on prompts of one's own (`Steering.summary`); without, the card says how often the
+                map names a latent.
+        """
+        run, fit, model = self.conditional_map.run, self.conditional_map.options, self.model
+        page = self.output_sae.metadata.neuronpedia_page
+        matrix = self.conditional_map.matrix
+        return model_card(
+            repo_id,
+            {
+                "model": f"{model.model_type}, {model.num_hidden_layers} layers, width {model.hidden_size}",
+                "input SAE": f"after layer {self.input_layer}: {describe_sae(self.input_sae)}",
+                "output SAE": f"after layer {self.output_layer}: {describe_sae(self.output_sae)}",
+                "k_prompt, k_diff": f"{self.k_prompt}, {self.k_diff}",
+                "alpha": self.alpha,
+                "edit": self.edit,
+                "sign_guard": self.sign_guard,
+                "edit_positions": self.edit_positions,
+                "gate_percentile, gate_rule": f"{fit.gate_percentile}, {fit.gate_rule}",
+                "sparsify": fit.sparsify,
+                "map entries": matrix.nonzeros,
+                "preference triples": run.triple_count,
+                "counted tokens": counted_tokens(run.count_bos, run.count_template, run.count_eos),
+            },
+            audit_of_map(matrix, page) if counts is None else audit_of_counts(counts, page),
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> SteeringPolicy:
+        """Reads a policy from a folder, or from the hub if there is no such folder.
+
+        Args:
+            source: a folder that `save_pretrained` wrote, or a hub repository's id.
+            options: fields to change, such as `alpha=0.1`.
+
+        Raises:
+            InvalidInputError: if there is no policy, or an option is unknown or out of range.
+            CorruptFileError: if a file is truncated, altered, or holds values out of bounds.
+            MismatchError: if an option needs decoder rows that were not saved.
+        """
+        config, tensors = read_tensor_folder(local_folder(source, KIND), KIND, FORMAT_VERSION)
+        unknown = sorted(set(options) - set(OPTIONS))
+        if unknown:
+            raise InvalidInputError(f"option {unknown[0]!r} is not known; expected one of {', '.join(OPTIONS)}")
+        parts: dict[str, dict[str, Tensor]] = {"conditional_map": {}, "input_sae": {}, "output_sae": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = tensor
+        try:
+            saved = _saved_options(config)
+            conditional_map = ConditionalDifferenceMap.from_tensors(
+                config["conditional_map"], parts["conditional_map"], str(source)
+            )
+            input_sae = sae_from_config(config["input_sae"], parts["input_sae"])
+            output_sae = sae_from_config(config["output_sae"], parts["output_sae"])
+            if output_sae.W_dec is None:
+                raise ValueError("output_sae.W_dec is missing")
+        except (KeyError, TypeError, ValueError, UnsupportedSaeError) as error:
+            raise CorruptFileError(f"{source} does not hold a whole policy ({error}); make it again") from error
+        return cls(conditional_map, input_sae, output_sae, **{**saved, **options})
+
+
+def html_table(fields: dict[str, Any]) -> str:
+    """Names and values, side by side."""
+    rows = (
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in fields.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _saved_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options in a saved configuration, each of the type of its default."""
+    for name in OPTIONS:
+        expected = (int, float) if name == "alpha" else (type(getattr(SteeringPolicy, name)),)
+        if type(config[name]) not in expected:
+            raise TypeError(f"{name} is {config[name]!r}; expected {expected[-1].__name__}")
+    return {name: config[name] for name in OPTIONS}

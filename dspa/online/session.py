@@ -1,0 +1,346 @@
+"""What happens when a steered model runs: the hooks' events, turned into reading prompts and editing positions.
+
+A pass of the decoder computes positions `start` to `end` of the batch; the first P positions are the prompt.
+
+    after a layer where prompts are observed    The active latents of prompt positions are counted. When the last of
+                                                them has been read, the counts become densities and the policy selects
+                                                its edits: once per prompt.
+    after a layer that is edited                Prompt positions the policy edits, and every position from P on.
+
+In a `generate` call the prompt is what was passed to it. Prompt tokens that a passed cache holds already are not
+computed, so the selection depends on the others, and a warning says so. In a plain forward call the prompt is the whole
+input, unless a cache with positions is passed (then the call continues the last prompt, whose cache it has to be), or
+the session's `prompt_lengths` say how much of it is prompt.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dspa.errors import InvalidInputError
+from dspa.methods.policy import Policy
+from dspa.online.forward_pass import ForwardPass
+from dspa.online.generate_call import GenerateCall
+from dspa.online.layer_editor import LayerEditor
+from dspa.online.prompt import Prompt
+from dspa.online.prompt_mask import PromptMask
+from dspa.online.prompt_reader import PromptReader
+from dspa.online.row_selection import RowSelection
+from dspa.online.trace import TraceRecorder
+from dspa.online.warn import warn_of_cached_prompt, warn_of_no_edit, warn_of_nonfinite
+
+
+class Session:
+    """Follows the generate calls and passes of one model, one thread at a time. The hooks call it.
+
+    Attributes:
+        prompt: the prompts last read; None before the first pass.
+        call: the running generate call, if there is one.
+        prompt_lengths: in forward calls, how many tokens of each row are prompt; None for all.
+        prompts_read: prompts that were read to their end so far.
+        differentiable: whether edits are computed so that autograd follows them, where gradients are recorded.
+        generating: held while a generate call runs.
+    """
+
+    def __init__(
+        self,
+        policies: Mapping[str, Policy],
+        readers: Sequence[PromptReader],
+        editors: Sequence[LayerEditor],
+        selection: RowSelection,
+        recorder: TraceRecorder | None,
+        *,
+        differentiable: bool,
+    ) -> None:
+        self.prompt: Prompt | None = None
+        self.call: GenerateCall | None = None
+        self.prompt_lengths: int | Sequence[int] | None = None
+        self.prompts_read = 0
+        self.differentiable = differentiable
+        self._policies = policies
+        self._readers = readers
+        self._editors = editors
+        self._editor_of = {name: editor for editor in editors for name in editor.group.names}
+        self._selection = selection
+        self._recorder = recorder
+        self._pass: ForwardPass = ForwardPass(0, 0, False, 0)
+        self._warned_of_nonfinite = False
+        self.generating = threading.Lock()
+
+    # ---------------------------------------------------------------------------------------------- generate calls
+
+    def generate_begins(self, token_ids: Tensor | None, attention_mask: Tensor) -> None:
+        """`model.generate` begins.
+
+        Raises:
+            InvalidInputError: if another generate call is running on this model, or no policy was selected.
+        """
+        if not self.generating.acquire(blocking=False):
+            raise InvalidInputError(
+                "another generate call is running on this steered model; run one at a time, and none inside another"
+            )
+        try:
+            prompt_policies = self._selection.of_prompts(len(attention_mask))
+            self.call = GenerateCall(
+                mask=self._selection.mask(token_ids, attention_mask, prompt_policies, None),
+                prompt_policies=prompt_policies,
+                attention_mask=attention_mask,
+                totals_before=[editor.counters.totals() for editor in self._editors],
+                thread=threading.get_ident(),
+            )
+        except BaseException:
+            self.generating.release()
+            raise
+        self.prompt = None
+        self._pass = replace(self._pass, speculative=False)
+
+    def generate_ends(self, new_tokens: int | None) -> None:
+        """`model.generate` has returned, with so many positions after the prompt, or raised: then None."""
+        call, prompt = self.call, self.prompt
+        try:
+            if prompt is not None:
+                if self._pass.speculative:
+                    # The last token was chosen, but not read. A call that failed accepted nothing of its last pass.
+                    accepted = self._pass.start if new_tokens is None else prompt.mask.width + new_tokens - 1
+                    self._commit(accepted, prompt)
+                if new_tokens is not None and call is not None:
+                    warn_of_no_edit(call, prompt, self._policies, self._editors)
+            self.warn_of_nonfinite(stacklevel=5)
+        finally:
+            self.call = None
+            self.generating.release()
+
+    def draft_begins(self) -> None:
+        """The steered model begins to draft for itself: drafts are not steered."""
+        if self.call is not None:
+            self.call.drafting = True
+
+    def draft_ends(self) -> None:
+        """The draft is made."""
+        if self.call is not None:
+            self.call.drafting = False
+
+    def warn_of_nonfinite(self, stacklevel: int) -> None:
+        """Warns, once, if tokens were left alone because of NaN or Inf."""
+        if not self._warned_of_nonfinite:
+            self._warned_of_nonfinite = warn_of_nonfinite(self._editors, stacklevel)
+
+    # ------------------------------------------------------------------------------------------------------ passes
+
+    def pass_begins(
+        self, tokens: Tensor, mask: Tensor | None, cache_length: int | Tensor, has_cache: bool, cache: object | None
+    ) -> None:
+        """Finds out which positions the pass computes, and of which prompt."""
+        if self._drafting:
+            return
+        thread = threading.get_ident()
+        if self.call is not None and self.call.thread != thread:
+            raise InvalidInputError(
+                "a forward call came from another thread while generate runs on this steered model; run one at a time"
+            )
+        batch, width = tokens.shape[:2]
+        if self.call is not None:
+            start = self._start_in_call(self.call, batch, width, cache_length, has_cache, cache)
+        else:
+            start = self._start_of_forward_call(tokens, mask, int(cache_length), cache)
+        prompt, end = self.prompt, start + width
+        self._pass = ForwardPass(start, end, False, thread)
+        if prompt is None:
+            return
+        if cache is not None:
+            prompt.cache = weakref.ref(cache)
+        if prompt.mask.batch != batch:
+            raise InvalidInputError(f"a pass has {batch} rows, its prompt {prompt.mask.batch}; expected as many")
+        generated = end > max(start, prompt.mask.width)
+        if generated and has_cache and width > 1 and self.call is not None:
+            self._pass = replace(self._pass, speculative=True)
+        if self._recorder is not None:
+            self._recorder.read(tokens if tokens.ndim == 2 else None, start)
+
+    def pass_ends(self, cache: object | None) -> None:
+        """Remembers which cache the prompt is in, or that it is in none."""
+        if not self._drafting and self.prompt is not None:
+            self.prompt.cache = _no_cache if cache is None else weakref.ref(cache)
+
+    def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Reads prompt positions of `hidden [B, T, d_model]` and edits what is to be edited, in place where autograd
+        allows it; otherwise returns the edited states."""
+        prompt = self.prompt
+        if prompt is None or self._drafting:
+            return None
+        if self._pass.thread != threading.get_ident():
+            raise InvalidInputError("two threads run this steered model at once; run one at a time")
+        if hidden.ndim != 3:
+            raise InvalidInputError(
+                f"decoder layer {layer} returns hidden states of shape {tuple(hidden.shape)}; expected one residual "
+                "stream [B, T, d_model], so this model cannot be steered"
+            )
+        if prompt.unread:
+            edited_now = any(self._pass.start <= p < self._pass.end for p in prompt.mask.edited_positions)
+            self.prompts_read += prompt.read(
+                layer, hidden, self._pass.start, edited_now=edited_now, editor_of=self._editor_of
+            )
+        replacement = None
+        for editor in self._editors:
+            if editor.group.layer == layer:
+                if torch.is_grad_enabled() and (hidden.requires_grad or self.differentiable):
+                    hidden = replacement = hidden.clone()  # autograd may need the original
+                self._edit(editor, hidden, prompt)
+        return replacement
+
+    def _edit(self, editor: LayerEditor, hidden: Tensor, prompt: Prompt) -> None:
+        """Edits the positions of the pass that are to be edited: some of the prompt, and all that follow it."""
+        start, end, width = self._pass.start, self._pass.end, prompt.mask.width
+        positions: list[int] = []
+        for position, known_after in zip(prompt.mask.edited_positions, prompt.mask.known_after, strict=True):
+            if start <= position < end:
+                prompt.check_read(editor, known_after)
+                positions.append(position)
+        for first, last in _runs(positions):
+            enabled = prompt.mask.edited[:, first:last]
+            self._edit_run(editor, hidden[:, first - start : last - start], first, enabled, prompt)
+        if end > max(start, width):
+            first = max(start, width)
+            self._edit_run(editor, hidden[:, first - start :], first, None, prompt)
+
+    def _edit_run(
+        self, editor: LayerEditor, hidden: Tensor, first: int, enabled: Tensor | None, prompt: Prompt
+    ) -> None:
+        """Edits consecutive positions, `hidden [B, T, d_model]` a view of the pass."""
+        if self.differentiable and torch.is_grad_enabled():
+            hidden.copy_(editor.differentiable_edit(hidden.clone(), enabled))
+            return
+        counted = [position >= prompt.counted_until for position in range(first, first + hidden.shape[1])]
+        speculative = self._pass.speculative and enabled is None
+        with torch.no_grad():  # without differentiable edits, an edit is a constant to autograd
+            editor.edit(hidden, first, enabled, counted=counted, speculative=speculative)
+
+    def _start_in_call(
+        self,
+        call: GenerateCall,
+        batch: int,
+        width: int,
+        cache_length: int | Tensor,
+        has_cache: bool,
+        cache: object | None,
+    ) -> int:
+        """The first position of a pass of the running generate call; its first pass begins the prompt."""
+        prompt = self.prompt
+        if prompt is None:
+            start = int(cache_length)
+            mask = call.mask.expanded_to(batch)
+            prompt = self._begin_prompt(mask, call.prompt_policies, call.attention_mask, None)
+            warn_of_cached_prompt(prompt, start)
+            return start
+        if not self._continues_call(prompt, width, has_cache, cache):
+            raise InvalidInputError(
+                "a forward call came from inside a generate call on this steered model (from a logits processor or a "
+                "custom_generate function); call a copy of the model that is not steered"
+            )
+        # The length of a static cache is on its device; reading it would wait for everything that runs there.
+        start = self._pass.end if isinstance(cache_length, Tensor) else cache_length
+        counted = start if self._pass.speculative else self._pass.end
+        prompt.counted_until = max(prompt.counted_until, counted)
+        self._commit_speculative(start, prompt)
+        return start
+
+    def _start_of_forward_call(
+        self, tokens: Tensor, mask: Tensor | None, cache_length: int, cache: object | None
+    ) -> int:
+        """The first position of a pass outside of generate, which begins a prompt or continues the last one."""
+        if cache_length == 0:
+            self._begin_forward_prompt(tokens, mask)
+            return 0
+        self._check_continued(cache)
+        if self.prompt is not None:
+            self.prompt.counted_until = cache_length  # what was cropped from the cache is gone
+            self._commit_speculative(cache_length, self.prompt)
+        return cache_length
+
+    def _begin_forward_prompt(self, tokens: Tensor, mask: Tensor | None) -> None:
+        batch, width = tokens.shape[:2]
+        if mask is None or mask.shape != (batch, width):  # a mask already made into another form
+            mask = torch.ones(batch, width, device=tokens.device)
+        prompt_policies = self._selection.of_prompts(batch)
+        lengths = None
+        if self.prompt_lengths is not None:
+            lengths = torch.as_tensor(self.prompt_lengths, dtype=torch.int64)
+            if lengths.ndim and len(lengths) != batch:
+                raise InvalidInputError(f"scoring got {len(lengths)} prompt lengths for {batch} rows; expected as many")
+            lengths = lengths.expand(batch)
+        token_ids = tokens if tokens.ndim == 2 else None
+        prompt_mask = self._selection.mask(token_ids, mask, prompt_policies, lengths)
+        self._begin_prompt(prompt_mask, prompt_policies, mask, lengths)
+
+    def _begin_prompt(
+        self, mask: PromptMask, prompt_policies: list[str | None], attention_mask: Tensor, lengths: Tensor | None
+    ) -> Prompt:
+        prompt = Prompt(mask, prompt_policies, attention_mask, lengths, self._readers, self._policies)
+        self.prompt = prompt
+        for editor in self._editors:
+            editor.begin_prompt(prompt.row_policies)
+        if self._recorder is not None:
+            repeated = attention_mask.repeat_interleave(prompt.repeats, dim=0)
+            self._recorder.begin_prompt(prompt.row_policies, repeated, lengths)
+        return prompt
+
+    def _continues_call(self, prompt: Prompt, width: int, has_cache: bool, cache: object | None) -> bool:
+        """Whether a pass belongs to the running generate call: it continues its cache or, where there is none, computes
+        everything again and more."""
+        known = None if prompt.cache is None else prompt.cache()
+        if has_cache:
+            return prompt.cache is None or cache is None or cache is known
+        return known is None and width > self._pass.end
+
+    def _check_continued(self, cache: object | None) -> None:
+        """Refuses to continue, outside of generate, what was not read, or not last."""
+        prompt = self.prompt
+        if self._selection.is_none and (prompt is None or not prompt.steered):
+            return  # nothing is steered
+        if prompt is None:
+            raise InvalidInputError(
+                "a forward call continues a cache, but no prompt was read since the policy was attached; begin with a "
+                "call that passes the prompt"
+            )
+        if prompt.cache is not None and cache is not None and cache is not prompt.cache():
+            raise InvalidInputError(
+                "a forward call continues another cache than that of the last prompt, whose edit lists are the ones "
+                "that are known; finish one conversation before the next, or pass its whole text again"
+            )
+
+    def _commit_speculative(self, accepted: int, prompt: Prompt) -> None:
+        if self._pass.speculative:
+            self._commit(accepted, prompt)
+
+    def _commit(self, accepted: int, prompt: Prompt) -> None:
+        """Of the speculative positions, those before position `accepted` count."""
+        self._pass = replace(self._pass, speculative=False)
+        for editor in self._editors:
+            editor.counters.commit(accepted, prompt.mask.batch)
+        if self._recorder is not None:
+            self._recorder.commit(accepted)
+
+    @property
+    def _drafting(self) -> bool:
+        return self.call is not None and self.call.drafting
+
+
+def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending positions as half-open ranges of consecutive ones."""
+    runs: list[tuple[int, int]] = []
+    for position in positions:
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return runs
+
+
+def _no_cache() -> None:
+    """The cache of a prompt that is in none."""

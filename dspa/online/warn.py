@@ -1,0 +1,71 @@
+"""Warnings about steering that changes nothing, or not what a user may expect."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from dspa.methods.policy import Policy
+from dspa.online.generate_call import GenerateCall
+from dspa.online.layer_editor import LayerEditor
+from dspa.online.prompt import Prompt
+
+
+def warn_of_nonfinite(editors: Sequence[LayerEditor], stacklevel: int) -> bool:
+    """Warns of tokens left alone because of NaN or Inf; returns whether there were any."""
+    for editor in editors:
+        nonfinite = sum(int(stats.nonfinite.sum()) for stats in editor.counters.all())
+        if nonfinite:
+            warnings.warn(
+                f"{nonfinite} tokens had NaN or Inf in the residual stream after layer {editor.group.layer} and "
+                "were left unedited; look for an overflow in the model (float16 is a common cause)",
+                stacklevel=stacklevel,
+            )
+            return True
+    return False
+
+
+def warn_of_cached_prompt(prompt: Prompt, cached: int) -> None:
+    """Warns if the cache passed to a generate call held some of its prompt."""
+    if not cached or not prompt.steered:
+        return
+    mask = prompt.attention_mask.bool()
+    tokens, missing = int(mask.sum()), int(mask[:, :cached].sum())
+    warnings.warn(
+        f"{missing} of {tokens} prompt tokens are in the cache passed to generate and were not read: the edit "
+        f"lists follow the other {tokens - missing}; pass the prompt without a cache to have all of it read",
+        stacklevel=2,
+    )
+
+
+def warn_of_no_edit(
+    call: GenerateCall, prompt: Prompt, policies: Mapping[str, Policy], editors: Sequence[LayerEditor]
+) -> None:
+    """Says why, if a generate call that ends has edited nothing."""
+    steering = [policies[name] for name in {name for name in prompt.row_policies if name is not None}]
+    if not steering:
+        return  # as was selected
+    totals = [
+        (editor.counters.totals() - before).tolist() for editor, before in zip(editors, call.totals_before, strict=True)
+    ]
+    seen, edited, nonfinite = (sum(numbers) for numbers in zip(*totals, strict=True))
+    if edited or (seen and seen == nonfinite):  # of which there is another warning
+        return
+    layers = sorted({policy.intervention.layer for policy in steering})
+    layer = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers}"
+    lists = [edits for edits in (editor.selection() for editor in editors) if edits is not None]
+    if not seen:
+        reason = "no token was computed at a position that edit_positions names"
+    elif all(policy.intervention.strength == 0 for policy in steering):
+        reason = "alpha is 0"
+    elif all(policy.intervention.longest_list for policy in steering) and not any(
+        bool(edits.counts.any()) for edits in lists
+    ):
+        counted = bool(prompt.mask.counted.any())
+        reason = "the policy selected no latent" if counted else "the prompt has no token that counts"
+    else:
+        reason = (
+            f"none of the selected latents was active on the {seen} tokens seen after {layer}; if that happens "
+            "with every prompt, see that the SAE belongs to this layer and this model"
+        )
+    warnings.warn(f"steering changed nothing in this generate call: {reason}", stacklevel=5)
