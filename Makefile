@@ -1,7 +1,9 @@
 # make demo    install into .venv and run the method on the model that ships with the package
 # make test    install into .venv and run the tests
 # make test-compilers  the GPU kernels, compiled for several architectures and under sanitizers
+# make test-packaging  the wheel, built and installed into a fresh environment
 # make lint    style and types
+# make wheel   a binary wheel with the CPU kernels and an sdist, into dist/; DSPA_CUDA=require adds the CUDA kernels
 # make bench   CPU benchmarks, checked before they are timed; make bench-compare BASE=earlier.json says what moved
 # make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-compilers test-slow lint bench bench-compare gpu sanitize clean
+.PHONY: demo test test-compilers test-packaging test-slow lint wheel bench bench-compare gpu sanitize clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
@@ -25,6 +27,10 @@ test: $(READY)
 test-compilers: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'compilers and not slow'
 
+# Builds the wheel and the sdist, and installs the wheel where there is no compiler.
+test-packaging: $(READY)
+	$(BIN)/python -m pytest -m packaging
+
 # Minutes long: the demo's claims on other model seeds, and other tests that are too long for every day.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -33,6 +39,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The wheel is built from the sdist. torch's libraries are not copied into it; they come with torch.
+DIST ?= dist
+
+wheel: $(READY)
+	rm -rf build/wheel
+	DSPA_BUILD=require DSPA_CUDA=$(or $(DSPA_CUDA),skip) $(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir $(DIST) build/wheel/*.whl
+	cp build/wheel/*.tar.gz $(DIST)
 
 # One JSON a run: benchmarks/results/DATE-COMMIT-cpu.json. Needs a machine with nothing else to do.
 BENCH_JSON ?= benchmarks/results/$(shell date -u +%Y%m%d-%H%M)-$(shell git rev-parse --short HEAD 2>/dev/null || echo none)-cpu.json

@@ -1,20 +1,22 @@
-"""Build entry point. Everything about the package stands in pyproject.toml; here are only its C++ libraries.
+"""Builds the C++ libraries of the package, one for the CPU and one for NVIDIA GPUs. All else is in pyproject.toml.
 
-One is for the CPU, the other for NVIDIA GPUs. What cannot be built is left out, and `dspa.kernels.available()` says so.
+A library that cannot be built is left out; `dspa.kernels.available()` reports it.
 
-DSPA_BUILD        try (default), require or skip: the library for the CPU. Needs torch, importable while building
-                  (`pip install --no-build-isolation .`), and a C++17 compiler.
-DSPA_CUDA         try (default), require or skip: the library for GPUs. Needs nvcc, on the PATH or in CUDA_HOME; no GPU,
-                  and no torch with CUDA.
+DSPA_BUILD        try (default), require or skip: the library for the CPU. Needs a C++17 compiler and torch.
+DSPA_CUDA         try (default), require or skip: the library for GPUs. Needs nvcc as well, on the PATH or in CUDA_HOME;
+                  no GPU, and no torch with CUDA.
 DSPA_CUDA_FLAGS   further flags for nvcc.
-DSPA_CUDA_ARCHS   which GPUs it is for, "80;90a" say. Default: this machine's own, or 80;90a;100 where there is none.
+DSPA_CUDA_ARCHS   GPU architectures, such as "80;90a". Default: that of this machine's GPU, or 80;90a;100 without one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import site
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from compile_cuda import (  # noqa: E402, it stands beside the sources  # pyright: ignore[reportMissingImports]
+from compile_cuda import (  # noqa: E402, found by the line above  # pyright: ignore[reportMissingImports]
     DEFAULT_ARCHITECTURES,
     CompilationError,
     compile_sources,
@@ -32,12 +34,12 @@ from compile_cuda import (  # noqa: E402, it stands beside the sources  # pyrigh
 )
 
 CPU_LIBRARY, GPU_LIBRARY = "dspa._C", "dspa._C_cuda"
-WISHES = {CPU_LIBRARY: os.environ.get("DSPA_BUILD", "try"), GPU_LIBRARY: os.environ.get("DSPA_CUDA", "try")}
-WHAT_REMAINS = {CPU_LIBRARY: "the reference backend remains", GPU_LIBRARY: "the other backends remain"}
+BUILD_MODE = {CPU_LIBRARY: os.environ.get("DSPA_BUILD", "try"), GPU_LIBRARY: os.environ.get("DSPA_CUDA", "try")}
 OLDEST_TORCH = "0x020a000000000000"  # 2.10, the first with every part of the stable ABI that is used
 COMPILE_ARGS = [
     "-std=c++17",
     "-O3",
+    "-g0",  # Python's own flags may contain -g, and debug information is nine tenths of the library
     "-Wall",
     "-Wextra",
     "-fvisibility=hidden",
@@ -48,12 +50,16 @@ COMPILE_ARGS = [
 
 def extension_options() -> dict[str, Any]:
     """The arguments of `setup` that build the C++ libraries; none where they cannot be built."""
-    if WISHES[CPU_LIBRARY] == "skip":  # the library for GPUs needs the one for the CPU
+    if BUILD_MODE[CPU_LIBRARY] == "skip":  # the library for GPUs needs the one for the CPU
         return {}
+    # A build requirement on torch would download gigabytes, past the user's constraints. The stable ABI fits any torch,
+    # so the one that pip's build isolation hides is used. Where there is none, the first use of the kernels warns.
+    if importlib.util.find_spec("torch") is None:
+        site.addsitedir(sysconfig.get_path("platlib"))
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        left_out(CPU_LIBRARY, f"torch is not importable while building ({error}); pass --no-build-isolation")
+        leave_out(CPU_LIBRARY, f"torch cannot be imported ({error}); install it, or pass --no-build-isolation")
         return {}
 
     class BuildLibraries(cpp_extension.BuildExtension):
@@ -61,7 +67,7 @@ def extension_options() -> dict[str, Any]:
             try:
                 super().run()
             except Exception as error:  # the compilers' and torch's own failures have no common base
-                left_out(CPU_LIBRARY, f"the C++ library could not be built: {' '.join(str(error).split())[:500]}")
+                leave_out(CPU_LIBRARY, f"the C++ library could not be built: {' '.join(str(error).split())[:500]}")
 
         def build_extension(self, ext: Any) -> None:
             if ext.name != GPU_LIBRARY:
@@ -70,10 +76,10 @@ def extension_options() -> dict[str, Any]:
             shared_folder = self.build_temp
             try:
                 self.add_kernels(ext)
-                self.build_temp = str(Path(shared_folder) / "cuda")  # ninja keeps one account of a folder
+                self.build_temp = str(Path(shared_folder) / "cuda")  # one ninja file per folder
                 super().build_extension(ext)
             except Exception as error:  # as above
-                left_out(GPU_LIBRARY, f"the CUDA library could not be built: {' '.join(str(error).split())[:500]}")
+                leave_out(GPU_LIBRARY, f"the CUDA library could not be built: {' '.join(str(error).split())[:500]}")
             finally:
                 self.build_temp = shared_folder
 
@@ -81,7 +87,7 @@ def extension_options() -> dict[str, Any]:
             nvcc = find_nvcc()
             if nvcc is None:
                 raise CompilationError("there is no nvcc on the PATH or in CUDA_HOME")
-            architectures = wanted_architectures()
+            architectures = gpu_architectures()
             ext.define_macros.append(("DSPA_CUDA_ARCHS", '"' + ", ".join(f"sm_{name}" for name in architectures) + '"'))
             ext.extra_objects += [str(compiled.object_file) for compiled in compile_sources(nvcc, architectures)]
             ext.library_dirs.append(str(libraries_of(nvcc)))
@@ -91,7 +97,7 @@ def extension_options() -> dict[str, Any]:
 
     sources = ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))]
     libraries = [cpp_extension.CppExtension(CPU_LIBRARY, sources, extra_compile_args=COMPILE_ARGS, py_limited_api=True)]
-    if wants_gpu_library():
+    if can_build_gpu_library():
         libraries.append(
             cpp_extension.CppExtension(
                 GPU_LIBRARY,
@@ -109,21 +115,21 @@ def extension_options() -> dict[str, Any]:
     }
 
 
-def wants_gpu_library() -> bool:
-    """Whether to try; says so where there is nothing to try with."""
-    if WISHES[GPU_LIBRARY] == "skip":
+def can_build_gpu_library() -> bool:
+    """Whether nvcc is there, or has to be."""
+    if BUILD_MODE[GPU_LIBRARY] == "skip":
         return False
-    if find_nvcc() is None and WISHES[GPU_LIBRARY] != "require":
-        left_out(GPU_LIBRARY, "there is no nvcc on the PATH or in CUDA_HOME")
+    if find_nvcc() is None and BUILD_MODE[GPU_LIBRARY] != "require":
+        leave_out(GPU_LIBRARY, "there is no nvcc on the PATH or in CUDA_HOME")
         return False
     return True
 
 
-def wanted_architectures() -> list[str]:
-    """Names as nvcc has them, such as "80" or "90a"."""
-    asked = os.environ.get("DSPA_CUDA_ARCHS")
-    if asked:
-        return asked.split(";")
+def gpu_architectures() -> list[str]:
+    """The architectures to compile for, by their nvcc names, such as "80" or "90a"."""
+    chosen = os.environ.get("DSPA_CUDA_ARCHS")
+    if chosen:
+        return chosen.split(";")
     import torch
 
     if torch.cuda.is_available():
@@ -134,7 +140,7 @@ def wanted_architectures() -> list[str]:
 
 
 def known_architectures() -> set[str]:
-    """Those that nvcc compiles for. What is newer runs the portable code of the default ones."""
+    """The architectures that nvcc can compile for. Newer GPUs run the portable code of the default ones."""
     nvcc = find_nvcc()
     if nvcc is None:
         return set()
@@ -142,11 +148,11 @@ def known_architectures() -> set[str]:
     return {line.removeprefix("sm_") for line in listed.split()}
 
 
-def left_out(library: str, reason: str) -> None:
-    """Says why a library is not built, or fails if it was required."""
-    if WISHES[library] == "require":
+def leave_out(library: str, reason: str) -> None:
+    """Prints why a library is not built, or fails if it is required."""
+    if BUILD_MODE[library] == "require":
         raise SystemExit(f"dspa: {reason}")
-    print(f"dspa: {reason}; installing without {library}, {WHAT_REMAINS[library]}", file=sys.stderr)
+    print(f"dspa: {reason}; installing without {library}", file=sys.stderr)
 
 
 setup(**extension_options())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dspa import __version__
 from dspa.errors import DspaError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,21 @@ DtypeOption = Annotated[str, typer.Option(help="Model dtype: auto, float32, bflo
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 SaeHelp = "as a folder, or as RELEASE:SAE_ID of sae-lens' list, or as HUB_REPOSITORY:FOLDER"
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"dspa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_dspa(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The options of the command itself."""
 
 
 @app.command()

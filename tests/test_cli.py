@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dspa import cli
+from dspa import __version__, cli
 from dspa.organism import DATA, sae_folder, triples_file
 
 MODEL = str(DATA / "model")
@@ -143,6 +143,11 @@ def test_installed_command_prints_help() -> None:
     result = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert all(name in result.stdout for name in ("demo", "collect", "fit", "generate"))
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"dspa {__version__}\n"
 
 
 def assert_one_line(text: str, message: str) -> None:

@@ -25,7 +25,8 @@ def load_library() -> None:
     built = [Path(other)] if other else sorted(_PACKAGE.glob("_C.*so"))
     if not built:
         raise BackendUnavailableError(
-            "the C++ library is not built; with a C++17 compiler, run pip install --no-build-isolation ."
+            "the C++ library is not built; install a wheel of dspa, or, with a C++17 compiler, run "
+            "DSPA_BUILD=require pip install . in its sources"
         )
     _load(built[0])
 
@@ -40,8 +41,8 @@ def load_cuda_library() -> None:
     built = sorted(_PACKAGE.glob("_C_cuda.*so"))
     if not built:
         raise BackendUnavailableError(
-            "the CUDA library is not built; with nvcc on the PATH, run DSPA_CUDA=require pip install "
-            "--no-build-isolation ."
+            "the CUDA library is not built; with nvcc on the PATH, run DSPA_CUDA=require pip install . in the sources "
+            "of dspa"
         )
     load_library()  # it defines the operations
     _load(built[0])

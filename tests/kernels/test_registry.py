@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +61,7 @@ def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry of its own for every test."""
     monkeypatch.setattr(registry, "_backends", {"reference": registry._backends["reference"]})
     monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.setattr(registry, "_reported", set())
     monkeypatch.delenv("DSPA_BACKEND", raising=False)
 
 
@@ -101,6 +103,22 @@ def test_a_missing_backend_says_why() -> None:
         owner("fast")
 
 
+def test_auto_warns_once_if_only_the_reference_is_there() -> None:
+    register_backend(Backend("fast", ("cpu",), missing))
+    with pytest.warns(UserWarning, match="slow reference kernels run on cpu; fast: no compiler was found$") as warned:
+        assert [owner(), owner(), owner(dtype=torch.float64)] == ["reference"] * 3
+    assert len(warned) == 1
+
+
+def test_auto_does_not_warn_where_a_missing_backend_makes_no_difference() -> None:
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast", refused="no float64")))
+    register_backend(Backend("faster", ("cpu",), missing))
+    register_backend(Backend("of a GPU", ("cuda",), missing))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [owner(), owner(dtype=torch.float64), owner("reference")] == ["fast", "reference", "reference"]
+
+
 def test_an_unknown_backend_is_named_with_those_known() -> None:
     register_backend(Backend("fast", ("cpu",), missing))
     with pytest.raises(BackendUnavailableError, match="'best' is not known; expected auto, reference, fast") as raised:
@@ -126,7 +144,8 @@ def test_loading_happens_once_and_late() -> None:
 
 def test_registering_again_replaces() -> None:
     register_backend(Backend("fast", ("cpu",), missing))
-    assert owner() == "reference"
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert owner() == "reference"
     register_backend(Backend("fast", ("cpu",), lambda: operations("fast")))
     assert owner() == "fast"
 

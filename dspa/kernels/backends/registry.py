@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from dspa.errors import BackendUnavailableError
@@ -94,6 +96,7 @@ class Backend:
 
 _backends: dict[str, Backend] = {}
 _loaded: dict[str, Operations | BackendUnavailableError] = {}
+_reported: set[str] = set()
 
 
 def register_backend(backend: Backend) -> None:
@@ -114,7 +117,7 @@ def available() -> dict[str, str]:
 def operations_for(
     backend: str, operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None = None
 ) -> Operations:
-    """The operations that serve a call.
+    """The operations that serve a call. Warns once if "auto" finds only the reference, because the others are missing.
 
     Args:
         backend: a backend's name, or "auto": what DSPA_BACKEND names, else the best one for the device.
@@ -133,10 +136,18 @@ def operations_for(
     fastest, order = measured_fastest(operation, device, sae), list(reversed(_backends))
     if fastest in _backends:
         order.insert(0, fastest)
+    missing: list[str] = []
+    refused = False
     for name in order:
         if device.type in _backends[name].device_types or name == "reference":
             found = _try_load(name)
-            if isinstance(found, Operations) and found.refuses(operation, operands, sae) is None:
+            if isinstance(found, BackendUnavailableError):
+                missing.append(f"{name}: {found}")
+            elif found.refuses(operation, operands, sae) is not None:
+                refused = True
+            else:
+                if name == "reference" and missing and not refused:
+                    _warn_once(f"the slow reference kernels run on {device.type}; {'; '.join(missing)}")
                 return found
     raise BackendUnavailableError(f"no backend serves {operation} on {device.type}; the reference is not registered")
 
@@ -151,6 +162,12 @@ def _named(name: str, operation: OperationName, operands: tuple[Tensor, ...], sa
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} does not serve this {operation}: {reason}; use backend='auto'")
     return found
+
+
+def _warn_once(message: str) -> None:
+    if message not in _reported and not torch.compiler.is_compiling():
+        _reported.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _try_load(name: str) -> Operations | BackendUnavailableError:
