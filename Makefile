@@ -58,6 +58,7 @@ docs: $(READY)
 	$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install \
 		--quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="https?://' site --include='*.html'  # nothing from elsewhere
 
 sanitize: $(READY)
 	PYTHON=$(BIN)/python csrc/sanitize.sh
