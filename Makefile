@@ -6,6 +6,7 @@
 # make wheel   a binary wheel with the CPU kernels and an sdist, into dist/; DSPA_CUDA=require adds the CUDA kernels
 # make bench   CPU benchmarks, checked before they are timed; make bench-compare BASE=earlier.json says what moved
 # make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
+# make docs    the documentation as a site in site/, with an API reference; a broken link or reference fails
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-compilers test-packaging test-slow lint wheel bench bench-compare gpu sanitize clean
+.PHONY: demo test test-compilers test-packaging test-slow lint wheel bench bench-compare gpu docs sanitize clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
@@ -67,6 +68,13 @@ GPU_PYTHON = $(shell $(PYTHON) -c 'import torch' 2>/dev/null || ! test -x $(BIN)
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
+# The packages of the extra `docs`, which the tests do not need.
+docs: $(READY)
+	$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install \
+		--quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="https?://' site --include='*.html'  # nothing from elsewhere
+
 sanitize: $(READY)
 	PYTHON=$(BIN)/python csrc/sanitize.sh
 
@@ -79,4 +87,4 @@ $(READY): $(SOURCES)
 	touch $(READY)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -515,9 +515,11 @@ def break_even_tokens(
     """Generated tokens from which on a method has cost fewer FLOPs in all.
 
     Args:
-        method, ours: alignment stages.
+        method: the alignment stage of the other method.
+        ours: the alignment stage of DSPA.
         triples: N.
-        per_token, per_prompt: what steering adds.
+        per_token: what steering adds to a token.
+        per_prompt: what steering adds to a prompt.
         i: tells how many tokens share a prompt's cost.
         method_token: FLOPs the method adds per generated token; none if it changes the weights.
 

@@ -96,7 +96,10 @@ class ConditionalDifferenceMap:
 
         Args:
             store: what `collect` returned, or its folder.
-            gate_percentile, gate_rule, sparsify, entries_per_side: see FitOptions.
+            gate_percentile: see FitOptions.
+            gate_rule: see FitOptions.
+            sparsify: see FitOptions.
+            entries_per_side: see FitOptions.
             progress: whether to draw a progress bar.
 
         Raises:

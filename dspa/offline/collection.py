@@ -60,8 +60,10 @@ def collect(
         model: a transformers language model; its weights and mode are left as they were.
         tokenizer: the model's tokenizer; only its padding id is read, and None will do.
         triples: what `load_preferences` gave.
-        input_sae, output_sae: SAEs on the residual stream after `input_layer` and `output_layer`.
-        input_layer, output_layer: decoder layers from 0; by default the layers the SAEs were trained on.
+        input_sae: an SAE on the residual stream after `input_layer`; it encodes prompts.
+        output_sae: an SAE on the residual stream after `output_layer`; it encodes responses.
+        input_layer: a decoder layer, from 0; by default the one the SAE was trained on.
+        output_layer: likewise for the output SAE.
         out: folder of the shards, made if it is not there.
         triples_per_batch: most triples run at once, two sequences each.
         tokens_per_batch: most tokens in their keys and values, padding included; a longer triple runs alone.

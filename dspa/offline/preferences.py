@@ -129,7 +129,9 @@ def load_preferences(
         split: which split to read where the source has several; `"train"` also finds `"train_prefs"`.
         skip_bad: collect rows that cannot be used in `skipped` instead of raising at the first one.
         max_length: the model's context in tokens; a row whose prompt and longer response exceed it is bad.
-        count_bos, count_template: which prompt tokens count, see `dspa.offline.chat_template.uncounted_prompt_ids`.
+        count_bos: whether a prompt's beginning-of-sequence token counts.
+        count_template: whether the chat template's special tokens count, see
+            `dspa.offline.chat_template.uncounted_prompt_ids`.
         count_eos: whether the end-of-turn and end-of-sequence tokens at the end of a response count.
         chat_template_kwargs: options for the chat template, such as `{"enable_thinking": False}` for Qwen3.
         limit: stop after this many triples.
