@@ -12,7 +12,7 @@ from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
 
 @torch.no_grad()
 def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, backend: str = "auto") -> Tensor:
-    """How many tokens of each segment activate each latent: `T_x * rho_i(x)` of method.md, section 2.
+    """How many tokens of each segment activate each latent: `T_x * rho_i(x)` of docs/method.md, section 2.
 
     Tokens whose encoder input holds NaN or Inf activate nothing. The `[N, d_sae]` activations never exist in memory.
     In the reference backend, whose sums are a matrix product's, a latent whose pre-activation meets its threshold in

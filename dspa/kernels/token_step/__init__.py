@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
-from dspa.kernels.backends.registry import StepMode, operations_for
+from dspa.kernels.backends.interface import StepMode
+from dspa.kernels.backends.registry import operations_for, step_with_lookup_for
 from dspa.kernels.lookup import check_density, check_lookup_options, lookup
-from dspa.kernels.token_step.traffic import Traffic, bytes_moved
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
-
-__all__ = ["Traffic", "bytes_moved", "token_step", "token_step_with_lookup"]
 
 
 @torch.no_grad()
@@ -30,7 +28,7 @@ def token_step(
     mode: StepMode | None = None,
     backend: str = "auto",
 ) -> None:
-    """Edits each row of `hidden` in place by its own list: method.md, section 4.
+    """Edits each row of `hidden` in place by its own list: docs/method.md, section 4.
 
     A listed latent is edited only where it is active: augmented by `alpha * M_t`, or lowered by `alpha * M_t` but not
     below 0, with `M_t` the largest activation of all latents before edits. What is written back is the decoded
@@ -87,10 +85,9 @@ def token_step_with_lookup(
     check_density(density, conditional_map)
     check_lookup_options(conditional_map, k_prompt, k_diff, edit)
     _check(hidden, sae, density.shape[0], alpha, enabled, stats, mode)
-    operations = operations_for(backend, "token_step", (hidden,), sae)
-    together = operations.token_step_with_lookup
-    if together is not None and operations.refuses("lookup", (density, conditional_map.values), None) is None:
-        return together(
+    combined = step_with_lookup_for(backend, hidden, density, conditional_map.values, sae)
+    if combined is not None:
+        return combined(
             hidden, sae, density, conditional_map, k_prompt, k_diff, edit, sign_guard, alpha, enabled, stats, mode
         )
     edits = lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard=sign_guard, backend=backend)

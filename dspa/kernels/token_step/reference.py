@@ -1,11 +1,12 @@
-"""The edit of one token per row, written to be read."""
+"""The edit of one token per row, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dspa.kernels.backends.registry import StepMode
+from dspa.kernels.backends.interface import StepMode
+from dspa.kernels.token_step.equation import edited_activations
 from dspa.kernels.types import EditList, TokenStats
 from dspa.sae.encode import activations, encoder_input
 from dspa.sae.weights import SaeWeights
@@ -38,10 +39,8 @@ def token_step(
     latents = edits.latents.long()
     listed = edits.valid()
     selected = f.gather(1, latents)
-    step = torch.as_tensor(alpha, dtype=x.dtype, device=x.device) * maximum
-    moved = selected + edits.signs * step[:, None]
-    moved = torch.where(edits.signs < 0, moved.clamp(min=0), moved)
-    difference = torch.where(listed & (selected > 0), moved - selected, 0)
+    edited = edited_activations(selected, edits.signs, alpha, maximum)
+    difference = torch.where(listed & (selected > 0), edited - selected, 0)
 
     finite = x.isfinite().all(dim=-1) & difference.isfinite().all(dim=-1)
     finite &= (product.gather(1, latents).isfinite() | ~listed).all(dim=-1)
