@@ -29,7 +29,7 @@ def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, backend:
 
     Raises:
         InvalidInputError: if a shape does not fit.
-        BackendUnavailableError: if a backend asked for by name cannot serve the call.
+        BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
     if hidden.ndim != 2 or hidden.shape[1] != sae.d_model or hidden.dtype not in STORAGE_DTYPES:
         raise InvalidInputError(

@@ -31,7 +31,7 @@ def tile_scores(
     hidden, row_stride, column_stride, encoder, rows, is_token, latents, is_latent, d_model,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of some tokens, see `triton_tiles.scores`; NaN for a token whose encoder input is not finite.
+    """Scores of some tokens, see `tiles.scores`; NaN for a token whose encoder input is not finite.
 
     Args:
         rows, is_token: `[tokens]`, which rows of the hidden states, and whether there is such a row.

@@ -44,7 +44,7 @@ def lookup(
 
     Raises:
         InvalidInputError: if a shape, k_prompt, k_diff or edit is out of range.
-        BackendUnavailableError: if a backend asked for by name cannot serve the call.
+        BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
     check_density(density, conditional_map)
     check_lookup_options(conditional_map, k_prompt, k_diff, edit)

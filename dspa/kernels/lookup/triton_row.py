@@ -64,7 +64,7 @@ def write_best(values, stride, size, k, to, LARGEST: tl.constexpr):
 
 @triton.jit
 def add_rows(prompt, rows, score):
-    """Sums rows of the map in the order given. A column occurs once in a row, so only rows wait for each other."""
+    """Sums rows of the map in the order of `rows`. A column occurs once in a row, so rows are added in turn."""
     for first in range(0, prompt.d_sae_out, SCAN):
         at = first + tl.arange(0, SCAN)
         tl.store(score + at, tl.zeros([SCAN], tl.float32), mask=at < prompt.d_sae_out)
@@ -138,7 +138,7 @@ def write_list(chosen, kept, score, k_diff, latents_to, signs_to, LARGEST: tl.co
 
 @triton.jit
 def lookup_row(row, prompt, latents, signs, counts, capacity, EDIT: tl.constexpr, GUARD: tl.constexpr):
-    """The list of one prompt; method.md, section 3."""
+    """The list of one prompt; docs/method.md, section 3."""
     number = row.to(tl.int64)
     rows = prompt.rows + number * prompt.k_prompt
     score = prompt.score + number * prompt.d_sae_out

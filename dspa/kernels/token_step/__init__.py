@@ -34,7 +34,7 @@ def token_step(
     below 0, with `M_t` the largest activation of all latents before edits. What is written back is the decoded
     difference, so the SAE's reconstruction error stays as it was. A row that nothing changes keeps its bits.
 
-    A row is left alone and counted as nonfinite if NaN or Inf comes up in its encoder input, in the pre-activation of
+    A row is left alone and counted as nonfinite if NaN or Inf occurs in its encoder input, in the pre-activation of
     a listed latent, or in `M_t` where the edit depends on its value. Another latent whose pre-activation is NaN is
     not active.
 
@@ -45,13 +45,13 @@ def token_step(
         alpha: edit strength, not negative; a number, or `[B]`.
         enabled: `[B]` bool on the device of `hidden`, False for rows to leave alone; None for all.
         stats: counters to add to.
-        mode: how to get there: "dense" (one pass over `W_enc`), "lazy" (none where none is needed), "screened"
+        mode: how `M_t` is found: "dense" (one pass over `W_enc`), "lazy" (none where none is needed), "screened"
             (rows that cannot matter are skipped). The result is the same. None is the backend's fastest.
         backend: a backend's name, or "auto".
 
     Raises:
         InvalidInputError: if a shape does not fit or alpha is negative.
-        BackendUnavailableError: if a backend asked for by name cannot serve the call.
+        BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
     _check(hidden, sae, edits.batch, alpha, enabled, stats, mode)
     operations = operations_for(backend, "token_step", (hidden,), sae)

@@ -21,7 +21,7 @@ def token_step(
     stats: TokenStats | None,
     mode: StepMode | None,
 ) -> None:
-    """See `dspa.kernels.token_step`. All modes give one result, so the reference has only this one."""
+    """See `dspa.kernels.token_step`. All modes have the same result, so the reference ignores `mode`."""
     assert sae.W_dec is not None  # the dispatcher checks it
     if hidden.shape[0] == 0:
         return

@@ -23,7 +23,7 @@ from dspa.kernels.triton_common.tiles import add_products, encoder_input, scores
 
 @triton.jit
 def is_settled(rows, is_open, strength, scratch):
-    """Which rows other programs have proven to need no maximum, as far as one knows."""
+    """Which rows need no maximum, by the maxima that other programs have found so far."""
     bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=is_open, other=0.0, cache_modifier=".cg")
     floor = packed_value(tl.load(scratch.maxima + rows, mask=is_open, other=0, volatile=True))
     return bar <= alpha_of(strength, rows, is_open) * floor
@@ -60,7 +60,7 @@ def pass_tile(
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
     LATENTS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Raises the maxima, and for topk the ranks, of 16 rows by what one tile of latents says."""
+    """Raises the maxima, and for topk the ranks, of 16 rows by the scores of one tile of latents."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
     shift = 0.0

@@ -44,7 +44,7 @@ def active_scores(row, first, listed, edits, scratch, k, ACTIVATION: tl.constexp
 
 @triton.jit
 def difference(f, signs, step, needed):
-    """`f~' - f~` of method.md, section 4. Where M_t is not needed, all listed latents vanish."""
+    """`f~' - f~` of docs/method.md, section 4. Where M_t is not needed, all listed latents become 0."""
     lowered = f - step
     lowered = tl.where(needed & ((lowered > 0.0) | (lowered != lowered)), lowered, 0.0)
     moved = tl.where(signs > 0, f + step, lowered)
@@ -172,6 +172,6 @@ def finish(
             zero = tl.zeros([LISTED], tl.int32)
             tl.store(scratch.ranks + row * edits.capacity + entries, zero, mask=entries < edits.capacity)
     if announce(scratch.counters + FINISHED) == batch - 1:
-        # All others are done with the counters, once the passes that nobody waited for are.
+        # The counters are cleared when no program uses them: after all passes, including those no row waited for.
         wait_for(scratch.counters + PASSED, passes)
         tl.store(scratch.counters + tl.arange(0, 4), tl.zeros([4], tl.int32))

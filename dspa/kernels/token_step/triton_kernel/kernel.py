@@ -10,9 +10,8 @@ Results do not depend on that order: maxima and integer counts are the same in a
 one. A row's bits do not depend on the batch: each row is one column of a product that always has 16.
 
 The activations of listed latents come from one piece of code in all modes, and M_t is the largest of them and of what
-the pass finds. So what `lazy` proves from a listed latent holds for the M_t that `dense` computes, bit for bit. What it
-proves from a leader, a latent that was the maximum before, it proves from a lower bound that allows for the rounding of
-both computations.
+the pass finds. So a bound that `lazy` proves from a listed latent holds for the M_t that `dense` computes, bit for bit.
+The bound that it proves from a recent argmax latent allows for the rounding of both computations.
 """
 # Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
 # pyright: reportGeneralTypeIssues=false

@@ -55,7 +55,7 @@ def bound_by_recent_argmax(
     row, begin, column_stride, encoder, recent_argmax, shift, factor, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr,
 ):  # fmt: skip
-    """A number that the maximum of the pass is certain to reach; 0 if there is no leader to prove it.
+    """A lower bound of the maximum that the pass would find, from recent argmax latents; 0 without any.
 
     A product differs from the exact one by at most d_model roundings of its absolute terms, 2^-24 each in float32 and
     less than 2^-22 on a tensor core. `slack` allows for twice that, for this computation and for that of the pass.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-RECENT = tl.constexpr(16)  # latents a row remembers
+RECENT = tl.constexpr(16)  # argmax latents kept for a row
 LISTED = tl.constexpr(16)  # entries of a list that are handled at a time
 TOKENS = tl.constexpr(16)  # rows of a batch that share a pass; fixed, so that their number changes no bit
 ROW = tl.constexpr(256)  # columns of the model that are prepared and edited at a time
@@ -72,7 +72,7 @@ class Stats(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What the programs of a launch tell each other. A launch leaves it as it found it, except for the recent_argmax.
+    """What the programs of a launch exchange. A launch restores it, except for `recent_argmax`.
 
     Attributes:
         counters: `[4]` int32, 0 between launches.
@@ -82,7 +82,7 @@ class Scratch(NamedTuple):
         maxima: `[B]` int64, the largest activation found by the pass, and which latent; 0 between launches.
         listed: `[B, k]` float32, scores of listed latents.
         ranks: `[B, k]` int32, for topk: how many latents are ahead of a listed one; 0 between launches.
-        recent_argmax: `[B, 16]` int32, latents that were the maximum of this row before, the latest first, or -1.
+        recent_argmax: `[B, 16]` int32, argmax latents of this row at earlier tokens, the most recent first, or -1.
     """
 
     counters: Tensor
