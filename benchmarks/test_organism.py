@@ -85,7 +85,7 @@ def test_what_a_steered_token_reads(loaded: Organism, record: Record) -> None:
             "tokens for which a pass was begun, lazy": lazy.passes / lazy.tokens,
             "bytes of W_enc per token, lazy / dense": lazy.encoder_bytes / lazy.tokens / dense_bytes,
             "bytes of W_enc per token, screened / dense": screened.encoder_bytes / screened.tokens / dense_bytes,
-            "screened latents computed again": screened.rescored_rows / max(1, screened.screened_rows),
+            "screened latents computed again": screened.rescored_pairs / max(1, screened.screened_pairs),
         }
         return tuple(Column(name, "", Interval.exactly(share)) for name, share in shares.items())
 

@@ -1,6 +1,6 @@
-// torch.ops.dspa.*: schemas, checks, and tensors turned into the plain operands of the kernels.
-// Only LibTorch's stable ABI is used here, and nowhere else any of LibTorch: one build serves later torch releases too.
-#include "tensor_operands.h"
+// torch.ops.dspa.* on the CPU. Only LibTorch's stable ABI is used, so one build serves later torch releases as well.
+#include "schemas.h"
+#include "tensor_views.h"
 
 #include "cpu/encode_density.h"
 #include "cpu/lookup.h"
@@ -10,7 +10,7 @@
 
 namespace dspa::binding {
 
-bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+bool is_on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 const char* const device = "CPU";
 
 }  // namespace dspa::binding
@@ -20,7 +20,7 @@ namespace {
 using namespace dspa::binding;
 namespace cpu = dspa::cpu;
 
-// The threads that torch is set to use.
+// torch's thread pool.
 cpu::ThreadPool torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), [](int threads, void (*task)(void*), void* context) {
             torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -36,20 +36,20 @@ cpu::Mode mode_of(const std::string& name) {
   return cpu::Mode::screened;
 }
 
-// Row-wise codes `[d_sae, row_size]` and their factors `[3, d_sae]`.
-cpu::Codes codes_of(const Tensor& values, const OptionalTensor& factors, const cpu::Matrix& W) {
+// The quantized encoder: codes `[d_sae, row_size]` and their factors `[3, d_sae]`.
+cpu::QuantizedEncoder quantized_encoder_of(const Tensor& values, const OptionalTensor& factors, const dspa::Matrix& W) {
   STD_TORCH_CHECK(values.dim() == 2 && values.size(0) == W.rows && values.size(1) == cpu::packed_size(W.columns) &&
-                      W.columns <= cpu::widest_coded_model && factors.has_value(),
+                      W.columns <= cpu::widest_quantized_model && factors.has_value(),
                   "codes must be [d_sae, d_model rounded up to a multiple of 32] with their factors");
   const float* factor = elements<float>(*factors, 3 * W.rows, "code_factors");
   return {elements<int8_t>(values, W.rows * values.size(1), "codes"), factor, factor + W.rows, factor + 2 * W.rows,
           values.size(1)};
 }
 
-void encode_rows(Tensor W, Tensor values, Tensor factors) {
-  const cpu::Matrix rows = matrix(W, "W");
-  codes_of(values, factors, rows);
-  cpu::encode_rows(rows, static_cast<int8_t*>(values.data_ptr()), values.size(1),
+void quantize_rows(Tensor W, Tensor values, Tensor factors) {
+  const dspa::Matrix rows = matrix(W, "W");
+  quantized_encoder_of(values, factors, rows);
+  cpu::quantize_rows(rows, static_cast<int8_t*>(values.data_ptr()), values.size(1),
                    static_cast<float*>(factors.data_ptr()), torch_threads());
 }
 
@@ -61,8 +61,8 @@ void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, Opt
                 Tensor latents, Tensor signs, Tensor counts, double alpha, OptionalTensor alpha_of_row,
                 OptionalTensor enabled, OptionalTensor seen, OptionalTensor edited, OptionalTensor nonfinite,
                 OptionalTensor maximum, OptionalTensor maximum_sum, OptionalTensor maximum_known,
-                OptionalTensor latent_edits, OptionalTensor leaders, OptionalTensor codes, OptionalTensor code_factors,
-                OptionalTensor work, std::string step_mode) {
+                OptionalTensor latent_edits, OptionalTensor recent_argmax, OptionalTensor codes,
+                OptionalTensor code_factors, OptionalTensor work, std::string step_mode) {
   cpu::TokenStep step;
   step.hidden = strided_matrix(hidden, "hidden");
   step.sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias, activation, k,
@@ -77,8 +77,11 @@ void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, Opt
   step.alpha_of_row = elements<float>(alpha_of_row, batch, "alpha");
   step.enabled = elements<bool>(enabled, batch, "enabled");
   step.stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits, batch, d_sae);
-  if (leaders.has_value()) step.leaders = {elements<int32_t>(leaders, leaders->numel(), "leaders"), leaders->numel()};
-  if (codes.has_value()) step.codes = codes_of(*codes, code_factors, step.sae.W_enc);
+  if (recent_argmax.has_value()) {
+    const int64_t capacity = recent_argmax->numel();
+    step.recent_argmax = {elements<int32_t>(recent_argmax, capacity, "recent_argmax"), capacity};
+  }
+  if (codes.has_value()) step.codes = quantized_encoder_of(*codes, code_factors, step.sae.W_enc);
   if (int64_t* counters = elements<int64_t>(work, work_counters, "work"))
     step.work = {counters, counters + 1, counters + 2, counters + 3, counters + 4, counters + 5, counters + 6};
   step.mode = mode_of(step_mode);
@@ -88,9 +91,9 @@ void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, Opt
 void encode_density(Tensor hidden, Tensor offsets, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                     OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
                     std::string activation, int64_t k, std::string normalization, Tensor counts) {
-  const cpu::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
+  const dspa::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
                                activation, k, normalization);
-  const cpu::StridedMatrix rows = strided_matrix(hidden, "hidden");
+  const dspa::StridedMatrix rows = strided_matrix(hidden, "hidden");
   STD_TORCH_CHECK(rows.columns == sae.d_model(), "hidden and W_enc must have as many columns");
   const int64_t segments = offsets.numel() - 1;
   const int64_t* bounds = elements<int64_t>(offsets, segments + 1, "offsets");
@@ -104,9 +107,9 @@ void encode_density(Tensor hidden, Tensor offsets, Tensor W_enc, Tensor b_enc, T
 
 template <class Density, class Value>
 void lookup_of(const Tensor& density, const Tensor& row_offsets, const Tensor& columns, const Tensor& values,
-               int64_t d_sae_out, const cpu::LookupOptions& options, const cpu::EditLists& lists) {
+               int64_t d_sae_out, const dspa::LookupOptions& options, const dspa::EditLists& lists) {
   const int64_t batch = density.size(0), nonzeros = values.numel();
-  cpu::CsrMap<Value> map;
+  dspa::CsrMap<Value> map;
   map.rows = density.size(1);
   map.columns_count = d_sae_out;
   map.row_offsets = elements<int64_t>(row_offsets, map.rows + 1, "row_offsets");
@@ -118,12 +121,12 @@ void lookup_of(const Tensor& density, const Tensor& row_offsets, const Tensor& c
 void lookup(Tensor density, Tensor row_offsets, Tensor columns, Tensor values, int64_t d_sae_out, int64_t k_prompt,
             int64_t k_diff, std::string edit, bool sign_guard, Tensor latents, Tensor signs, Tensor counts) {
   STD_TORCH_CHECK(density.dim() == 2, "density must be [B, d_sae_in]");
-  const cpu::LookupOptions options{k_prompt, k_diff, edit_kind_of(edit), sign_guard};
+  const dspa::LookupOptions options{k_prompt, k_diff, edit_kind_of(edit), sign_guard};
   STD_TORCH_CHECK(k_prompt >= 0 && k_prompt <= density.size(1) && k_diff >= 0 && k_diff <= d_sae_out,
                   "k_prompt or k_diff is out of range");
   const int64_t batch = density.size(0);
-  const int64_t capacity = options.edit == cpu::EditKind::both ? 2 * k_diff : k_diff;
-  const cpu::EditLists lists{elements<int32_t>(latents, batch * capacity, "latents"),
+  const int64_t capacity = options.edit == dspa::EditKind::both ? 2 * k_diff : k_diff;
+  const dspa::EditLists lists{elements<int32_t>(latents, batch * capacity, "latents"),
                              elements<int8_t>(signs, batch * capacity, "signs"),
                              elements<int32_t>(counts, batch, "counts"), capacity};
   const bool wide_density = density.scalar_type() == ScalarType::Double;
@@ -148,7 +151,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dspa, library) {
   library.def(DSPA_TOKEN_STEP_SCHEMA);
   library.def(DSPA_ENCODE_DENSITY_SCHEMA);
   library.def(DSPA_LOOKUP_SCHEMA);
-  library.def("encode_rows(Tensor W, Tensor(a!) codes, Tensor(b!) code_factors) -> ()");
+  library.def("quantize_rows(Tensor W, Tensor(a!) codes, Tensor(b!) code_factors) -> ()");
   library.def("stream_read(Tensor tensor) -> int");
   library.def("cpu_capability() -> str");
 }
@@ -157,7 +160,7 @@ STABLE_TORCH_LIBRARY_IMPL(dspa, CPU, library) {
   library.impl("token_step", TORCH_BOX(&token_step));
   library.impl("encode_density", TORCH_BOX(&encode_density));
   library.impl("lookup", TORCH_BOX(&lookup));
-  library.impl("encode_rows", TORCH_BOX(&encode_rows));
+  library.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   library.impl("stream_read", TORCH_BOX(&stream_read));
 }
 
@@ -169,5 +172,5 @@ STABLE_TORCH_LIBRARY_IMPL(dspa, Meta, library) {
   library.impl("token_step", TORCH_BOX(&decltype(fake_of(&token_step))::call));
   library.impl("encode_density", TORCH_BOX(&decltype(fake_of(&encode_density))::call));
   library.impl("lookup", TORCH_BOX(&decltype(fake_of(&lookup))::call));
-  library.impl("encode_rows", TORCH_BOX(&decltype(fake_of(&encode_rows))::call));
+  library.impl("quantize_rows", TORCH_BOX(&decltype(fake_of(&quantize_rows))::call));
 }

@@ -1,8 +1,9 @@
-// The same operations for tensors on an NVIDIA GPU, on torch's current stream. No CUDA header is needed in here.
+// torch.ops.dspa.* on NVIDIA GPUs, on torch's current stream. No CUDA header is needed here.
 //
-// The tests compile this file for kernels that run on the CPU, as operations of another name.
+// The tests compile this file with kernels that run on the CPU, as operations of another name.
 #include "cuda/operations.h"
-#include "tensor_operands.h"
+#include "schemas.h"
+#include "tensor_views.h"
 
 #ifdef DSPA_CUDA_SHIM
 #define DSPA_LIBRARY dspa_cuda_shim
@@ -17,10 +18,10 @@
 namespace dspa::binding {
 
 #ifdef DSPA_CUDA_SHIM
-bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+bool is_on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 const char* const device = "CPU";
 #else
-bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
+bool is_on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 const char* const device = "GPU";
 #endif
 
@@ -29,12 +30,11 @@ const char* const device = "GPU";
 namespace {
 
 using namespace dspa::binding;
-namespace cpu = dspa::cpu;
 namespace cuda = dspa::cuda;
 
 #ifndef DSPA_CUDA_SHIM
-// torch's stream on a device. A build of torch for the CPU lacks the function: it is looked for where it is needed, so
-// that the library can be loaded there all the same, to say what it has.
+// torch's stream on a device. A build of torch for the CPU lacks the function, so it is looked up at the first call:
+// the library loads there as well, and `cuda_architectures` can be called.
 void* current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t device, void** stream);
   static const Function function = [] {
@@ -49,7 +49,7 @@ void* current_stream(int32_t device) {
 }
 #endif
 
-// The device of a tensor made the current one, and torch's stream on it.
+// Makes the device of a tensor the current one; holds torch's stream on it.
 class OnDevice {
  public:
 #ifdef DSPA_CUDA_SHIM
@@ -71,13 +71,13 @@ void check(int error, const char* operation) {
   STD_TORCH_CHECK(error == 0, operation, " could not be launched: ", cuda::error_text(error));
 }
 
-// Memory to work in, from torch's allocator, which gives it to nobody else before the stream is done with it.
+// Stream-ordered scratch memory from torch's allocator.
 Tensor workspace(const Tensor& beside, int64_t bytes) {
   return torch::stable::new_empty(beside, {bytes}, ScalarType::Byte);
 }
 
 template <class Density, class Value>
-cuda::Lookup<Density, Value> lookup_operands(const Tensor& density, const Tensor& row_offsets, const Tensor& columns,
+cuda::Lookup<Density, Value> lookup_of(const Tensor& density, const Tensor& row_offsets, const Tensor& columns,
                                              const Tensor& values, int64_t d_sae_out, int64_t k_prompt, int64_t k_diff,
                                              const std::string& edit, bool sign_guard, const Tensor& latents,
                                              const Tensor& signs, const Tensor& counts) {
@@ -93,16 +93,16 @@ cuda::Lookup<Density, Value> lookup_operands(const Tensor& density, const Tensor
   lookup.map.row_offsets = elements<int64_t>(row_offsets, rows + 1, "row_offsets");
   lookup.map.columns = elements<int32_t>(columns, values.numel(), "columns");
   lookup.map.values = elements<Value>(values, values.numel(), "values");
-  lookup.lists.capacity = lookup.options.edit == cpu::EditKind::both ? 2 * k_diff : k_diff;
+  lookup.lists.capacity = lookup.options.edit == dspa::EditKind::both ? 2 * k_diff : k_diff;
   lookup.lists.latents = elements<int32_t>(latents, batch * lookup.lists.capacity, "latents");
   lookup.lists.signs = elements<int8_t>(signs, batch * lookup.lists.capacity, "signs");
   lookup.lists.counts = elements<int32_t>(counts, batch, "counts");
   return lookup;
 }
 
-// The memory a lookup works in; it has to outlive the launch, not the kernel.
+// The scratch memory of a lookup. It has to outlive the launch, not the kernel.
 template <class Density, class Value>
-Tensor give_workspace(cuda::Lookup<Density, Value>& lookup, const Tensor& density) {
+Tensor allocate_workspace(cuda::Lookup<Density, Value>& lookup, const Tensor& density) {
   const int64_t batch = density.size(0), scores = batch * lookup.map.columns_count;
   const int64_t latents = batch * (lookup.options.k_prompt + 4 * lookup.options.k_diff);
   const Tensor memory = workspace(density, scores * static_cast<int64_t>(sizeof(Value)) + 4 * latents);
@@ -113,9 +113,9 @@ Tensor give_workspace(cuda::Lookup<Density, Value>& lookup, const Tensor& densit
 
 template <class Density, class Value, class... Arguments>
 void run_lookup(const Tensor& density, const Arguments&... arguments) {
-  auto lookup = lookup_operands<Density, Value>(density, arguments...);
+  auto lookup = lookup_of<Density, Value>(density, arguments...);
   const OnDevice here(density);
-  const Tensor memory = give_workspace(lookup, density);
+  const Tensor memory = allocate_workspace(lookup, density);
   check(cuda::run_lookup(lookup, density.size(0), here.stream()), "lookup");
 }
 
@@ -138,13 +138,13 @@ void lookup(Tensor density, Tensor row_offsets, Tensor columns, Tensor values, i
 
 bool is_lazy(const std::string& mode) {
   STD_TORCH_CHECK(mode == "dense" || mode == "lazy" || mode == "screened", "mode ", mode, " is not known");
-  return mode != "dense";  // there are no codes to screen with
+  return mode != "dense";  // there is no quantized encoder on the GPU
 }
 
-cuda::TokenStep step_operands(const Tensor& hidden, const cpu::Sae& encoder, const Tensor& W_dec,
+cuda::TokenStep token_step_of(const Tensor& hidden, const dspa::Sae& encoder, const Tensor& W_dec,
                               const OptionalTensor& decoder_rows, const Tensor& latents, const Tensor& signs,
                               const Tensor& counts, double alpha, const OptionalTensor& alpha_of_row,
-                              const OptionalTensor& enabled, const cpu::Stats& stats, const OptionalTensor& work,
+                              const OptionalTensor& enabled, const dspa::Stats& stats, const OptionalTensor& work,
                               const std::string& mode) {
   cuda::TokenStep step;
   step.hidden = strided_matrix(hidden, "hidden");
@@ -161,7 +161,7 @@ cuda::TokenStep step_operands(const Tensor& hidden, const cpu::Sae& encoder, con
   step.enabled = elements<bool>(enabled, batch, "enabled");
   step.stats = stats;
   step.lazy = is_lazy(mode);
-  STD_TORCH_CHECK(work.has_value(), "work must be given: zeros to begin with, and the same tensor from then on");
+  STD_TORCH_CHECK(work.has_value(), "work is missing; expected a tensor, zeros at first, the same for all steps");
   const int64_t rows = cuda::scratch_rows(work->numel(), step.edits.capacity);
   STD_TORCH_CHECK(rows >= batch, "work must have room for every row of hidden");
   const int64_t words = cuda::scratch_words(rows, step.edits.capacity);
@@ -178,12 +178,12 @@ void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, Opt
                 OptionalTensor maximum, OptionalTensor maximum_sum, OptionalTensor maximum_known,
                 OptionalTensor latent_edits, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor work,
                 std::string step_mode) {
-  const cpu::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
+  const dspa::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
                                activation, k, normalization);
-  const cpu::Stats stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits,
+  const dspa::Stats stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits,
                                     hidden.size(0), sae.d_sae());
   const OnDevice here(hidden);
-  check(cuda::run_token_step(step_operands(hidden, sae, W_dec, decoder_rows, latents, signs, counts, alpha,
+  check(cuda::run_token_step(token_step_of(hidden, sae, W_dec, decoder_rows, latents, signs, counts, alpha,
                                            alpha_of_row, enabled, stats, work, step_mode),
                              here.stream()),
         "token_step");
@@ -199,18 +199,18 @@ void token_step_with_lookup(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor th
                             OptionalTensor nonfinite, OptionalTensor maximum, OptionalTensor maximum_sum,
                             OptionalTensor maximum_known, OptionalTensor latent_edits, Tensor work,
                             std::string step_mode) {
-  const cpu::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
+  const dspa::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
                                activation, k, normalization);
-  const cpu::Stats stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits,
+  const dspa::Stats stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits,
                                     hidden.size(0), sae.d_sae());
   const OnDevice here(hidden);
-  cuda::TokenStep step = step_operands(hidden, sae, W_dec, decoder_rows, latents, signs, counts, alpha, alpha_of_row,
+  cuda::TokenStep step = token_step_of(hidden, sae, W_dec, decoder_rows, latents, signs, counts, alpha, alpha_of_row,
                                        enabled, stats, work, step_mode);
   STD_TORCH_CHECK(density.dim() == 2 && density.size(0) == step.hidden.rows, "density must have the rows of hidden");
-  step.lookup = lookup_operands<float, float>(density, row_offsets, columns, values, sae.d_sae(), k_prompt, k_diff,
+  step.lookup = lookup_of<float, float>(density, row_offsets, columns, values, sae.d_sae(), k_prompt, k_diff,
                                               edit, sign_guard, latents, signs, counts);
   step.looks_up = true;
-  const Tensor memory = give_workspace(step.lookup, density);
+  const Tensor memory = allocate_workspace(step.lookup, density);
   check(cuda::run_token_step(step, here.stream()), "token_step");
 }
 

@@ -1,4 +1,4 @@
-"""Compiling the CUDA sources with nvcc, for the build and for the tests that read what the assembler says.
+"""Compiling the CUDA sources with nvcc, for the build and for the tests that read the assembler's report.
 
 Objects and the assembler's report are kept under `build/cuda`, by a digest of the sources and the command, so that
 neither an unchanged checkout nor its tests compile anything twice.
@@ -20,7 +20,7 @@ SOURCES = ("token_step", "encode_density", "lookup")
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "--fmad=false",  # where a multiplication and an addition are fused is written out, and the same in every kernel
+    "--fmad=false",  # fused multiply-adds are written out, the same in every kernel
     "-Xptxas",
     "-v",
     "-Xcompiler",
@@ -29,7 +29,7 @@ FLAGS = (
 
 
 class CompilationError(Exception):
-    """nvcc failed; the message is what it said."""
+    """nvcc failed, with this message."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Compiled:
 
     Attributes:
         object_file: to be linked.
-        report: what the assembler said about each kernel: registers, stack frame, spills.
+        report: of the assembler, for each kernel: registers, stack frame, spills.
     """
 
     object_file: Path
@@ -58,7 +58,7 @@ def libraries_of(nvcc: str) -> Path:
     """The folder with the CUDA runtime to link against.
 
     Raises:
-        CompilationError: if nvcc does not say where it is.
+        CompilationError: if nvcc does not print its location.
     """
     done = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True)
     for line in done.stderr.splitlines():
@@ -67,11 +67,11 @@ def libraries_of(nvcc: str) -> Path:
             for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
                 if (top / folder / "libcudart_static.a").exists():
                     return top / folder
-    raise CompilationError(f"{nvcc} does not say where libcudart_static.a is")
+    raise CompilationError(f"{nvcc} does not print the folder of libcudart_static.a; expected a CUDA toolkit")
 
 
 def architecture_flags(architectures: Sequence[str]) -> list[str]:
-    """Machine code for each, and portable code of the newest that is not for one chip alone, for later GPUs."""
+    """Flags for machine code of each, and for portable code of the newest without an "a", for later GPUs."""
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
     portable = [name for name in architectures if name.isdigit()]
     if portable:
@@ -81,11 +81,11 @@ def architecture_flags(architectures: Sequence[str]) -> list[str]:
 
 
 def compile_sources(nvcc: str, architectures: Sequence[str]) -> list[Compiled]:
-    """Compiles all sources for all architectures, "80" or "90a" say, unless that was done before. DSPA_CUDA_FLAGS holds
+    """Compiles all sources for all architectures, such as "80" or "90a", unless they are cached. DSPA_CUDA_FLAGS holds
     further flags for nvcc.
 
     Raises:
-        CompilationError: with what nvcc said.
+        CompilationError: with nvcc's message.
     """
     flags = [*FLAGS, *os.environ.get("DSPA_CUDA_FLAGS", "").split(), *architecture_flags(architectures)]
     command = [nvcc, *flags, f"--threads={min(4, os.cpu_count() or 1)}", "-c"]
@@ -112,6 +112,6 @@ def _digest(command: list[str]) -> str:
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True)
     digest.update(version.stdout)
     folder = ROOT / "csrc"
-    for source in sorted([*folder.glob("cuda/*.cu*"), *folder.glob("cuda/*.h"), *folder.glob("cpu/*.h")]):
+    for source in sorted([*folder.glob("cuda/*.cu*"), *folder.glob("cuda/*.h"), *folder.glob("common/*.h")]):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]

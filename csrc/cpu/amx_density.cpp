@@ -107,7 +107,7 @@ struct alignas(64) TileConfiguration {
 
 namespace {
 
-// GCC's intrinsics do not say what memory they read: it has to be written before they run.
+// GCC's intrinsics do not declare the memory they read: it has to be written before they run.
 #define DSPA_ALL_IS_WRITTEN __asm__ volatile("" ::: "memory")
 
 // products[latent][token] of 32 latents and 32 tokens. Tiles 0 to 3 are sums, 4 and 5 latents, 6 and 7 tokens.

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "operands.h"
+#include "../common/sae.h"
 #include "parallel.h"
 
 namespace dspa::cpu {

@@ -25,7 +25,7 @@ struct Batch {
   int64_t size() const { return static_cast<int64_t>(inputs.size()); }
 };
 
-// The gates look at each latent alone: a block of rows is multiplied, compared and counted before the next.
+// A gate depends on one latent only: a block of rows is multiplied, compared and counted before the next.
 void count_gates(const Batch& batch, const Sae& sae, int32_t* counts, const ThreadPool& pool) {
   const RowKernels& kernels = row_kernels();
   const int64_t d_sae = sae.d_sae();

@@ -1,7 +1,7 @@
 // How many tokens of each segment activate each latent, without ever holding the activations.
 #pragma once
 
-#include "operands.h"
+#include "../common/sae.h"
 #include "parallel.h"
 
 namespace dspa::cpu {

@@ -1,7 +1,7 @@
-// `h'`, what the encoder multiplies: the hidden state, normalised and without the decoder bias.
+// `h'`, the input of the encoder (docs/method.md, section 1): the hidden state, normalised, minus the decoder bias.
 #pragma once
 
-#include "operands.h"
+#include "../common/sae.h"
 
 namespace dspa::cpu {
 

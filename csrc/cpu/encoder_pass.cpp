@@ -12,8 +12,7 @@ namespace {
 constexpr int64_t bytes_per_block = 256 * 1024;
 constexpr int64_t rows_at_once = 8;
 
-// The rows of a matrix in blocks, handed out to the threads. A thread learns which block comes after the one it works
-// on, to read ahead into it.
+// The rows of a matrix in blocks, distributed over the threads. A thread takes its next block early, to prefetch it.
 class Blocks {
  public:
   Blocks(int64_t rows, int64_t row_bytes)
@@ -23,7 +22,7 @@ class Blocks {
 
   int64_t block_rows() const { return block_rows_; }
 
-  // `work(first, count, upcoming)` until no block is left or it answers false; upcoming is -1 for none.
+  // `work(first, count, upcoming)` until no block is left or it returns false; upcoming is -1 for none.
   template <class Work>
   void for_each(const Work& work) {
     int64_t first = next_.fetch_add(block_rows_);
@@ -34,7 +33,7 @@ class Blocks {
     }
   }
 
-  // Calls `work()` on as many threads as have something to do.
+  // Calls `work()` on the threads of the pool, or on the calling one if there is only one block.
   template <class Work>
   void on_threads(const ThreadPool& pool, const Work& work) const {
     (rows_ <= block_rows_ ? calling_thread : pool).on_each_thread(work);
@@ -46,7 +45,7 @@ class Blocks {
   std::atomic<int64_t> next_{0};
 };
 
-// The ranks of each token's candidates as far as they are known; only ever rise, from any thread.
+// The ranks of each token's candidates counted so far; they only rise, from any thread.
 class Ranks {
  public:
   Ranks(const Sae& sae, const std::vector<Token*>& tokens) : k_(sae.k) {
@@ -102,7 +101,7 @@ void drop_settled(const Sae& sae, const std::vector<Token*>& tokens, const Ranks
              open.end());
 }
 
-// Raises to the largest of some scores, if that is more than what is known.
+// Raises the maximum to the largest of some scores.
 void raise(Maximum& maximum, int64_t first, int64_t count, const float* scores) {
   const float largest = row_kernels().maximum(scores, count);
   if (largest > 0.0f && largest >= maximum.score())
@@ -139,7 +138,7 @@ int64_t rescore(const Sae& sae, std::vector<Suspect>& suspects, Token& token) {
   return rescored;
 }
 
-// Makes the bounds exact where they do not tell whether a latent comes before a candidate.
+// Makes the bounds exact where they do not decide whether a latent comes before a candidate.
 int64_t resolve_ranks(const Sae& sae, size_t index, const Token& token, const Ranks& ranks, int64_t first,
                       int64_t count, float* lower, float* upper) {
   int64_t rescored = 0;
@@ -191,7 +190,8 @@ PassWork encoder_pass(const Sae& sae, const std::vector<Token*>& tokens, bool ma
   return work;
 }
 
-PassWork screened_pass(const Sae& sae, const Codes& codes, const std::vector<Token*>& tokens, const ThreadPool& pool) {
+PassWork screened_pass(const Sae& sae, const QuantizedEncoder& codes, const std::vector<Token*>& tokens,
+                       const ThreadPool& pool) {
   const RowKernels& kernels = row_kernels();
   Ranks ranks(sae, tokens);
   Blocks blocks(sae.d_sae(), codes.row_size);

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "codes.h"
-#include "operands.h"
+#include "quantized_encoder.h"
+#include "../common/sae.h"
 #include "parallel.h"
 
 namespace dspa::cpu {
@@ -19,7 +19,7 @@ struct Candidate {
   int64_t rank = 0;    // topk: number of latents that come before it
 };
 
-// The largest score seen and the lowest latent that has it; only ever rises, from any thread.
+// The largest score so far and the lowest latent that has it; only rises, from any thread.
 class Maximum {
  public:
   float score() const { return float_of_bits(static_cast<uint32_t>(packed_.load(std::memory_order_relaxed) >> 32)); }
@@ -41,7 +41,7 @@ class Maximum {
 struct Token {
   const float* input = nullptr;  // packed
   const int16_t* code = nullptr;
-  TokenCode code_factors;
+  QuantizedToken code_factors;
   float alpha = 0.0f;
   std::vector<Candidate> candidates;
   Maximum floor;         // of lower bounds of the maximum, by which latent
@@ -69,6 +69,7 @@ struct PassWork {
 PassWork encoder_pass(const Sae& sae, const std::vector<Token*>& tokens, bool may_stop, const ThreadPool& pool);
 
 // The same with the codes, which rule out most rows; the others are computed exactly.
-PassWork screened_pass(const Sae& sae, const Codes& codes, const std::vector<Token*>& tokens, const ThreadPool& pool);
+PassWork screened_pass(const Sae& sae, const QuantizedEncoder& codes, const std::vector<Token*>& tokens,
+                       const ThreadPool& pool);
 
 }  // namespace dspa::cpu

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "dtype.h"
+#include "../common/dtype.h"
 
 namespace dspa::cpu::avx512 {
 

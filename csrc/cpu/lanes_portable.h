@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "dtype.h"
+#include "../common/dtype.h"
 
 namespace dspa::cpu::portable {
 

@@ -1,4 +1,4 @@
-// Work shared out over the threads of whoever calls: torch's pool through the binding, one thread in a bare test.
+// Work distributed over a thread pool: torch's through the binding, one thread elsewhere.
 #pragma once
 
 #include <atomic>
@@ -21,8 +21,8 @@ struct ThreadPool {
     }
   }
 
-  // `task(index)` for each index below count. A thread takes the next index when it is free, so a core that is busy
-  // elsewhere holds nobody up; tasks must not depend on which thread runs them.
+  // `task(index)` for each index below count. A thread takes the next index when it is free, so a busy core
+  // does not delay the others; tasks must not depend on which thread runs them.
   template <class Task>
   void for_each(int64_t count, const Task& task) const {
     if (count == 1) {

@@ -1,4 +1,4 @@
-// Which inner loops this processor runs.
+// The choice of the inner loops for this processor.
 #include "row_kernels.h"
 
 #include <cstdlib>
@@ -15,7 +15,7 @@ extern const RowKernels row_kernels_avx512;
 namespace {
 
 #if defined(__x86_64__)
-// DSPA_CPU_CAPABILITY=avx2 or portable asks for less than the processor has, for tests and comparisons.
+// DSPA_CPU_CAPABILITY=avx2 or portable limits the instruction set, for tests and comparisons.
 bool allowed(const char* capability) {
   const char* limit = std::getenv("DSPA_CPU_CAPABILITY");
   if (limit == nullptr || std::strcmp(limit, "avx512") == 0) return true;

@@ -1,4 +1,4 @@
-// The inner loops, compiled once per instruction set; `row_kernels()` answers those for this processor.
+// The inner loops, compiled once per instruction set; `row_kernels()` returns those for this processor.
 //
 // A product is always summed in one order: 16 partial sums, each of two elements of every chunk of 32, then a fixed
 // tree. It does not depend on the other rows or tokens of a call, so every mode and batch sees the same bits.
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "operands.h"
+#include "../common/sae.h"
 
 namespace dspa::cpu {
 
@@ -27,7 +27,7 @@ struct RowKernels {
   const char* name;
 
   // out[t * out_stride + r] = W[first + r] . tokens[t]   for r < count, t < token_count; tokens packed.
-  // Reads ahead into `upcoming`, the rows this thread will want next, if it is not null.
+  // Prefetches `upcoming`, the rows that this thread reads next, if it is not null.
   void (*products)(const Matrix& W, int64_t first, int64_t count, const char* upcoming, const float* const* tokens,
                    int64_t token_count, float* out, int64_t out_stride);
 
@@ -42,7 +42,7 @@ struct RowKernels {
   // sum += coefficient * row, elementwise; sum packed.
   void (*add_row)(const Matrix& W, int64_t row, float coefficient, float* sum);
 
-  // Products to scores, in place: the activation f, or z for topk, where f is only known once the ranks are.
+  // Products to scores, in place: the activation f, or z for topk, where f depends on the ranks.
   void (*scores)(const Sae& sae, int64_t first, int64_t count, float* products);
 
   // Largest of `count` scores and 0; NaNs are passed over.

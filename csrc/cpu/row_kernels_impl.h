@@ -99,7 +99,7 @@ void products_of_rows(const char* const* rows, const char* const* ahead, const f
                                           out_stride);
 }
 
-// The rows go by once: what the first tokens have read is still in the nearest cache for the others.
+// Each row is read from memory once: for later tokens it is still in the nearest cache.
 template <class Element, int R, int T>
 void products_in_tiles(const Matrix& W, int64_t first, int64_t count, const char* upcoming, const float* const* tokens,
                        int64_t token_count, float* out, int64_t out_stride) {
@@ -134,7 +134,7 @@ void products_of(const Matrix& W, int64_t first, int64_t count, const char* upco
                                                                          out, out_stride);
 }
 
-// Codes of R rows for T tokens.
+// Products of the codes of R rows with those of T tokens.
 template <int R, int T>
 void code_tile(const int8_t* codes, int64_t row_size, const int8_t* ahead, const int16_t* const* tokens, float* out,
                int64_t out_stride) {

@@ -1,4 +1,4 @@
-// Reading memory and nothing else: what the bandwidth of a pass over W_enc is compared with.
+// Reads memory and does nothing else: the bandwidth that a pass over W_enc is compared with.
 #pragma once
 
 #include <cstdint>

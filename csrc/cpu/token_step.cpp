@@ -15,7 +15,7 @@
 namespace dspa::cpu {
 namespace {
 
-// Below this many bytes of weights, waking other threads costs more than it saves, above all on a busy machine.
+// Below this many bytes of weights, waking other threads costs more than it saves.
 constexpr int64_t bytes_worth_a_thread = 4 * 1024 * 1024;
 constexpr int32_t no_latent = -1;
 
@@ -29,7 +29,7 @@ struct Row {
   int64_t rows_read = 0;
   std::vector<int32_t> latents_changed;
 
-  bool taken() const { return enabled && finite; }
+  bool is_processed() const { return enabled && finite; }
 };
 
 void check_lists(const TokenStep& step) {
@@ -52,7 +52,7 @@ void check_lists(const TokenStep& step) {
   }
 }
 
-// Scores of some latents for one token, in the bits in which a pass would find them. False if one is not finite.
+// Scores of some latents for one token, with the same bits as in a pass. False if one is not finite.
 bool score_latents(const Sae& sae, const int32_t* latents, int64_t count, const float* input, float* scores) {
   const RowKernels& kernels = row_kernels();
   bool finite = true;
@@ -88,11 +88,11 @@ void try_without_pass(const TokenStep& step, Row& row) {
   if (!token.vanishes(std::numeric_limits<float>::infinity())) return;
 
   constexpr int64_t at_once = 8;
-  for (int64_t first = 0; !token.certain && first < step.leaders.capacity; first += at_once) {
+  for (int64_t first = 0; !token.certain && first < step.recent_argmax.capacity; first += at_once) {
     int32_t latents[at_once];
     int64_t count = 0;
-    for (int64_t i = first; i < std::min(first + at_once, step.leaders.capacity); ++i) {
-      const int32_t latent = step.leaders.latents[i];
+    for (int64_t i = first; i < std::min(first + at_once, step.recent_argmax.capacity); ++i) {
+      const int32_t latent = step.recent_argmax.latents[i];
       if (latent >= 0 && latent < step.sae.d_sae()) latents[count++] = latent;
     }
     float scores[at_once];
@@ -104,15 +104,15 @@ void try_without_pass(const TokenStep& step, Row& row) {
   }
 }
 
-// Brings a latent to the front; the one that was useful longest ago falls out.
-void remember(const Leaders& leaders, int32_t latent) {
-  if (leaders.capacity == 0 || latent < 0) return;
-  int32_t* end = std::find(leaders.latents, leaders.latents + leaders.capacity - 1, latent);
-  std::copy_backward(leaders.latents, end, end + 1);
-  leaders.latents[0] = latent;
+// Brings a latent to the front; the least recent one is dropped.
+void remember(const RecentArgmax& recent_argmax, int32_t latent) {
+  if (recent_argmax.capacity == 0 || latent < 0) return;
+  int32_t* end = std::find(recent_argmax.latents, recent_argmax.latents + recent_argmax.capacity - 1, latent);
+  std::copy_backward(recent_argmax.latents, end, end + 1);
+  recent_argmax.latents[0] = latent;
 }
 
-// The listed latents that are active, with what the edit makes of them; writes the decoded difference to the row.
+// Edits the active listed latents (docs/method.md, section 4) and adds the decoded difference to the row.
 void edit(const TokenStep& step, int64_t index, Row& row) {
   const Sae& sae = step.sae;
   Token& token = row.token;
@@ -162,7 +162,7 @@ void count(const TokenStep& step, const std::vector<Row>& rows) {
   for (size_t index = 0; index < rows.size(); ++index) {
     const Row& row = rows[index];
     if (!row.enabled) continue;
-    const bool known = row.taken() && (step.mode == Mode::dense || row.maximum_needed);
+    const bool known = row.is_processed() && (step.mode == Mode::dense || row.maximum_needed);
     const double maximum = known ? row.token.maximum.score() : std::numeric_limits<double>::quiet_NaN();
     stats.seen[index] += 1;
     stats.edited[index] += row.edited;
@@ -178,17 +178,17 @@ void count_work(const TokenStep& step, const std::vector<Row>& rows, int64_t pas
   const Work& work = step.work;
   if (work.tokens == nullptr) return;
   for (const Row& row : rows) {
-    *work.tokens += row.taken();
+    *work.tokens += row.is_processed();
     *work.active += !row.token.candidates.empty();
     *work.maximum_needed += row.maximum_needed;
   }
   *work.passes += passes;
   *work.encoder_bytes += pass.rows * step.sae.W_enc.row_bytes() + pass.code_rows * step.codes.row_size;
-  *work.screened_rows += pass.screened;
-  *work.rescored_rows += pass.rescored;
+  *work.screened_pairs += pass.screened;
+  *work.rescored_pairs += pass.rescored;
 }
 
-// The pass, by whichever way the mode asks for.
+// The pass over the encoder, in the way of the mode.
 PassWork find_maxima(const TokenStep& step, const std::vector<Token*>& tokens, const ThreadPool& pool) {
   if (step.mode == Mode::screened && step.codes.values != nullptr) {
     const int64_t row_size = step.codes.row_size;
@@ -198,7 +198,7 @@ PassWork find_maxima(const TokenStep& step, const std::vector<Token*>& tokens, c
       int16_t* code = codes.data() + static_cast<int64_t>(t) * row_size;
       tokens[t]->code = code;
       tokens[t]->code_factors =
-          encode_token(tokens[t]->input, step.sae.W_enc.dtype, step.sae.d_model(), code, row_size);
+          quantize_token(tokens[t]->input, step.sae.W_enc.dtype, step.sae.d_model(), code, row_size);
       usable &= tokens[t]->code_factors.usable;
     }
     if (usable) return screened_pass(step.sae, step.codes, tokens, pool);
@@ -236,17 +236,17 @@ void token_step(const TokenStep& step, const ThreadPool& pool) {
 
   std::vector<Token*> uncertain;
   for (Row& row : rows)
-    if (row.taken() && (step.mode == Mode::dense || !(row.token.certain || row.token.candidates.empty())))
+    if (row.is_processed() && (step.mode == Mode::dense || !(row.token.certain || row.token.candidates.empty())))
       uncertain.push_back(&row.token);
   PassWork pass;
   if (!uncertain.empty()) pass = find_maxima(step, uncertain, pool);
 
   row_pool.for_each(batch, [&](int64_t index) {
-    if (row_at(index).taken()) edit(step, index, row_at(index));
+    if (row_at(index).is_processed()) edit(step, index, row_at(index));
   });
 
   for (const Row& row : rows) {
-    remember(step.leaders, (row.token.certain ? row.token.floor : row.token.maximum).latent());
+    remember(step.recent_argmax, (row.token.certain ? row.token.floor : row.token.maximum).latent());
     pass.rows += row.rows_read;
   }
   count(step, rows);

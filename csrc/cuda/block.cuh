@@ -1,4 +1,4 @@
-// Threads together: lanes of a warp, a block, and a cluster of blocks.
+// Groups of threads: the lanes of a warp, a block, and a cluster of blocks.
 #pragma once
 
 #include "ptx.cuh"
@@ -48,7 +48,7 @@ __device__ __forceinline__ double sum_over_block(double value, double* buffer) {
   return sum;
 }
 
-// The blocks that can write each other's shared memory; a block is a cluster of one where none was asked for.
+// The blocks that can write each other's shared memory; a launch without clusters has clusters of one block.
 struct Cluster {
   uint32_t rank = ptx::cluster_rank();
   uint32_t size = ptx::cluster_size();
@@ -62,7 +62,7 @@ struct Cluster {
       ptx::cluster_barrier();
   }
 
-  // What `take()` gave the leading thread, in every thread. `slot` is shared.
+  // Calls `take()` in the leading thread and returns its result in every thread. `slot` is shared.
   template <class Take>
   __device__ __forceinline__ uint32_t broadcast(uint32_t* slot, const Take& take) const {
     if (leads()) store_everywhere(slot, take());

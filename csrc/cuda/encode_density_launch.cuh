@@ -1,4 +1,4 @@
-// The launches of encode_density: which kernels, what they need to work in, and how many tokens at a time.
+// The launches of encode_density: which kernels, their scratch memory, and how many tokens at a time.
 #pragma once
 
 #include <algorithm>

@@ -1,16 +1,12 @@
 // The encoder on the device: `h'` in shared memory, products with rows of W_enc, and activations.
 #pragma once
 
-#include "../cpu/operands.h"
+#include "../common/sae.h"
 #include "block.cuh"
 #include "numbers.cuh"
 
 namespace dspa::cuda {
 
-using cpu::Activation;
-using cpu::Normalization;
-using cpu::Sae;
-using cpu::StridedMatrix;
 
 constexpr double layer_norm_epsilon = 1e-5;
 constexpr int loads_in_flight = 8;  // 16 bytes each, for every thread
@@ -70,7 +66,7 @@ __device__ __forceinline__ float encoder_input(const StridedMatrix& hidden, cons
 }
 
 struct Score {
-  float z;      // what ranks a latent
+  float z;      // the value by which latents are ranked
   float value;  // its activation, for topk if it is among the k largest; 0 where it is not active
 };
 
@@ -91,8 +87,8 @@ __device__ __forceinline__ Score score_of(const Sae& sae, int64_t latent, float 
 
 // ---- products of rows of weights with inputs in shared memory -------------------------------------------------------
 
-// Where entry i of an input lies: so that the lanes of a warp, each with the numbers of one 16-byte load of weights,
-// read neighbouring 16 bytes of it.
+// The position of entry i of an input. The lanes of a warp, each with the numbers of one 16-byte load of weights, read
+// neighbouring 16 bytes of it.
 template <class Weights>
 __device__ __forceinline__ int64_t input_position(int64_t i) {
   constexpr int per_load = Weights::per_load;
@@ -139,7 +135,7 @@ struct FromShared {
   }
 };
 
-// Products of `kRows` neighbouring rows, of which the first `count` are there, with `kInputs` inputs: the lane's own is
+// Products of `kRows` neighbouring rows, of which the first `count` exist, with `kInputs` inputs: the lane's own is
 // that of row `v / kInputs` and input `v % kInputs`, v = lane * kRows * kInputs / 32. The order of the additions does
 // not depend on kRows and kInputs.
 template <class Weights, int kRows, int kInputs, class Load>

@@ -11,13 +11,13 @@
 
 namespace dspa::cuda {
 
-// Whether 16 bytes can be loaded from the beginning of every row, and of every multiple of 16 bytes behind it.
-inline bool is_aligned(const cpu::Matrix& matrix) {
-  const int64_t row_bytes = matrix.columns * (matrix.dtype == cpu::Dtype::float32 ? 4 : 2);
+// Whether every row can be loaded 16 bytes at a time.
+inline bool is_aligned(const Matrix& matrix) {
+  const int64_t row_bytes = matrix.columns * (matrix.dtype == Dtype::float32 ? 4 : 2);
   return row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0;
 }
 
-// What one block may have at most, and how many blocks of a kernel the whole device holds at a time.
+// Limits of a device for one kernel: shared memory of a block, and how many blocks run at a time.
 struct Room {
   int64_t shared_limit = 0;
   int64_t blocks = 0;
@@ -31,20 +31,20 @@ inline cudaError_t shared_limit_of(int device, int64_t& limit) {
   return error;
 }
 
-// The same error, of which CUDA tells nobody else then: torch would take it for one of its own next launch.
-inline cudaError_t taken(cudaError_t error) {
+// The same error, cleared in the CUDA runtime: torch would otherwise report it at its own next launch.
+inline cudaError_t cleared(cudaError_t error) {
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
   return error;
 }
 
-// Whether what the current device runs of a kernel takes blocks of so many threads. A kernel that only some GPUs can
-// run is empty elsewhere, and takes smaller ones.
+// Whether a kernel takes blocks of this many threads on the current device. A kernel for some GPUs only is compiled as
+// an empty kernel with smaller blocks for the others.
 inline bool takes_blocks_of(const void* kernel, int threads) {
   cudaFuncAttributes attributes = {};
-  return taken(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess && attributes.maxThreadsPerBlock >= threads;
+  return cleared(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess && attributes.maxThreadsPerBlock >= threads;
 }
 
-// Asked once for every kernel, device and size; the answer stays.
+// Queried once for every kernel, device and size, then cached.
 inline cudaError_t room_for(const void* kernel, int threads, int64_t shared, Room& room) {
   struct Entry {
     const void* kernel;
@@ -81,7 +81,7 @@ inline cudaError_t room_for(const void* kernel, int threads, int64_t shared, Roo
   return cudaSuccess;
 }
 
-// Puts a kernel on the stream. What it answers is about the launch; what goes wrong later shows at the next call.
+// Puts a kernel on the stream. The error returned is that of the launch; later ones are reported by the next call.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int64_t shared, int cluster,
                    cudaStream_t stream, Parameters... parameters) {

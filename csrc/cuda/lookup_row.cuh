@@ -42,7 +42,7 @@ __device__ void lookup_row(const Lookup<Density, Value>& lookup, int64_t row, Se
   using DensityKey = KeyOfValue<Density>;
   using Key = KeyOfValue<Value>;
   constexpr int32_t dropped = -1;
-  const cpu::CsrMap<Value>& map = lookup.map;
+  const CsrMap<Value>& map = lookup.map;
   const int64_t k_prompt = lookup.options.k_prompt, k_diff = lookup.options.k_diff;
   const Density* density = lookup.density + row * map.rows;
   Value* score = lookup.scores + row * map.columns_count;
@@ -68,8 +68,8 @@ __device__ void lookup_row(const Lookup<Density, Value>& lookup, int64_t row, Se
     __syncthreads();
   }
 
-  const bool augments = lookup.options.edit != cpu::EditKind::ablate;
-  const bool ablates = lookup.options.edit != cpu::EditKind::augment;
+  const bool augments = lookup.options.edit != EditKind::ablate;
+  const bool ablates = lookup.options.edit != EditKind::augment;
   const int64_t up = augments ? k_diff : 0, down = ablates ? k_diff : 0;
   sort_largest<Key>(map.columns_count, up, [&](int64_t i) { return ordered_key(score[i]); }, unsorted, augmented,
                     buffer);
@@ -83,7 +83,7 @@ __device__ void lookup_row(const Lookup<Density, Value>& lookup, int64_t row, Se
     __syncthreads();
   }
 
-  // One list: augmented, then ablated, without what was dropped and without what is in both.
+  // One list: augmented, then ablated, without dropped latents and without those in both.
   int32_t* merged = unsorted;
   for (int64_t i = threadIdx.x; i < up; i += blockDim.x)
     merged[i] = contains(ablated, down, augmented[i]) ? dropped : augmented[i];

@@ -1,12 +1,11 @@
 // Storage dtypes on the device: single values of hidden states, and 16 bytes of weights at a time.
 #pragma once
 
-#include "../cpu/dtype.h"
+#include "../common/dtype.h"
 #include "ptx.cuh"
 
 namespace dspa::cuda {
 
-using cpu::Dtype;
 
 __device__ __forceinline__ bool finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 

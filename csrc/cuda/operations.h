@@ -1,11 +1,12 @@
-// What the kernels work on, and their launchers, for the binding: no CUDA and no torch in here. A launcher puts its
-// work on the stream, a cudaStream_t, and answers in CUDA's error codes; 0 is success.
+// The arguments of the kernels and their launchers, for the binding, without CUDA and without torch. A launcher puts
+// its work on the stream, a cudaStream_t, and returns CUDA's error code; 0 is success.
 #pragma once
 
 #include <cstdint>
 
-#include "../cpu/lookup.h"
-#include "../cpu/operands.h"
+#include "../common/csr_map.h"
+#include "../common/edit_lists.h"
+#include "../common/sae.h"
 
 namespace dspa::cuda {
 
@@ -14,11 +15,11 @@ namespace dspa::cuda {
 template <class Density, class Value>
 struct Lookup {
   const Density* density = nullptr;  // [batch, map.rows]
-  cpu::CsrMap<Value> map;
-  cpu::LookupOptions options;
-  cpu::EditLists lists;
-  Value* scores = nullptr;      // [batch, map.columns_count] to work in
-  int32_t* latents = nullptr;   // [batch, k_prompt + 4 k_diff] to work in
+  CsrMap<Value> map;
+  LookupOptions options;
+  EditLists lists;
+  Value* scores = nullptr;      // [batch, map.columns_count] scratch
+  int32_t* latents = nullptr;   // [batch, k_prompt + 4 k_diff] scratch
 };
 
 int run_lookup(const Lookup<float, float>& lookup, int64_t batch, void* stream);
@@ -28,7 +29,7 @@ int run_lookup(const Lookup<double, double>& lookup, int64_t batch, void* stream
 
 // ---- token_step -----------------------------------------------------------------------------------------------------
 
-// What clusters tell each other, all zero between launches but for the scores.
+// What clusters exchange. All zero between launches, except for the scores.
 struct Scratch {
   uint32_t* ticket = nullptr;       // clusters that started
   uint32_t* tiles_done = nullptr;
@@ -66,13 +67,13 @@ inline Scratch scratch_in(uint32_t* words, int64_t rows, int64_t capacity) {
 }
 
 struct TokenStep {
-  cpu::StridedMatrix hidden;
-  cpu::Sae sae;
-  cpu::Edits edits;
+  StridedMatrix hidden;
+  Sae sae;
+  Edits edits;
   float alpha = 0.0f;
   const float* alpha_of_row = nullptr;  // instead of alpha
   const bool* enabled = nullptr;        // null for all
-  cpu::Stats stats;
+  Stats stats;
   bool lazy = false;
   bool looks_up = false;  // fills the edit lists in first
   Lookup<float, float> lookup;
@@ -88,12 +89,12 @@ int run_token_step(const TokenStep& step, void* stream);
 // ---- encode_density -------------------------------------------------------------------------------------------------
 
 struct EncodeDensity {
-  cpu::StridedMatrix hidden;
-  cpu::Sae sae;
+  StridedMatrix hidden;
+  Sae sae;
   const int64_t* offsets = nullptr;  // [segments + 1]
   int64_t segments = 0;
   int32_t* counts = nullptr;         // [segments, d_sae], added to
-  // To work in, for the tokens from `first_token` on.
+  // Scratch, for the tokens from `first_token` on.
   int64_t first_token = 0;
   int64_t tokens = 0;             // at a time: whole tiles
   int64_t depth = 0;              // d_model, rounded up to whole steps
@@ -104,7 +105,7 @@ struct EncodeDensity {
   float* scores = nullptr;        // [tokens, d_sae], for topk
 };
 
-// What a call needs to work in, beside its tensors.
+// The scratch memory of a call.
 struct DensityPlan {
   int64_t tokens = 0;
   int64_t depth = 0;
@@ -113,21 +114,20 @@ struct DensityPlan {
   int64_t bytes = 0;
 };
 
-DensityPlan plan_density(const cpu::StridedMatrix& hidden, const cpu::Sae& sae);
+DensityPlan plan_density(const StridedMatrix& hidden, const Sae& sae);
 
 // Adds to the counts. `memory` has `plan.bytes`, aligned to 16.
 int run_encode_density(const EncodeDensity& task, const DensityPlan& plan, char* memory, void* stream);
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// What may be set to measure other shapes. It does not change results, but for the rounding of norms (threads).
+// Shapes of launches, to be set by benchmarks. They do not change results, except the rounding of norms (threads).
 struct Tuning {
   int threads = 256;  // of a block of token_step: a multiple of 32, at most 256
   int cluster = 1;    // blocks of a cluster of token_step, on sm_90 and later: 1, 2, 4 or 8
-  // Of inputs, or for topk of scores, that encode_density holds: about what the second-level cache of a large device
-  // has room for.
+  // Bytes of inputs, or for topk of scores, that encode_density holds: about the second-level cache of a large device.
   int64_t density_bytes = int64_t{64} << 20;
-  // Both take effect where the current device has what they name. Not measured yet.
+  // Both take effect only where the current device supports them. Not measured yet.
   bool warpgroup_products = false;  // encode_density multiplies by warpgroups
   bool bulk_copies = false;         // the copy engine brings W_enc to token_step for a batch of one
 };

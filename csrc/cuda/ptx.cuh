@@ -1,5 +1,5 @@
-// The instructions that CUDA C++ has no name for, one function each. The tests compile the kernels with a C++ compiler
-// and put plain C++ of the same meaning in the place of these.
+// Instructions without a name in CUDA C++, one function each. The tests compile the kernels with a C++ compiler and
+// replace these by plain C++ of the same meaning.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,14 +24,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// For what is read once: the cache gives it up first.
+// For data that is read once: the first to be evicted from the cache.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
-// 16 bytes that nobody writes during the kernel. Not volatile: the compiler may put several in flight.
+// 16 bytes that are not written during the kernel. Not volatile: the compiler may issue several loads in a row.
 __device__ __forceinline__ uint4 load_streaming(const void* address, uint64_t policy) {
   uint4 value;
   asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -42,8 +42,8 @@ __device__ __forceinline__ uint4 load_streaming(const void* address, uint64_t po
 
 __device__ __forceinline__ uint4 load_16(const void* address) { return *static_cast<const uint4*>(address); }
 
-// Takes part in ordering: what this thread, and those it has met at a barrier, wrote before is seen by whoever adds
-// or loads here afterwards.
+// Acquire and release: writes of this thread, and of those it shared a barrier with, are visible to threads that add or
+// load here afterwards.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
   uint32_t before;
   asm volatile("atom.global.acq_rel.gpu.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
@@ -63,7 +63,7 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* address) {
   return value;
 }
 
-// Between two looks at a value that another block is about to write.
+// Between two loads of a value that another block is about to write.
 __device__ __forceinline__ void wait_a_moment() { __nanosleep(64); }
 
 // ---- conversions, rounding to nearest, ties to even -----------------------------------------------------------------
@@ -135,7 +135,7 @@ __device__ __forceinline__ void barrier_begin(uint64_t* barrier, uint32_t count)
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
-// Makes barriers that have begun known to the copy engine.
+// Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void barriers_have_begun() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -199,7 +199,7 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
+// Four 8x8 matrices of 16-bit numbers; lane l holds the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
@@ -269,7 +269,7 @@ __device__ __forceinline__ void show_to_tensor_cores() { asm volatile("fence.pro
 // Nothing that reads or writes the sums is moved past this.
 __device__ __forceinline__ void settle(float (&sums)[128]) { asm volatile("" : DSPA_ALL(sums)::"memory"); }
 
-// Before the first product, and before every one whose sums were looked at or changed since the last.
+// Before the first product, and before every one whose sums were read or written since the last.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // sums[64, 256] += a[64, 16] * b[256, 16]^T in the background; a and b are PTX's descriptors of matrices in shared

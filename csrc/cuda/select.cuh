@@ -1,4 +1,4 @@
-// The k largest of n numbers, by one block, without sorting: what is above a pivot, and the first few that equal it.
+// The k largest of n numbers, by one block, without sorting: those above a pivot, and the first few that equal it.
 #pragma once
 
 #include "block.cuh"
@@ -24,7 +24,7 @@ struct Selection {
   uint32_t ties;  // how many of the keys that equal it belong to the k largest: the first ones
 };
 
-// What a selection needs of shared memory.
+// Shared memory of a selection.
 struct SelectionBuffer {
   uint32_t histogram[256];
   uint32_t digit;
@@ -32,7 +32,7 @@ struct SelectionBuffer {
   uint32_t counts[2][most_warps];
 };
 
-// `key_of(i)` for i below n; 1 <= k <= n. By the whole block; the answer is the same in every thread.
+// `key_of(i)` for i below n; 1 <= k <= n. By the whole block; the result is the same in every thread.
 template <class Key, class KeyOf>
 __device__ Selection<Key> select_largest(int64_t n, uint32_t k, const KeyOf& key_of, SelectionBuffer& buffer) {
   constexpr int bits = 8 * static_cast<int>(sizeof(Key));

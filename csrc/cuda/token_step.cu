@@ -3,7 +3,7 @@
 namespace dspa::cuda {
 
 int run_token_step(const TokenStep& step, void* stream) {
-  return static_cast<int>(taken(token_step(step, static_cast<cudaStream_t>(stream))));
+  return static_cast<int>(cleared(token_step(step, static_cast<cudaStream_t>(stream))));
 }
 
 Tuning& tuning() {

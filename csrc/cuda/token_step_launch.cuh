@@ -21,7 +21,7 @@ inline cudaError_t launch_token_step(void (*kernel)(TokenStep), TokenStep step, 
   if (error != cudaSuccess) return error;
   const int64_t cluster = room.has_clusters ? tuning().cluster : 1;
   const int64_t tiles = (step.hidden.rows + inputs - 1) / inputs;
-  // As many clusters for each tile as run at a time, but none with nothing to read.
+  // As many clusters for each tile as run at a time, but none without rows to read.
   const int64_t reach = static_cast<int64_t>(threads) / 32 * cluster;
   const int64_t useful = (step.sae.W_enc.rows + reach - 1) / reach;
   const int64_t clusters = std::clamp<int64_t>(room.blocks / cluster / tiles, 1, std::max<int64_t>(useful, 1));
@@ -37,7 +37,7 @@ cudaError_t launch_token_step(const TokenStep& step, cudaStream_t stream) {
   return launch_token_step(&token_step_kernel<Weights, kInputs, kAligned>, step, kInputs, shared, stream);
 }
 
-// One row at a time, of weights that may be loaded 16 bytes at a time: through a ring where that is wanted and fits.
+// One row at a time, of weights that may be loaded 16 bytes at a time: through a ring where it is enabled and fits.
 template <class Weights>
 cudaError_t launch_single_rows(TokenStep step, int64_t limit, cudaStream_t stream) {
   if (tuning().bulk_copies && has_bulk_copies()) {

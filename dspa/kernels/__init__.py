@@ -1,15 +1,13 @@
 """Pure functions on tensors: the three operations of the method and their backends.
 
-Knows no model and no file. `available()` says which backends are there and why the rest is not.
+Depends on no model and no file. `available()` lists the backends, and why one is not available.
 """
 
 from __future__ import annotations
 
-import dspa.kernels.backends.cpu
-import dspa.kernels.backends.cuda
-import dspa.kernels.backends.reference
-import dspa.kernels.backends.triton  # noqa: F401, they register themselves
-from dspa.kernels.backends.registry import Backend, Operations, StepMode, available, register_backend
+from dspa.kernels.backends.interface import Backend, Operations, Serves, StepMode
+from dspa.kernels.backends.registry import available, register_backend
+from dspa.kernels.backends.table import BACKENDS
 from dspa.kernels.encode_density import encode_density
 from dspa.kernels.lookup import lookup
 from dspa.kernels.token_step import token_step, token_step_with_lookup
@@ -25,6 +23,7 @@ __all__ = [
     "InputNormalization",
     "Operations",
     "SaeWeights",
+    "Serves",
     "StepMode",
     "TokenStats",
     "available",
@@ -34,3 +33,6 @@ __all__ = [
     "token_step",
     "token_step_with_lookup",
 ]
+
+for _backend in reversed(BACKENDS):  # the last one registered is the first that "auto" tries
+    register_backend(_backend)

@@ -1,4 +1,4 @@
-"""What a GPU is called, in the tables of what was measured or chosen for it."""
+"""The name of a GPU's architecture, the key of the tables of measurements and block sizes."""
 
 from __future__ import annotations
 

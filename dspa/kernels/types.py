@@ -1,4 +1,4 @@
-"""What the operations exchange beside hidden states and SAE weights: the sparse map, edit lists and counters."""
+"""The types that the operations exchange beside hidden states and SAE weights: the sparse map, edit lists, counters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EditKind = Literal["ablate", "augment", "both"]
 
 @dataclass(frozen=True, eq=False)
 class CsrMap:
-    """The conditional-difference map `A`, `[d_sae_in, d_sae_out]`, by compressed rows (method, section 2).
+    """The conditional-difference map `A`, `[d_sae_in, d_sae_out]`, by compressed rows (docs/method.md, section 2).
 
     Attributes:
         row_offsets: `[d_sae_in + 1]` int64; row i holds entries `row_offsets[i]` to `row_offsets[i + 1]`.
@@ -89,9 +89,9 @@ class CsrMap:
 
 @dataclass(frozen=True, eq=False)
 class EditList:
-    """For each row of a batch, which output latents to edit and in which direction (method, section 3).
+    """For each row of a batch, which output latents to edit and in which direction (docs/method.md, section 3).
 
-    Row b edits `latents[b, :counts[b]]`; what lies behind is padding (latent 0, sign 0).
+    Row b edits `latents[b, :counts[b]]`; the rest is padding (latent 0, sign 0).
     The tensors are allocated once per batch and updated in place, so that captured graphs see fixed addresses.
 
     Attributes:
@@ -197,9 +197,9 @@ class TokenStats:
     """Counters that `token_step` adds to where the edit happens. Rows that are not enabled are not touched.
 
     Attributes:
-        seen: `[B]` int64, tokens that came by.
+        seen: `[B]` int64, tokens processed.
         edited: `[B]` int64, tokens whose hidden state was changed.
-        nonfinite: `[B]` int64, tokens left alone because NaN or Inf came up; see `token_step`.
+        nonfinite: `[B]` int64, tokens left alone because of NaN or Inf; see `token_step`.
         maximum: `[B]` float64, M_t of the last token; NaN where it did not have to be computed.
         maximum_sum: `[B]` float64, sum of M_t over the tokens for which it was computed.
         maximum_known: `[B]` int64, number of those tokens.

@@ -16,7 +16,8 @@ import dspa.kernels.native as native
 from dspa.errors import BackendUnavailableError
 from dspa.kernels import CsrMap, EditList, SaeWeights, TokenStats, available, encode_density, lookup, token_step
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.token_step.cpu import Codes, StepScratch, counters_of
+from dspa.kernels.token_step.arguments import counter_arguments
+from dspa.kernels.token_step.cpu import StepScratch, quantize_encoder
 
 pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}")
 
@@ -26,7 +27,7 @@ KINDS = (Kind(), Kind("gated", "layer_norm"), Kind("topk", subtract_b_dec=True, 
 def step_arguments(sae: SaeWeights, optional: bool) -> tuple[object, ...]:
     rows = normal(generator(1), 3, sae.d_model).bfloat16()
     edits = edit_list(*random_lists(sae, 3, 8, 2), 8)
-    scratch, codes = StepScratch(), Codes.quantized(sae.W_enc)
+    scratch, codes = StepScratch(), quantize_encoder(sae.W_enc)
     return (
         rows,
         *encoder_arguments(sae),
@@ -38,8 +39,8 @@ def step_arguments(sae: SaeWeights, optional: bool) -> tuple[object, ...]:
         0.2,
         torch.full((3,), 0.2) if optional else None,
         torch.tensor([True, False, True]) if optional else None,
-        *(counters_of(TokenStats.zeros(3, sae.d_sae)) if optional else (None,) * 7),
-        scratch.leaders if optional else None,
+        *(counter_arguments(TokenStats.zeros(3, sae.d_sae)) if optional else (None,) * 7),
+        scratch.recent_argmax if optional else None,
         codes.values if optional else None,
         codes.factors if optional else None,
         scratch.counters if optional else None,
@@ -54,9 +55,9 @@ def test_token_step_passes_opcheck(kind: Kind, optional: bool) -> None:
     torch.library.opcheck(torch.ops.dspa.token_step.default, arguments)
 
 
-def test_encode_rows_passes_opcheck() -> None:
+def test_quantize_rows_passes_opcheck() -> None:
     W, codes, factors = torch.randn(9, 37), torch.zeros(9, 64, dtype=torch.int8), torch.zeros(3, 9)
-    torch.library.opcheck(torch.ops.dspa.encode_rows.default, (W, codes, factors))
+    torch.library.opcheck(torch.ops.dspa.quantize_rows.default, (W, codes, factors))
 
 
 def test_encode_density_passes_opcheck() -> None:

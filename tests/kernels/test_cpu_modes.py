@@ -23,7 +23,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from dspa.kernels import EditList, SaeWeights, StepMode, TokenStats, available, token_step
-from dspa.kernels.token_step.cpu import codes_of, scratch_of, work_of
+from dspa.kernels.token_step.cpu import quantized_encoder_of, scratch_of, work_of
 from dspa.sae.encode import encode
 
 pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}")
@@ -136,7 +136,7 @@ def test_no_pass_where_no_listed_latent_is_active() -> None:
     assert work.encoder_bytes == 3 * 16 * WIDE[0] * 2
 
 
-def test_leaders_spare_the_pass() -> None:
+def test_recent_argmax_latents_save_the_pass() -> None:
     """A latent that towers above all others is remembered, and from then on proves the edit by itself."""
     plain = make_sae(Kind("relu"), *WIDE, torch.float32, seed=7)
     towering = plain.b_enc.clone()
@@ -145,7 +145,7 @@ def test_leaders_spare_the_pass() -> None:
     edits = edit_list([[]] * 2, [list(range(16))] * 2, 16)
     for seed in range(4):
         run(normal(generator(seed), 2, WIDE[0]).float(), sae, edits, 0.2, "lazy")
-        assert int(scratch_of(sae).leaders[0]) == 1234
+        assert int(scratch_of(sae).recent_argmax[0]) == 1234
     work = work_of(sae)
     assert (work.tokens, work.active, work.passes, work.maximum_needed) == (8, 8, 2, 0)
 
@@ -164,7 +164,7 @@ def test_screening_rules_most_rows_out(kind: Kind, dtype: torch.dtype, outlier: 
     written, _ = run(rows, sae, edits, 0.3, "screened")
     work = work_of(sae)
     assert work.maximum_needed == work.passes == 8
-    assert 0 < work.rescored_rows < 0.05 * work.screened_rows
+    assert 0 < work.rescored_pairs < 0.05 * work.screened_pairs
     assert work.encoder_bytes < WIDE[1] * 224 + 8 * (6 + 0.05 * WIDE[1]) * WIDE[0] * dtype.itemsize
     assert same_bits(written, run(rows, sae, edits, 0.3, "dense")[0])
 
@@ -173,7 +173,7 @@ def test_codes_are_not_used_where_scores_may_fall() -> None:
     plain = make_sae(Kind("gated"), 37, 300, torch.float32, seed=3)
     assert plain.magnitude_scale is not None
     sae = replace(plain, magnitude_scale=-plain.magnitude_scale)
-    assert codes_of(sae) is None
+    assert quantized_encoder_of(sae) is None
     rows = (normal(generator(0), 8, 37) * 2).float()
     assert_same(sae, rows, edit_list(*random_lists(sae, 8, 8, 0), 8), 0.2)
 
@@ -188,11 +188,11 @@ def test_screening_at_the_ends_of_float32(scale: float) -> None:
     assert same_bits(run(rows, sae, edits, 0.2, "screened")[0], expected)
 
 
-def test_leaders_never_change_the_result() -> None:
+def test_recent_argmax_latents_never_change_the_result() -> None:
     sae = make_sae(Kind(), *WIDE, torch.bfloat16, seed=7)
     rows = (normal(generator(1), 8, WIDE[0]) * 2).bfloat16()
     edits = edit_list([[]] * 8, random_lists(sae, 8, 12, 2)[1], 12)
     expected, _ = run(rows, sae, edits, 0.3, "dense")
-    for leaders in (-1, WIDE[1], 2**31 - 1, 17):  # none, nonsense, nonsense, one that is listed now and then
-        scratch_of(sae).leaders.fill_(leaders)
+    for recent_argmax in (-1, WIDE[1], 2**31 - 1, 17):  # none, nonsense, nonsense, one that is listed now and then
+        scratch_of(sae).recent_argmax.fill_(recent_argmax)
         assert same_bits(run(rows, sae, edits, 0.3, "lazy")[0], expected)

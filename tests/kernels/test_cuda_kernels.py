@@ -52,7 +52,7 @@ from dspa.kernels import (
     token_step_with_lookup,
 )
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.token_step.cpu import counters_of
+from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.cuda import scratch_of, scratch_words
 from dspa.kernels.token_step.scratch import LEAST_ROWS
 
@@ -161,7 +161,7 @@ def test_who_runs_when_changes_no_bit(backend: Backend, changes: dict[str, Any])
             stats = TokenStats.zeros(11, 61)
             with machine(**given):
                 found.append(step(rows, sae, edits, 0.2, backend=backend, enabled=enabled, stats=stats, mode=mode))
-            counters.append(torch.cat([counter.double() for counter in counters_of(stats)]).nan_to_num(-1))
+            counters.append(torch.cat([counter.double() for counter in counter_arguments(stats)]).nan_to_num(-1))
         assert same_bits(found[0], found[1])
         assert torch.equal(counters[0], counters[1])
         assert not same_bits(found[0], rows)
@@ -577,7 +577,7 @@ def step_arguments(sae: SaeWeights) -> tuple[tuple[object, ...], tuple[object, .
     return (
         (rows, *encoder_arguments(sae), sae.W_dec, sae.decoder_rows),
         (edits.latents, edits.signs, edits.counts),
-        (*strength, *counters_of(TokenStats.zeros(3, sae.d_sae))),
+        (*strength, *counter_arguments(TokenStats.zeros(3, sae.d_sae))),
     )
 
 

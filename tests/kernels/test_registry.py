@@ -1,15 +1,15 @@
-"""Which backend a call gets, and what is said when there is none."""
+"""The choice of a backend for a call, and the errors where none serves it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from kernel_cases import Kind, make_sae
-from torch import Tensor
 
 from dspa.errors import BackendUnavailableError, DspaError
 from dspa.kernels import (
@@ -17,14 +17,18 @@ from dspa.kernels import (
     EditList,
     Operations,
     SaeWeights,
+    Serves,
     available,
     register_backend,
     token_step,
 )
 from dspa.kernels.backends import choice, registry
-from dspa.kernels.backends.registry import OperationName, operations_for
+from dspa.kernels.backends.interface import OperationName, refusal
+from dspa.kernels.backends.registry import operations_for
+from dspa.kernels.backends.table import BACKENDS
 
 HIDDEN = torch.zeros(1, 8)
+NO_FLOAT64 = Serves(token_step=(torch.float32,))
 
 
 class Named:
@@ -37,14 +41,9 @@ class Named:
         raise AssertionError(f"called {self.owner}")
 
 
-def operations(owner: str, refused: str | None = None) -> Operations:
-    def refuses(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> str | None:
-        if refused and operands[0].dtype == torch.float64:
-            return refused
-        return None
-
+def operations(owner: str) -> Operations:
     call = Named(owner)
-    return Operations(call, call, call, refuses)  # pyright: ignore[reportArgumentType]
+    return Operations(call, call, call)  # pyright: ignore[reportArgumentType]
 
 
 def owner(backend: str = "auto", dtype: torch.dtype = torch.float32) -> str:
@@ -56,8 +55,14 @@ def missing() -> Operations:
     raise BackendUnavailableError("no compiler was found")
 
 
+@pytest.fixture
+def all_backends() -> list[str]:
+    """The names in the registry, before `only_reference` replaces it."""
+    return list(registry._backends)
+
+
 @pytest.fixture(autouse=True)
-def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def only_reference(monkeypatch: pytest.MonkeyPatch, all_backends: list[str]) -> None:
     """A registry of its own for every test."""
     monkeypatch.setattr(registry, "_backends", {"reference": registry._backends["reference"]})
     monkeypatch.setattr(registry, "_loaded", {})
@@ -84,15 +89,15 @@ def test_auto_passes_over_other_devices() -> None:
 
 
 def test_auto_passes_over_a_backend_that_is_missing_or_refuses() -> None:
-    register_backend(Backend("fast", ("cpu",), lambda: operations("fast", refused="no float64")))
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast"), NO_FLOAT64))
     register_backend(Backend("faster", ("cpu",), missing))
     assert owner() == "fast"
     assert owner(dtype=torch.float64) == "reference"
 
 
 def test_a_named_backend_that_refuses_says_why() -> None:
-    register_backend(Backend("fast", ("cpu",), lambda: operations("fast", refused="no float64")))
-    with pytest.raises(BackendUnavailableError, match="'fast' does not serve this token_step: no float64"):
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast"), NO_FLOAT64))
+    with pytest.raises(BackendUnavailableError, match=r"'fast' does not serve this token_step: .* torch\.float64"):
         owner("fast", torch.float64)
 
 
@@ -151,7 +156,7 @@ def test_registering_again_replaces() -> None:
 
 
 def test_environment_variable_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    register_backend(Backend("fast", ("cpu",), lambda: operations("fast", refused="no float64")))
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast"), NO_FLOAT64))
     monkeypatch.setenv("DSPA_BACKEND", "reference")
     assert owner() == "reference"
     assert owner("fast") == "fast", "an argument goes before the environment"
@@ -159,7 +164,7 @@ def test_environment_variable_names_the_backend(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("DSPA_BACKEND", unset)
         assert owner() == "fast"
     monkeypatch.setenv("DSPA_BACKEND", "fast")
-    with pytest.raises(BackendUnavailableError, match="no float64"):
+    with pytest.raises(BackendUnavailableError, match=r"a tensor is torch\.float64"):
         owner(dtype=torch.float64)
     monkeypatch.setenv("DSPA_BACKEND", "fastest")
     with pytest.raises(BackendUnavailableError, match="'fastest' is not known"):
@@ -219,7 +224,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class OnGpu:
-    """What the registry looks at, of a tensor on a GPU."""
+    """The attributes of a tensor on a GPU that the registry reads."""
 
     device, dtype = torch.device("cuda", 0), torch.float32
 
@@ -231,15 +236,66 @@ def test_auto_asks_the_measured_fastest_first(d_sae: int, expected: str, measure
     numbers = torch.empty(d_sae, device="meta")
     W_enc = torch.empty(d_sae, 2304 if d_sae == 16384 else 4096, device="meta")
     sae = SaeWeights(W_enc=W_enc, b_enc=numbers, threshold=numbers, activation="jumprelu")
-    operands: Any = (OnGpu(),)
+    tensors: Any = (OnGpu(),)
 
     def asked_first(operation: OperationName, sae: SaeWeights | None) -> Any:
-        return operations_for("auto", operation, operands, sae).token_step
+        return operations_for("auto", operation, tensors, sae).token_step
 
     assert asked_first("token_step", sae).owner == expected
     assert asked_first("lookup", None).owner == "other"
     register_backend(Backend(expected, ("cuda",), missing))
     assert asked_first("token_step", sae).owner == ("other" if expected == "one" else "one")
+
+
+# ---- what a backend serves -------------------------------------------------------------------------------------------
+
+
+class On:
+    """The attributes of a tensor that `refusal` reads."""
+
+    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+
+
+SERVES = Serves(devices=("cpu", "cuda"), encode_density=(torch.float32,))
+
+
+@pytest.mark.parametrize(
+    ("serves", "operation", "tensors", "expected"),
+    [
+        (Serves(), "token_step", (On("meta", torch.float64), On("cpu")), None),
+        (SERVES, "encode_density", (On("cpu"),), None),
+        (SERVES, "encode_density", (On("cuda:1"), On("cuda:1")), None),
+        (SERVES, "encode_density", (On("meta"),), "a tensor is on meta"),
+        (SERVES, "lookup", (On("cpu"), On("cuda:0")), "a tensor is on cuda:0, another on cpu"),
+        (SERVES, "lookup", (On("cuda:0"), On("cuda:1")), "a tensor is on cuda:1, another on cuda:0"),
+        (SERVES, "lookup", (On("cpu", torch.float64),), None),
+        (SERVES, "encode_density", (On("cpu"), On("cpu", torch.float64)), "a tensor is torch.float64"),
+    ],
+)
+def test_a_refusal_names_the_tensor(serves: Serves, operation: OperationName, tensors: Any, expected: str) -> None:
+    assert refusal(serves, operation, tensors, None) == expected
+
+
+def test_the_weights_of_an_sae_count_as_a_tensor() -> None:
+    sae = make_sae(Kind(), 8, 16, torch.float64, 0)
+    assert refusal(SERVES, "encode_density", (HIDDEN,), sae) == "a tensor is torch.float64"
+    assert refusal(SERVES, "token_step", (HIDDEN,), sae) is None
+
+
+def test_the_table_lists_the_backends_in_the_order_of_auto(all_backends: list[str]) -> None:
+    assert [backend.name for backend in BACKENDS] == ["triton", "cuda", "cpu", "reference"]
+    assert all_backends[:4] == [backend.name for backend in reversed(BACKENDS)]
+
+
+def test_loading_may_decide_the_devices() -> None:
+    serves = Serves(devices=("cuda",))
+    interpreted = replace(operations("interpreted"), devices=("cpu",))
+    register_backend(Backend("interpreted", ("cuda",), lambda: interpreted, serves))
+    assert owner("interpreted") == "interpreted"
+    register_backend(Backend("compiled", ("cuda",), lambda: operations("compiled"), serves))
+    with pytest.raises(BackendUnavailableError, match="'compiled' does not serve this token_step: a tensor is on cpu"):
+        owner("compiled")
 
 
 def test_no_backend_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,11 @@ from kernel_cases import LOW_PRECISION
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from dspa.kernels.triton_common import compile as triton_compile
+import triton_compile
+
 from dspa.kernels.triton_common import configurations as triton_configurations
 from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
-from dspa.kernels.triton_common.table import Tile, entries, listed_architecture, tile_of
+from dspa.kernels.triton_common.table import Tile, listed_architecture, tile_of
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # of a program
 FEWEST_REGISTERS = 16
@@ -32,7 +33,7 @@ KERNELS = {"token_step_kernel", "count_gates", "write_scores", "count_largest", 
 def compiled(*options: str) -> list[dict[str, object]]:
     """What compiling in a process of its own, where kernels are not interpreted, reports."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "dspa.kernels.triton_common.compile", *options]
+    command = [sys.executable, triton_compile.__file__, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -67,7 +68,7 @@ def test_every_dtype_and_every_pair_of_settings_is_compiled() -> None:
     cases = {architecture: list(triton_compile.spanning_cases(architecture)) for architecture in SHARED_MEMORY}
     for architecture, of_architecture in cases.items():
         dtypes = {(case.hidden, case.weights, case.shape) for case in of_architecture}
-        assert dtypes == set(itertools.product(LOW_PRECISION, LOW_PRECISION, entries(architecture)))
+        assert dtypes == set(itertools.product(LOW_PRECISION, LOW_PRECISION, triton_compile.entries(architecture)))
     every = list(triton_compile.every_case("sm_90"))
     for one, other in itertools.combinations([field.name for field in fields(triton_compile.Case)], 2):
         pairs, possible = (

@@ -44,20 +44,13 @@ import triton
 import triton.language as tl
 
 from dspa.kernels.backends.registry import operations_for
-from dspa.kernels.lookup.triton import map_arguments
+from dspa.kernels.lookup.triton_row import map_arguments
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.token_step import bytes_moved
-from dspa.kernels.token_step.cpu import counters_of
-from dspa.kernels.token_step.triton import (
-    LEADERS,
-    ROW,
-    Hidden,
-    Scratch,
-    as_scalar,
-    bound_by_leaders,
-    products_of,
-    scratch_of,
-)
+from dspa.kernels.token_step.arguments import counter_arguments
+from dspa.kernels.token_step.triton import scratch_of
+from dspa.kernels.token_step.triton_kernel.prepare import bound_by_recent_argmax, products_of
+from dspa.kernels.token_step.triton_kernel.rows import as_scalar
+from dspa.kernels.token_step.triton_kernel.structures import RECENT, ROW, Hidden, Scratch
 from dspa.kernels.triton_common import launch as triton_launch
 from dspa.kernels.triton_common.launch import Launch
 from dspa.kernels.triton_common.table import INTERPRETER, blocks, tile_of
@@ -67,6 +60,7 @@ from dspa.sae.encode import encode
 if not INTERPRETED.value:
     pytest.skip("these tests watch the interpreter; set TRITON_INTERPRET=1", allow_module_level=True)
 
+from token_step_traffic import bytes_moved
 from triton_interpreter import counting_bytes, in_sequence, interleaved
 
 BATCH = 18  # two groups of rows
@@ -185,7 +179,7 @@ def test_others_wait_for_a_program_that_is_late(kind: Kind, mode: StepMode) -> N
     assert expected_stats.maximum_known.all(), "all rows need M_t"
     passes = blocks(300, LATENTS)
     for late in (0, 2, 3, 3 + passes - 1, 3 + passes):  # the first and the last to prepare and to pass, and a finisher
-        scratch_of(sae, 3, 20).leaders.fill_(-1)
+        scratch_of(sae, 3, 20).recent_argmax.fill_(-1)
         poison(sae, 3, 20)
         with interleaved(None, seed=late, held=late) as runner:
             written, stats = run(sae, rows, edits, mode)
@@ -262,7 +256,7 @@ def test_no_pass_where_no_listed_latent_is_active() -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind("relu"), Kind("gated"), Kind("relu", "layer_norm")], ids=str)
-def test_leaders_spare_the_pass(kind: Kind) -> None:
+def test_recent_argmax_latents_save_the_pass(kind: Kind) -> None:
     """A latent that towers above all others is remembered, and from then on proves the edit by itself."""
     plain, rows, _ = case(kind)
     biases = {"b_enc": plain.b_enc, "magnitude_bias": plain.magnitude_bias}
@@ -273,25 +267,25 @@ def test_leaders_spare_the_pass(kind: Kind) -> None:
     assert weights_read(sae, rows, edits, "lazy") == pytest.approx(reading + 2 * LATENTS / 300), (
         "the first tile proves it"
     )
-    leaders = scratch_of(sae, BATCH, 16).leaders
-    assert (leaders[:, 0] == 100).sum() > BATCH // 2
-    known = int((leaders[:, 0] == 100).sum())
+    recent_argmax = scratch_of(sae, BATCH, 16).recent_argmax
+    assert (recent_argmax[:, 0] == 100).sum() > BATCH // 2
+    known = int((recent_argmax[:, 0] == 100).sum())
     assert weights_read(sae, rows, edits, "lazy") == pytest.approx(reading + known / 300), "and the leader alone"
     expected, _ = run(sae, rows, edits, "dense")
     assert same_bits(run(sae, rows, edits, "lazy")[0], expected)
 
 
-@pytest.mark.parametrize("leaders", [-1, 300, 2**31 - 1, 17], ids=str)
-def test_leaders_never_change_the_result(leaders: int) -> None:
+@pytest.mark.parametrize("recent_argmax", [-1, 300, 2**31 - 1, 17], ids=str)
+def test_recent_argmax_latents_never_change_the_result(recent_argmax: int) -> None:
     sae, rows, edits = case(Kind())
     expected, dense = run(sae, rows, edits, "dense")
-    scratch_of(sae, BATCH, 20).leaders.fill_(leaders)  # none, nonsense, nonsense, listed now and then
+    scratch_of(sae, BATCH, 20).recent_argmax.fill_(recent_argmax)  # none, nonsense, nonsense, listed now and then
     written, stats = run(sae, rows, edits, "lazy")
     assert same_bits(written, expected)
     assert torch.equal(stats.latent_edits, dense.latent_edits)
 
 
-def test_leaders_are_the_latest_maxima() -> None:
+def test_recent_argmax_latents_are_the_latest_maxima() -> None:
     sae, rows, edits = case(Kind("relu"))
     f = torch.relu(rows.float() @ sae.W_enc.float().T + sae.b_enc)
     edits = edit_list([[0, 1, 2]] * BATCH, [[]] * BATCH, 20)  # augmented, so that M_t is needed
@@ -302,7 +296,7 @@ def test_leaders_are_the_latest_maxima() -> None:
     latest = [f.roll(shift, 0).argmax(dim=1) for shift in (2, 1, 0)]
     row = int((active & active.roll(1) & active.roll(2)).nonzero()[0])
     distinct = list(dict.fromkeys(int(latent[row]) for latent in latest))
-    assert scratch_of(sae, BATCH, 20).leaders[row, : len(distinct)].tolist() == distinct
+    assert scratch_of(sae, BATCH, 20).recent_argmax[row, : len(distinct)].tolist() == distinct
 
 
 # ---- what lazy proves ------------------------------------------------------------------------------------------------
@@ -310,20 +304,38 @@ def test_leaders_are_the_latest_maxima() -> None:
 
 @triton.jit
 def bounds_kernel(
-    hidden, encoder, leaders, bounds, estimates, d_model, d_sae, ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr
+    hidden,
+    encoder,
+    recent_argmax,
+    bounds,
+    estimates,
+    d_model,
+    d_sae,
+    ACTIVATION: tl.constexpr,
+    NORMALIZATION: tl.constexpr,
 ):
-    """What the leaders of each row prove, and the largest of their scores, as far as one program knows them."""
+    """The bound that the recent argmax latents of each row prove, and the largest of their scores, by one program."""
     row = tl.program_id(0)
     begin = hidden.rows + row * hidden.row_stride
     zero = tl.zeros([1, 1], tl.int32)
     shift, factor, _ = normalizer(begin + zero, hidden.column_stride, d_model, zero == 0, NORMALIZATION, ROW)
     shift = as_scalar(shift)
     factor = as_scalar(factor)
-    bound = bound_by_leaders(
-        row, begin, hidden.column_stride, encoder, leaders, shift, factor, d_model, d_sae, ACTIVATION, NORMALIZATION
+    bound = bound_by_recent_argmax(
+        row,
+        begin,
+        hidden.column_stride,
+        encoder,
+        recent_argmax,
+        shift,
+        factor,
+        d_model,
+        d_sae,
+        ACTIVATION,
+        NORMALIZATION,
     )
     tl.store(bounds + row, bound)
-    latents = tl.load(leaders + row * LEADERS + tl.arange(0, LEADERS))
+    latents = tl.load(recent_argmax + row * RECENT + tl.arange(0, RECENT))
     known = (latents >= 0) & (latents < d_sae)
     product, _, _ = products_of(
         latents, known, begin, hidden.column_stride, encoder, shift, factor, d_model, NORMALIZATION
@@ -331,10 +343,10 @@ def bounds_kernel(
     tl.store(estimates + row, tl.max(scores(product, encoder, latents, known, ACTIVATION), axis=0))
 
 
-def bounds_of(sae: SaeWeights, rows: Tensor, leaders: Tensor) -> tuple[Tensor, Tensor]:
-    """What `[B, n]` leaders prove of each row, and their largest score without any proof; `[B]` float32."""
+def bounds_of(sae: SaeWeights, rows: Tensor, recent_argmax: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds that `[B, n]` latents prove, and their largest scores without a proof; `[B]` float32 each."""
     bounds, estimates, padded = torch.empty(len(rows)), torch.empty(len(rows)), torch.full((len(rows), 16), -1)
-    padded[:, : leaders.shape[1]] = leaders
+    padded[:, : recent_argmax.shape[1]] = recent_argmax
     activation, _, normalization = encoder_arguments(sae)[-3:]
     constants: dict[str, Any] = {"ACTIVATION": triton_launch.activation_of(activation), "NORMALIZATION": normalization}
     bounds_kernel[(len(rows),)](
@@ -391,13 +403,15 @@ def on_the_edge(sae: SaeWeights, rows: Tensor) -> tuple[SaeWeights, Tensor, Tens
     ],
     ids=str,
 )
-def test_leaders_prove_no_more_than_the_pass_finds(kind: Kind, dtype: torch.dtype) -> None:
+def test_recent_argmax_latents_prove_no_more_than_the_pass_finds(kind: Kind, dtype: torch.dtype) -> None:
     """Even where the same sum in another order is larger, or passes a gate that the pass does not."""
     sae = make_sae(kind, 300, 300, dtype, seed=8)
     rows = (normal(generator(9), 32, 300) * 2).to(dtype)
     found = dense_maxima(sae, rows)
-    leaders = torch.cat([encode(rows.double(), sae).topk(8).indices, torch.tensor([[-1, 300, 2**31 - 1]] * 32)], dim=1)
-    bounds, estimates = bounds_of(sae, rows, leaders)
+    recent_argmax = torch.cat(
+        [encode(rows.double(), sae).topk(8).indices, torch.tensor([[-1, 300, 2**31 - 1]] * 32)], dim=1
+    )
+    bounds, estimates = bounds_of(sae, rows, recent_argmax)
     assert (bounds <= found).all()
     assert (bounds >= found * (1 - 2e-3)).all()
     assert (estimates > found).any(), "a case that needs the proof"
@@ -436,11 +450,11 @@ def test_lazy_is_exact_where_a_latent_is_about_to_vanish(kind: Kind, proof: str)
         return hidden, stats
 
     expected, dense = step("dense", alpha)
-    leaders = scratch_of(sae, BATCH, 2).leaders
+    recent_argmax = scratch_of(sae, BATCH, 2).recent_argmax
     step("lazy", 0.01)
-    assert torch.equal(leaders[:BATCH, 0], f.argmax(dim=1).int()), "the pass was needed"
+    assert torch.equal(recent_argmax[:BATCH, 0], f.argmax(dim=1).int()), "the pass was needed"
     if proof != "a leader":
-        leaders.fill_(-1)
+        recent_argmax.fill_(-1)
     written, lazy = step("lazy", alpha)
     assert same_bits(written, expected)
     assert torch.equal(lazy.latent_edits, dense.latent_edits)
@@ -594,7 +608,7 @@ def step_arguments(sae: SaeWeights, hidden: Tensor, lists: EditList, optional: b
         0.2,
         torch.full((batch,), 0.2) if optional else None,
         torch.arange(batch) % 2 == 0 if optional else None,
-        *(counters_of(TokenStats.zeros(batch, sae.d_sae)) if optional else (None,) * 7),
+        *(counter_arguments(TokenStats.zeros(batch, sae.d_sae)) if optional else (None,) * 7),
         *scratch_of(sae, batch, lists.k).tensors(),
         True,
     )

@@ -1,1 +1,1 @@
-"""The backends: which there are, what each serves, and which one a call gets."""
+"""The backends: the table of them, the calls that each serves, and the choice of one for a call."""

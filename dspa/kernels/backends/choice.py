@@ -1,6 +1,6 @@
-"""Which GPU backend "auto" asks first: the one that was the fastest for the nearest SAE that was measured.
+"""Which GPU backend "auto" tries first: the fastest one for the nearest SAE that was measured.
 
-The batch does not take part, so that a row's bits do not depend on what else is in it.
+The batch is not considered, so that a row's bits do not depend on the rest of it.
 """
 
 from __future__ import annotations

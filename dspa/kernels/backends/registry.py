@@ -1,107 +1,29 @@
-"""Which kernel backends there are, why one is missing, and which one a call gets. The only global state."""
+"""Which kernel backends there are, why one is not available, and which one serves a call. The only global state."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dspa.errors import BackendUnavailableError
 from dspa.kernels.backends.choice import measured_fastest
-from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
+from dspa.kernels.backends.interface import Backend, OperationName, Operations, TokenStepWithLookup, refusal
 from dspa.sae.weights import SaeWeights
 
-OperationName = Literal["encode_density", "lookup", "token_step"]
-StepMode = Literal["dense", "lazy", "screened"]
 ENVIRONMENT_VARIABLE = "DSPA_BACKEND"
 
-
-class EncodeDensity(Protocol):
-    def __call__(self, hidden: Tensor, offsets: Tensor, sae: SaeWeights) -> Tensor: ...
-
-
-class Lookup(Protocol):
-    def __call__(
-        self, density: Tensor, conditional_map: CsrMap, k_prompt: int, k_diff: int, edit: EditKind, sign_guard: bool
-    ) -> EditList: ...
-
-
-class TokenStep(Protocol):
-    def __call__(
-        self,
-        hidden: Tensor,
-        sae: SaeWeights,
-        edits: EditList,
-        alpha: float | Tensor,
-        enabled: Tensor | None,
-        stats: TokenStats | None,
-        mode: StepMode | None,
-    ) -> None: ...
-
-
-class TokenStepWithLookup(Protocol):
-    def __call__(
-        self,
-        hidden: Tensor,
-        sae: SaeWeights,
-        density: Tensor,
-        conditional_map: CsrMap,
-        k_prompt: int,
-        k_diff: int,
-        edit: EditKind,
-        sign_guard: bool,
-        alpha: float | Tensor,
-        enabled: Tensor | None,
-        stats: TokenStats | None,
-        mode: StepMode | None,
-    ) -> EditList: ...
-
-
-def supports_everything(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> str | None:
-    """The answer of a backend without restrictions."""
-    return None
-
-
-@dataclass(frozen=True)
-class Operations:
-    """The operations of one backend. `refuses` says in a few words why a call cannot be served, or None if it can;
-    "auto" then goes on to the next backend. `token_step_with_lookup` is there where one step does both."""
-
-    encode_density: EncodeDensity
-    lookup: Lookup
-    token_step: TokenStep
-    refuses: Callable[[OperationName, tuple[Tensor, ...], SaeWeights | None], str | None] = supports_everything
-    token_step_with_lookup: TokenStepWithLookup | None = None
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A backend by name.
-
-    Attributes:
-        name: how `backend=` and DSPA_BACKEND call it.
-        device_types: the devices on which "auto" may pick it.
-        load: imports or builds what it needs; raises BackendUnavailableError with the reason where it cannot.
-    """
-
-    name: str
-    device_types: tuple[str, ...]
-    load: Callable[[], Operations]
-
-
-_backends: dict[str, Backend] = {}
+_backends: dict[str, Backend] = {}  # the last one is the first that "auto" tries
 _loaded: dict[str, Operations | BackendUnavailableError] = {}
 _reported: set[str] = set()
 
 
 def register_backend(backend: Backend) -> None:
-    """Adds a backend. "auto" asks those registered last first, unless measurements say otherwise
-    (`dspa.kernels.backends.choice`): the reference comes first and so is the last resort."""
+    """Adds a backend, or replaces the one of the same name. "auto" tries it before those registered earlier, unless
+    measurements say otherwise (`dspa.kernels.backends.choice`)."""
     _backends.pop(backend.name, None)
     _backends[backend.name] = backend
     _loaded.pop(backend.name, None)
@@ -110,29 +32,49 @@ def register_backend(backend: Backend) -> None:
 def available() -> dict[str, str]:
     """Every registered backend with "available", or with the reason why it is not. Loads them all: torch.compile cannot
     load a backend while it traces a call of it."""
-    answers = {name: _try_load(name) for name in _backends}
-    return {name: str(answer) if isinstance(answer, Exception) else "available" for name, answer in answers.items()}
+    found = {name: _try_load(name) for name in _backends}
+    return {name: str(result) if isinstance(result, Exception) else "available" for name, result in found.items()}
 
 
 def operations_for(
-    backend: str, operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None = None
+    backend: str, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None = None
 ) -> Operations:
-    """The operations that serve a call. Warns once if "auto" finds only the reference, because the others are missing.
+    """The operations of the backend that serves a call. Warns once if "auto" finds only the reference, because the others
+    are missing.
 
     Args:
-        backend: a backend's name, or "auto": what DSPA_BACKEND names, else the best one for the device.
-        operation: which of the three.
-        operands: the tensors that decide (the first one's device and the dtypes).
+        backend: a backend's name, or "auto": the one in DSPA_BACKEND, else the first for the device that serves the
+            call.
+        operation: the operation to call.
+        tensors: the tensors whose device and dtype decide; the device of the first is that of the call.
         sae: the SAE of the call, where there is one.
 
     Raises:
-        BackendUnavailableError: if a backend asked for by name is unknown, missing, or refuses the call.
+        BackendUnavailableError: if a backend named explicitly is unknown, not available, or does not serve the call.
     """
+    return _choose(backend, operation, tensors, sae)[1]
+
+
+def step_with_lookup_for(
+    backend: str, hidden: Tensor, density: Tensor, map_values: Tensor, sae: SaeWeights
+) -> TokenStepWithLookup | None:
+    """The combined operation of the backend that serves a token step; None where it has none or does not serve these
+    prompt features. Arguments and errors as for `operations_for`."""
+    name, operations = _choose(backend, "token_step", (hidden,), sae)
+    tensors = (hidden, density, map_values)
+    if refusal(_backends[name].serves, "token_step_with_lookup", tensors, sae) is not None:
+        return None
+    return operations.token_step_with_lookup
+
+
+def _choose(
+    backend: str, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None
+) -> tuple[str, Operations]:
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if backend != "auto":
-        return _named(backend, operation, operands, sae)
-    device = operands[0].device
+        return backend, _named(backend, operation, tensors, sae)
+    device = tensors[0].device
     fastest, order = measured_fastest(operation, device, sae), list(reversed(_backends))
     if fastest in _backends:
         order.insert(0, fastest)
@@ -143,22 +85,22 @@ def operations_for(
             found = _try_load(name)
             if isinstance(found, BackendUnavailableError):
                 missing.append(f"{name}: {found}")
-            elif found.refuses(operation, operands, sae) is not None:
+            elif refusal(_backends[name].serves, operation, tensors, sae) is not None:
                 refused = True
             else:
                 if name == "reference" and missing and not refused:
                     _warn_once(f"the slow reference kernels run on {device.type}; {'; '.join(missing)}")
-                return found
+                return name, found
     raise BackendUnavailableError(f"no backend serves {operation} on {device.type}; the reference is not registered")
 
 
-def _named(name: str, operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> Operations:
+def _named(name: str, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None) -> Operations:
     if name not in _backends:
         raise BackendUnavailableError(f"backend {name!r} is not known; expected auto, {', '.join(_backends)}")
     found = _try_load(name)
     if isinstance(found, BackendUnavailableError):
         raise BackendUnavailableError(f"backend {name!r} is not available: {found}")
-    reason = found.refuses(operation, operands, sae)
+    reason = refusal(_backends[name].serves, operation, tensors, sae)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} does not serve this {operation}: {reason}; use backend='auto'")
     return found
@@ -172,8 +114,13 @@ def _warn_once(message: str) -> None:
 
 def _try_load(name: str) -> Operations | BackendUnavailableError:
     if name not in _loaded:
+        backend = _backends[name]
         try:
-            _loaded[name] = _backends[name].load()
+            operations = backend.load()
         except BackendUnavailableError as reason:
             _loaded[name] = reason
+        else:
+            _loaded[name] = operations
+            if operations.devices is not None:
+                _backends[name] = replace(backend, serves=replace(backend.serves, devices=operations.devices))
     return _loaded[name]

@@ -12,7 +12,7 @@ from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
 
 @torch.no_grad()
 def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, backend: str = "auto") -> Tensor:
-    """How many tokens of each segment activate each latent: `T_x * rho_i(x)` of method.md, section 2.
+    """How many tokens of each segment activate each latent: `T_x * rho_i(x)` of docs/method.md, section 2.
 
     Tokens whose encoder input holds NaN or Inf activate nothing. The `[N, d_sae]` activations never exist in memory.
     In the reference backend, whose sums are a matrix product's, a latent whose pre-activation meets its threshold in
@@ -29,7 +29,7 @@ def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, backend:
 
     Raises:
         InvalidInputError: if a shape does not fit.
-        BackendUnavailableError: if a backend asked for by name cannot serve the call.
+        BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
     if hidden.ndim != 2 or hidden.shape[1] != sae.d_model or hidden.dtype not in STORAGE_DTYPES:
         raise InvalidInputError(

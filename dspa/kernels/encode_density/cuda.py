@@ -12,7 +12,7 @@ from dspa.sae.weights import SaeWeights
 
 
 def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, library: Any = torch.ops.dspa) -> Tensor:
-    """See `dspa.kernels.encode_density`. `library` is where the operations are."""
+    """See `dspa.kernels.encode_density`. `library` holds the operations."""
     counts = torch.zeros(offsets.shape[0] - 1, sae.d_sae, dtype=torch.int32, device=hidden.device)
     library.encode_density(hidden, offsets.to(torch.int64).contiguous(), *encoder_arguments(sae), counts)
     return counts

@@ -1,4 +1,4 @@
-"""Counting active latents, written to be read."""
+"""Counting active latents, in plain torch."""
 
 from __future__ import annotations
 

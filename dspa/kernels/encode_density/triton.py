@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.triton_common import launch as triton_launch
+from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
 from dspa.kernels.triton_common.select import SCAN, are_selected, keys_at, kth_best
 from dspa.kernels.triton_common.table import blocks
 from dspa.kernels.triton_common.tiles import Encoder, add_products, encoder_input, is_finite, normalizer, scores
@@ -31,7 +31,7 @@ def tile_scores(
     hidden, row_stride, column_stride, encoder, rows, is_token, latents, is_latent, d_model,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of some tokens, see `triton_tiles.scores`; NaN for a token whose encoder input is not finite.
+    """Scores of some tokens, see `tiles.scores`; NaN for a token whose encoder input is not finite.
 
     Args:
         rows, is_token: `[tokens]`, which rows of the hidden states, and whether there is such a row.
@@ -171,8 +171,8 @@ def run(
     counts = torch.zeros(segments, d_sae, dtype=torch.int32, device=hidden.device)
     if tokens == 0 or segments == 0:
         return counts
-    x_parts = triton_launch.parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
-    tile = triton_launch.tile_for("encode_density", W_enc, x_parts)
+    x_parts = parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
+    tile = tile_for("encode_density", W_enc, x_parts)
     shared: dict[str, object] = {
         "hidden": hidden,
         "row_stride": hidden.stride(0),
@@ -193,9 +193,9 @@ def run(
             "counts": counts,
             "tokens": tokens,
             "segments": segments,
-            "ACTIVATION": triton_launch.activation_of(activation),
+            "ACTIVATION": activation_of(activation),
         }
-        triton_launch.launch(count_gates, programs, shared | arguments, tile, hidden.device)
+        launch(count_gates, programs, shared | arguments, tile, hidden.device)
         return counts
     at_once = min(tokens, max(1, MOST_SCORES // d_sae // tile.tokens) * tile.tokens)
     z = torch.empty(at_once, d_sae, dtype=torch.float32, device=hidden.device)
@@ -203,9 +203,9 @@ def run(
         count = min(at_once, tokens - first)
         programs = blocks(count, tile.tokens) * blocks(d_sae, tile.latents)
         arguments = {"z": z, "first_token": first, "tokens": count}
-        triton_launch.launch(write_scores, programs, shared | arguments, tile, hidden.device)
+        launch(write_scores, programs, shared | arguments, tile, hidden.device)
         arguments = {"z": z, "offsets": offsets, "counts": counts, "first_token": first, "segments": segments}
-        triton_launch.launch(count_largest, count, arguments | {"d_sae": d_sae, "k": k}, tile, hidden.device)
+        launch(count_largest, count, arguments | {"d_sae": d_sae, "k": k}, tile, hidden.device)
     return counts
 
 

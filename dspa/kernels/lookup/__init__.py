@@ -23,7 +23,7 @@ def lookup(
     sign_guard: bool = False,
     backend: str = "auto",
 ) -> EditList:
-    """`S_augment` and `S_ablate` of method.md, section 3, for each prompt of a batch.
+    """`S_augment` and `S_ablate` of docs/method.md, section 3, for each prompt of a batch.
 
     The k_prompt densest prompt latents pick rows of the map; their sum scores the output latents; the k_diff highest
     are augmented, the k_diff lowest ablated. Ties go to the lower index. The rows are added in ascending order of
@@ -44,7 +44,7 @@ def lookup(
 
     Raises:
         InvalidInputError: if a shape, k_prompt, k_diff or edit is out of range.
-        BackendUnavailableError: if a backend asked for by name cannot serve the call.
+        BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
     check_density(density, conditional_map)
     check_lookup_options(conditional_map, k_prompt, k_diff, edit)

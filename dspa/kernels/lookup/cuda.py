@@ -20,7 +20,7 @@ def lookup(
     *,
     library: Any = torch.ops.dspa,
 ) -> EditList:
-    """See `dspa.kernels.lookup`. `library` is where the operations are."""
+    """See `dspa.kernels.lookup`. `library` holds the operations."""
     edits = EditList.empty(density.shape[0], 2 * k_diff if edit == "both" else k_diff, density.device)
     library.lookup(
         (density if density.dtype == torch.float64 else density.float()).contiguous(),

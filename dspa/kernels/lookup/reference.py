@@ -1,4 +1,4 @@
-"""From prompt features to edit lists, written to be read."""
+"""From prompt features to edit lists, in plain torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def top(values: Tensor, k: int, largest: bool) -> Tensor:
 
 
 def row_sum(conditional_map: CsrMap, rows: Tensor) -> Tensor:
-    """Sum of some rows of the map, `[d_sae_out]`, added in the order in which the rows are given."""
+    """Sum of some rows of the map, `[d_sae_out]`, added in the order of `rows`."""
     score = torch.zeros(conditional_map.d_sae_out, dtype=conditional_map.values.dtype, device=rows.device)
     for row in rows.tolist():
         entries = slice(int(conditional_map.row_offsets[row]), int(conditional_map.row_offsets[row + 1]))

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
-from dspa.kernels.backends.registry import StepMode, operations_for
+from dspa.kernels.backends.interface import StepMode
+from dspa.kernels.backends.registry import operations_for, step_with_lookup_for
 from dspa.kernels.lookup import check_density, check_lookup_options, lookup
-from dspa.kernels.token_step.traffic import Traffic, bytes_moved
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
-
-__all__ = ["Traffic", "bytes_moved", "token_step", "token_step_with_lookup"]
 
 
 @torch.no_grad()
@@ -30,13 +28,13 @@ def token_step(
     mode: StepMode | None = None,
     backend: str = "auto",
 ) -> None:
-    """Edits each row of `hidden` in place by its own list: method.md, section 4.
+    """Edits each row of `hidden` in place by its own list: docs/method.md, section 4.
 
     A listed latent is edited only where it is active: augmented by `alpha * M_t`, or lowered by `alpha * M_t` but not
     below 0, with `M_t` the largest activation of all latents before edits. What is written back is the decoded
     difference, so the SAE's reconstruction error stays as it was. A row that nothing changes keeps its bits.
 
-    A row is left alone and counted as nonfinite if NaN or Inf comes up in its encoder input, in the pre-activation of
+    A row is left alone and counted as nonfinite if NaN or Inf occurs in its encoder input, in the pre-activation of
     a listed latent, or in `M_t` where the edit depends on its value. Another latent whose pre-activation is NaN is
     not active.
 
@@ -47,13 +45,13 @@ def token_step(
         alpha: edit strength, not negative; a number, or `[B]`.
         enabled: `[B]` bool on the device of `hidden`, False for rows to leave alone; None for all.
         stats: counters to add to.
-        mode: how to get there: "dense" (one pass over `W_enc`), "lazy" (none where none is needed), "screened"
+        mode: how `M_t` is found: "dense" (one pass over `W_enc`), "lazy" (none where none is needed), "screened"
             (rows that cannot matter are skipped). The result is the same. None is the backend's fastest.
         backend: a backend's name, or "auto".
 
     Raises:
         InvalidInputError: if a shape does not fit or alpha is negative.
-        BackendUnavailableError: if a backend asked for by name cannot serve the call.
+        BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
     _check(hidden, sae, edits.batch, alpha, enabled, stats, mode)
     operations = operations_for(backend, "token_step", (hidden,), sae)
@@ -87,10 +85,9 @@ def token_step_with_lookup(
     check_density(density, conditional_map)
     check_lookup_options(conditional_map, k_prompt, k_diff, edit)
     _check(hidden, sae, density.shape[0], alpha, enabled, stats, mode)
-    operations = operations_for(backend, "token_step", (hidden,), sae)
-    together = operations.token_step_with_lookup
-    if together is not None and operations.refuses("lookup", (density, conditional_map.values), None) is None:
-        return together(
+    combined = step_with_lookup_for(backend, hidden, density, conditional_map.values, sae)
+    if combined is not None:
+        return combined(
             hidden, sae, density, conditional_map, k_prompt, k_diff, edit, sign_guard, alpha, enabled, stats, mode
         )
     edits = lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard=sign_guard, backend=backend)

@@ -8,62 +8,57 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dspa.kernels.backends.registry import StepMode
+from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.token_step.arguments import strength_arguments
 from dspa.kernels.types import EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
-LEADERS = 16  # reading this many rows costs a thousandth of a pass over a 16k encoder
-DEFAULT_MODE: StepMode = "screened"  # the measured winner at every shape, see benchmarks/
-WIDEST_CODED_MODEL = 16384
+RECENT = 16  # reading this many rows costs a thousandth of a pass over a 16k encoder
+DEFAULT_MODE: StepMode = "screened"  # the fastest at every measured shape, see benchmarks/
+WIDEST_QUANTIZED_MODEL = 16384
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
-    """`W_enc` in 8 bits per weight, with which `screened` rules rows out (`csrc/cpu/codes.h`).
+class QuantizedEncoder:
+    """`W_enc` in 8 bits per weight, by which `screened` rules rows out (`csrc/cpu/quantized_encoder.h`).
 
     Attributes:
         values: `[d_sae, d_model rounded up]` int8.
-        factors: `[3, d_sae]` float32: each row's scale, the norm of its error, the norm of its codes times scale.
+        factors: `[3, d_sae]` float32: each row's scale, the norm of its quantization error, and its scale times the
+            norm of its codes.
     """
 
     values: Tensor
     factors: Tensor
 
-    @classmethod
-    def quantized(cls, W_enc: Tensor) -> Codes:
-        d_sae, d_model = W_enc.shape
-        codes = cls(torch.empty(d_sae, -(-d_model // 32) * 32, dtype=torch.int8), torch.empty(3, d_sae))
-        torch.ops.dspa.encode_rows(W_enc, codes.values, codes.factors)
-        return codes
-
 
 @dataclass(frozen=True, eq=False)
 class StepScratch:
-    """What `token_step` keeps from one token to the next for one SAE. It changes how fast a result is found, never the
+    """The state of `token_step` from one token to the next, for one SAE. It affects the speed of a step, not the
     result.
 
     Attributes:
-        leaders: int32, latents that were the maximum before, the latest first; -1 where there is none yet.
+        recent_argmax: int32, latents that were the argmax of earlier tokens, the most recent first; -1 where empty.
         counters: int64, see `StepWork`.
     """
 
-    leaders: Tensor = field(default_factory=lambda: torch.full((LEADERS,), -1, dtype=torch.int32))
+    recent_argmax: Tensor = field(default_factory=lambda: torch.full((RECENT,), -1, dtype=torch.int32))
     counters: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What the steps of one SAE cost so far.
+    """The cost of the steps of one SAE so far.
 
     Attributes:
-        tokens: tokens that came by, enabled and finite.
+        tokens: tokens processed, enabled and finite.
         active: of those, with an active latent in their list.
         passes: of those, for which a pass over the encoder was begun.
         maximum_needed: of those, whose edit depends on the value of M_t.
         encoder_bytes: bytes of `W_enc`, or of its low-precision copy, that were read.
-        screened_rows: pairs of token and latent that were screened.
-        rescored_rows: of those, computed exactly after all.
+        screened_pairs: pairs of token and latent that were screened.
+        rescored_pairs: of those, computed exactly as well.
     """
 
     tokens: int
@@ -71,38 +66,46 @@ class StepWork:
     passes: int
     maximum_needed: int
     encoder_bytes: int
-    screened_rows: int
-    rescored_rows: int
+    screened_pairs: int
+    rescored_pairs: int
 
 
 _scratch: WeakKeyDictionary[SaeWeights, StepScratch] = WeakKeyDictionary()
-_codes: WeakKeyDictionary[SaeWeights, Codes | None] = WeakKeyDictionary()
+_quantized: WeakKeyDictionary[SaeWeights, QuantizedEncoder | None] = WeakKeyDictionary()
 
 
 def scratch_of(sae: SaeWeights) -> StepScratch:
-    """The scratch that lives as long as this SAE."""
+    """The scratch of this SAE, kept as long as the SAE."""
     scratch = _scratch.get(sae)
     if scratch is None:
         scratch = _scratch[sae] = StepScratch()
     return scratch
 
 
-def codes_of(sae: SaeWeights) -> Codes | None:
-    """The codes of this SAE, made when first asked for outside a compiled graph; None where there are none yet, or
-    where they would prove nothing. `W_enc` must not be written afterwards."""
-    if sae not in _codes and not torch.compiler.is_compiling():
-        _codes[sae] = Codes.quantized(sae.W_enc) if _can_be_screened(sae) else None
-    return _codes.get(sae)
+def quantize_encoder(W_enc: Tensor) -> QuantizedEncoder:
+    """`[d_sae, d_model]` weights, bfloat16, float16 or float32, in 8 bits each."""
+    d_sae, d_model = W_enc.shape
+    quantized = QuantizedEncoder(torch.empty(d_sae, -(-d_model // 32) * 32, dtype=torch.int8), torch.empty(3, d_sae))
+    torch.ops.dspa.quantize_rows(W_enc, quantized.values, quantized.factors)
+    return quantized
+
+
+def quantized_encoder_of(sae: SaeWeights) -> QuantizedEncoder | None:
+    """The quantized encoder of this SAE, made at its first step outside a compiled graph; None where there is none yet,
+    or where it would prove nothing. `W_enc` must not be written afterwards."""
+    if sae not in _quantized and not torch.compiler.is_compiling():
+        _quantized[sae] = quantize_encoder(sae.W_enc) if _can_be_screened(sae) else None
+    return _quantized.get(sae)
 
 
 def _can_be_screened(sae: SaeWeights) -> bool:
     """Bounds of a product bound the score only if scores rise with products; wider rows would overflow 32 bits."""
     factors = [factor for factor in (sae.decoder_norm, sae.magnitude_scale) if factor is not None]
-    return sae.d_model <= WIDEST_CODED_MODEL and all(bool((factor >= 0).all()) for factor in factors)
+    return sae.d_model <= WIDEST_QUANTIZED_MODEL and all(bool((factor >= 0).all()) for factor in factors)
 
 
 def work_of(sae: SaeWeights) -> StepWork:
-    """What the CPU steps through this SAE cost since it was made."""
+    """The cost of all CPU steps of this SAE."""
     return StepWork(*scratch_of(sae).counters.tolist())
 
 
@@ -117,7 +120,7 @@ def token_step(
 ) -> None:
     """See `dspa.kernels.token_step`."""
     scratch, mode = scratch_of(sae), mode or DEFAULT_MODE
-    codes = codes_of(sae) if mode == "screened" else None
+    quantized = quantized_encoder_of(sae) if mode == "screened" else None
     torch.ops.dspa.token_step(
         hidden,
         *encoder_arguments(sae),
@@ -126,26 +129,10 @@ def token_step(
         edits.latents.contiguous(),
         edits.signs.contiguous(),
         edits.counts.contiguous(),
-        0.0 if isinstance(alpha, Tensor) else alpha,
-        alpha.float().contiguous() if isinstance(alpha, Tensor) else None,
-        None if enabled is None else enabled.bool().contiguous(),
-        *((None,) * 7 if stats is None else counters_of(stats)),
-        scratch.leaders,
-        None if codes is None else codes.values,
-        None if codes is None else codes.factors,
+        *strength_arguments(alpha, enabled, stats),
+        scratch.recent_argmax,
+        None if quantized is None else quantized.values,
+        None if quantized is None else quantized.factors,
         scratch.counters,
         mode,
-    )
-
-
-def counters_of(stats: TokenStats) -> tuple[Tensor, ...]:
-    """The counters in the order of the operation's schema."""
-    return (
-        stats.seen,
-        stats.edited,
-        stats.nonfinite,
-        stats.maximum,
-        stats.maximum_sum,
-        stats.maximum_known,
-        stats.latent_edits,
     )

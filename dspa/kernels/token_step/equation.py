@@ -1,4 +1,4 @@
-"""The edit of one token's activations: the equation that the reference, the trace and the documentation share."""
+"""The equation of the edit (docs/method.md, section 4), as a pure function that autograd can differentiate."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from torch import Tensor
 
 
 def edited_activations(selected: Tensor, signs: Tensor, alpha: float | Tensor, maximum: Tensor) -> Tensor:
-    """Activations after the edit (docs/method.md, section 4):
+    """The activations `f~'` of listed latents after the edit.
 
-        augmented and active:  f'_j = f_j + alpha * M
-        ablated and active:    f'_j = max(f_j - alpha * M, 0)
-        otherwise:             f'_j = f_j
-
-    Plain torch, differentiable in `selected`, `alpha` and `maximum`.
+    An active latent of sign +1 becomes `f~ + alpha * M_t`, one of sign -1 becomes `max(f~ - alpha * M_t, 0)`. Inactive
+    latents, and those of sign 0 (padding), keep their value.
 
     Args:
-        selected: `[B, k]` floating point, activations f_j of the listed latents.
-        signs: `[B, k]`, +1 augment, -1 ablate, 0 leave alone.
-        alpha: edit strength, one number or `[B]`.
-        maximum: `[B]`, M, the largest activation of all latents before edits.
+        selected: `[..., k]` floating point, the activations `f~` of the listed latents, not negative.
+        signs: `[..., k]` integers, +1 augment, -1 ablate, 0 padding.
+        alpha: edit strength, a number or `[...]`; rounded to the dtype of `selected`.
+        maximum: `[...]`, `M_t`, the largest activation of all latents before edits.
 
     Returns:
-        `[B, k]`.
+        `[..., k]`, dtype of `selected`.
     """
-    step = torch.as_tensor(alpha, dtype=selected.dtype, device=selected.device) * maximum
-    moved = selected + signs * step[:, None]
+    step = (torch.as_tensor(alpha, dtype=selected.dtype, device=selected.device) * maximum)[..., None]
+    moved = selected + signs * step
     moved = torch.where(signs < 0, moved.clamp(min=0), moved)
     return torch.where((selected > 0) & (signs != 0), moved, selected)

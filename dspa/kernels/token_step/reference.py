@@ -1,11 +1,11 @@
-"""The edit of one token per row, written to be read."""
+"""The edit of one token per row, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dspa.kernels.backends.registry import StepMode
+from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.token_step.equation import edited_activations
 from dspa.kernels.types import EditList, TokenStats
 from dspa.sae.encode import activations, encoder_input
@@ -21,7 +21,7 @@ def token_step(
     stats: TokenStats | None,
     mode: StepMode | None,
 ) -> None:
-    """See `dspa.kernels.token_step`. All modes give one result, so the reference has only this one."""
+    """See `dspa.kernels.token_step`. All modes have the same result, so the reference ignores `mode`."""
     assert sae.W_dec is not None  # the dispatcher checks it
     if hidden.shape[0] == 0:
         return
@@ -39,8 +39,8 @@ def token_step(
     latents = edits.latents.long()
     listed = edits.valid()
     selected = f.gather(1, latents)
-    difference = edited_activations(selected, edits.signs, alpha, maximum) - selected
-    difference = torch.where(listed, difference, 0)
+    edited = edited_activations(selected, edits.signs, alpha, maximum)
+    difference = torch.where(listed & (selected > 0), edited - selected, 0)
 
     finite = x.isfinite().all(dim=-1) & difference.isfinite().all(dim=-1)
     finite &= (product.gather(1, latents).isfinite() | ~listed).all(dim=-1)

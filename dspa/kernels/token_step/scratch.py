@@ -1,4 +1,4 @@
-"""What the GPU steps of an SAE keep between launches, at fixed addresses, so that captured graphs may hold them."""
+"""Scratch of the GPU steps of an SAE, kept between launches at fixed addresses, so that captured graphs may hold it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Scratch = TypeVar("Scratch")
 
 
 def rows_for(batch: int) -> int:
-    """How many rows there is scratch for where a batch is to be served. Batches share it, so that ever new ones neither
-    take ever more memory nor, while they are no larger than most are, need a compiled graph of their own."""
+    """The rows of the scratch for a batch. Batches of several sizes share it, which bounds the memory, and lets one
+    compiled graph serve every batch of up to `LEAST_ROWS`."""
     return LEAST_ROWS if batch <= LEAST_ROWS else 1 << (batch - 1).bit_length()
 
 
 def kept(
     of_all: WeakKeyDictionary[SaeWeights, dict[Key, Scratch]], sae: SaeWeights, key: Key, make: Callable[[], Scratch]
 ) -> Scratch:
-    """The scratch of an SAE for some size, made when first asked for and kept as long as the SAE.
+    """The scratch of an SAE for some size, made at its first use and kept as long as the SAE.
 
-    A graph that is being captured uses what is there. What has to be made for it belongs to the graph, which makes it
-    anew at every replay, and is not kept: nobody else would find it as it has to be.
+    A graph that is being captured uses existing scratch. Scratch made during the capture belongs to the graph, which
+    makes it anew at every replay; it is not kept, as its contents are undefined outside the graph.
     """
     of_sae = of_all.get(sae)
     if of_sae is None:

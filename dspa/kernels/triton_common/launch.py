@@ -1,9 +1,8 @@
-"""Launching Triton kernels: whether that is possible here, for which architecture, and one place where it happens."""
+"""Launching Triton kernels: whether that is possible here, for which architecture, and with which block sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ from dspa.kernels.triton_common.table import INTERPRETER, Operation, Tile, tile_
 from dspa.kernels.triton_common.tiles import INTERPRETED
 
 MOST_REGISTERS = 255  # of a thread of an NVIDIA GPU
-STORAGE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_available() -> None:
@@ -31,10 +29,10 @@ def check_available() -> None:
 
 
 def tile_for(operation: Operation, W_enc: Tensor, x_parts: int) -> Tile:
-    """The block sizes of an operation for this encoder on its device; `x_parts` as `parts_of` says."""
+    """The block sizes of an operation for this encoder on its device; `x_parts` from `parts_of`."""
     d_sae, d_model = W_enc.shape
     in_parts = x_parts > 1 or (W_enc.dtype != torch.bfloat16 and x_parts > 0)
-    return tile_of(operation, _architecture or architecture(W_enc.device), d_model, d_sae, in_parts)
+    return tile_of(operation, architecture(W_enc.device), d_model, d_sae, in_parts)
 
 
 def architecture(device: torch.device) -> str:
@@ -55,8 +53,8 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told. Contraction is off, so that the bits are those the source says. The assembler may
-        use all registers that there are: else it spills a few, to run more programs at a time."""
+        """Options of the compiler. Contraction is off, so that results have the bits that the source defines. The
+        assembler may use all registers; otherwise it spills a few, to run more programs at a time."""
         options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": False}
         if self.architecture.startswith("sm_"):
             options["maxnreg"] = MOST_REGISTERS
@@ -68,38 +66,18 @@ class Launch:
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
-_recorded: list[Launch] | None = None
-_architecture: str | None = None
-
-
 def launch(kernel: Any, programs: int, arguments: dict[str, object], tile: Tile, device: torch.device) -> None:
     """Runs a kernel. Every launch of this package goes through here."""
-    made = Launch(kernel, programs, arguments, tile, device, _architecture or architecture(device))
-    if _recorded is None:
-        made.run()
-    else:
-        _recorded.append(made)
-
-
-@contextmanager
-def recording(architecture: str) -> Iterator[list[Launch]]:
-    """Within it, launches are noted down instead of being made, with the block sizes of some architecture."""
-    global _recorded, _architecture
-    before = _recorded, _architecture
-    _recorded, _architecture = [], architecture
-    try:
-        yield _recorded
-    finally:
-        _recorded, _architecture = before
+    Launch(kernel, programs, arguments, tile, device, architecture(device)).run()
 
 
 def activation_of(activation: str) -> str:
-    """The three ways in which a kernel selects, see `triton_tiles.scores`."""
+    """The three ways in which a kernel selects, see `tiles.scores`."""
     return activation if activation in ("topk", "gated") else "threshold"
 
 
 def parts_of(hidden: torch.dtype, W_enc: torch.dtype, plain: bool) -> int:
-    """How the encoder input is multiplied, see `triton_tiles.add_products`. `plain`: it is the hidden state itself."""
+    """How the encoder input is multiplied, see `tiles.add_products`. `plain`: it is the hidden state itself."""
     if plain and hidden == W_enc != torch.float32:
         return 0
     return {torch.bfloat16: 1, torch.float16: 2}.get(hidden, 3) if plain else 3

@@ -1,5 +1,5 @@
 """Finding the k largest or smallest of a long row, for the Triton kernels: by the digits of sortable integers, so that
-equal values are told apart by their index alone and the answer is the same however the work is split."""
+ties are broken by index and the result does not depend on how the work is split."""
 # Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
 # pyright: reportGeneralTypeIssues=false
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from dspa.kernels.triton_common.tiles import widen
 
-SCAN = tl.constexpr(1024)  # elements that are looked at together
+SCAN = tl.constexpr(1024)  # elements read at a time
 
 
 @triton.jit

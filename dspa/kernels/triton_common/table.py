@@ -1,4 +1,4 @@
-"""Which block sizes the Triton kernels use on which GPU: looked up, never tuned while a model generates."""
+"""The block sizes of the Triton kernels on each GPU: looked up, never tuned while a model generates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _TABLE: dict[Operation, dict[str, dict[Shape, tuple[Sizes, Sizes]]]] = {
 def tile_of(operation: Operation, architecture: str, d_model: int, d_sae: int, in_parts: bool) -> Tile:
     """The block sizes of an operation: those of the shape that is nearest, in the ratio of its sizes, on the
     architecture or the one it descends from. `in_parts`: whether factors are multiplied part by part
-    (`triton_tiles.add_products`), which takes more registers."""
+    (`tiles.add_products`), which takes more registers."""
     if architecture == INTERPRETER:
         return _INTERPRETED[operation]
     of_shape = _TABLE[operation][listed_architecture(architecture)]
@@ -69,11 +69,6 @@ def _generation(architecture: str) -> int:
     return int(found[0]) if found else 0
 
 
-def entries(architecture: str) -> list[Shape]:
-    """Every shape for which the table has an entry of its own."""
-    return sorted({shape for of_architecture in _TABLE.values() for shape in of_architecture[architecture]})
-
-
 def blocks(size: int, block: int) -> int:
-    """How many blocks it takes."""
+    """The number of blocks that cover a size."""
     return -(-size // block)

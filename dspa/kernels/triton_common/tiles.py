@@ -1,6 +1,6 @@
-"""What the Triton kernels share: number formats, the SAE's encoder, and how programs of one launch wait for each other.
+"""Device functions of the Triton kernels: number formats, the SAE's encoder, and waiting between programs of a launch.
 
-Loaded only by the Triton backend. Contraction of `a * b + c` is switched off at every launch (`triton_launch`), so that
+Loaded only by the Triton backend. Contraction of `a * b + c` is switched off at every launch (`launch.py`), so that
 the bits of a result are those that the source says; where a fused multiply-add is meant, it is written `tl.fma`.
 """
 # Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-# The interpreter multiplies bfloat16 matrices as if they were integers, so it is given float32 ones of the same value.
+# The interpreter multiplies bfloat16 matrices as if they were integers, so `dot` widens them to float32 there.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -71,7 +71,7 @@ def leading_bits(x):
 
 @triton.jit
 def encoder_input(h, shift, factor, b_dec, columns, inside, valid, NORMALIZATION: tl.constexpr):
-    """`h'` of method.md, section 1, in float32; 0 where not valid. All arguments broadcast to one shape.
+    """`h'` of docs/method.md, section 1, in float32; 0 where not valid. All arguments broadcast to one shape.
 
     Args:
         columns, inside: which columns of the model, and whether they are there.
@@ -89,7 +89,7 @@ def encoder_input(h, shift, factor, b_dec, columns, inside, valid, NORMALIZATION
 
 @triton.jit
 def normalizer(begin, column_stride, d_model, valid, NORMALIZATION: tl.constexpr, BLOCK: tl.constexpr):
-    """What normalises some rows, `(h - shift) * factor`, and the scale that maps a decoded difference back.
+    """The factors that normalise some rows, `(h - shift) * factor`, and the scale that maps a decoded difference back.
 
     Args:
         begin: `[R, 1]`, where each row begins.
@@ -179,7 +179,7 @@ def add_part(w, x, main, rest, LEADING: tl.constexpr, X_PARTS: tl.constexpr):
 
 @triton.jit
 def scores(product, encoder, latents, valid, ACTIVATION: tl.constexpr):
-    """What the selection compares: the activation, or for topk the pre-activation, from `W_enc h'`.
+    """The values that the selection compares: the activation, or for topk the pre-activation, from `W_enc h'`.
 
     Args:
         product: float32; `latents` and `valid` broadcast to it. Where not valid, it must be 0, and so is the score.
@@ -204,7 +204,7 @@ def scores(product, encoder, latents, valid, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def announce(counter):
-    """Adds 1 to a counter. Whoever waits for it sees what this program wrote before."""
+    """Adds 1 to a counter. Programs that wait for it see all earlier writes of this one."""
     tl.debug_barrier()  # a release covers what the other threads of this program wrote only behind a barrier
     return tl.atomic_add(counter, 1, sem="acq_rel")
 

@@ -1,35 +1,29 @@
-"""The kernels on the shim as the backend "cuda-shim", through the very Python code that calls them on a GPU."""
+"""The kernels on the shim as the backend "cuda-shim", called by the same Python code as on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cuda_shim import build
-from dspa.kernels.backends.registry import Backend, OperationName, Operations, register_backend
+from dspa.kernels.backends.interface import Backend, Operations
+from dspa.kernels.backends.registry import register_backend
+from dspa.kernels.backends.table import BACKENDS
 from dspa.kernels.encode_density.cuda import encode_density
 from dspa.kernels.lookup.cuda import lookup
 from dspa.kernels.token_step.cuda import token_step, token_step_with_lookup
-from dspa.sae.weights import SaeWeights
 
 NAME = "cuda-shim"
 THREADS = 64  # of a block; what a GPU gets is more, and the same kernel
 SHARED_LIMIT = 227 * 1024
 DENSITY_BYTES = 64 << 20
 _DEVICES = {(2, SHARED_LIMIT, 9): 0}  # their numbers, by processors, shared memory and compute capability
-
-
-def refuses(operation: OperationName, operands: tuple[Tensor, ...], sae: SaeWeights | None) -> str | None:
-    """As on a GPU."""
-    tensors = operands if sae is None else (*operands, sae.W_enc)
-    wide = operation != "lookup" and any(tensor.dtype == torch.float64 for tensor in tensors)
-    return "a tensor is torch.float64" if wide else None
 
 
 def operations() -> Any:
@@ -42,19 +36,19 @@ def operations() -> Any:
 
 
 def load() -> Operations:
-    given = operations()
+    library = operations()
     return Operations(
-        partial(encode_density, library=given),
-        partial(lookup, library=given),
-        partial(token_step, library=given),
-        refuses,
-        partial(token_step_with_lookup, library=given),
+        partial(encode_density, library=library),
+        partial(lookup, library=library),
+        partial(token_step, library=library),
+        partial(token_step_with_lookup, library=library),
     )
 
 
 def register() -> None:
-    """Makes the backend known by its name; "auto" never picks it."""
-    register_backend(Backend(NAME, (), load))
+    """Registers the backend; "auto" never chooses it."""
+    on_gpu = next(backend for backend in BACKENDS if backend.name == "cuda")
+    register_backend(Backend(NAME, (), load, replace(on_gpu.serves, devices=("cpu",))))
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def _folder(what: tuple[str, ...]) -> Path:
     """A folder for what follows from these flags and the present sources, so that nothing is compiled twice."""
     digest = hashlib.sha256("\n".join((*what, torch.__version__)).encode())
     sources = [*SHIM.glob("*.h"), *SHIM.glob("*.cpp"), *CSRC.glob("cuda/*"), *CSRC.glob("*.h"), *CSRC.glob("*.cpp")]
-    for source in sorted([*sources, *CSRC.glob("cpu/*.h")]):
+    for source in sorted([*sources, *CSRC.glob("common/*.h")]):
         digest.update(source.name.encode() + source.read_bytes())
     folder = ROOT / "build" / "cuda_shim" / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,9 +32,9 @@ struct Case {
   std::vector<int64_t> counters, latent_edits;
   std::vector<double> maxima;
   std::unique_ptr<bool[]> enabled;
-  cpu::Activation activation;
+  dspa::Activation activation;
 
-  Case(int64_t rows, int64_t width, cpu::Activation kind, uint32_t seed)
+  Case(int64_t rows, int64_t width, dspa::Activation kind, uint32_t seed)
       : batch(rows), d_model(width), activation(kind) {
     enabled.reset(new bool[static_cast<size_t>(batch)]);
     segments = {0, 2, 2, batch};
@@ -42,7 +42,7 @@ struct Case {
     std::normal_distribution<float> normal;
     const auto halves = [&](int64_t count, float size) {
       std::vector<uint16_t> made(static_cast<size_t>(count));
-      for (uint16_t& number : made) number = cpu::bfloat16_of_float(size * normal(random));
+      for (uint16_t& number : made) number = dspa::bfloat16_of_float(size * normal(random));
       return made;
     };
     const auto floats = [&](int64_t count) {
@@ -69,20 +69,20 @@ struct Case {
     }
   }
 
-  cpu::Sae sae() const {
-    cpu::Sae made;
-    made.W_enc = {reinterpret_cast<const char*>(W_enc.data()), cpu::Dtype::bfloat16, d_sae, d_model};
-    made.W_dec = {reinterpret_cast<const char*>(W_dec.data()), cpu::Dtype::bfloat16, d_sae, d_model};
+  dspa::Sae sae() const {
+    dspa::Sae made;
+    made.W_enc = {reinterpret_cast<const char*>(W_enc.data()), dspa::Dtype::bfloat16, d_sae, d_model};
+    made.W_dec = {reinterpret_cast<const char*>(W_dec.data()), dspa::Dtype::bfloat16, d_sae, d_model};
     made.b_enc = bias.data();
     made.threshold = threshold.data();
     made.activation = activation;
     made.k = 5;
-    made.normalization = cpu::Normalization::layer_norm;
+    made.normalization = dspa::Normalization::layer_norm;
     return made;
   }
 
-  cpu::StridedMatrix rows(std::vector<uint16_t>& of) const {
-    return {reinterpret_cast<char*>(of.data()), cpu::Dtype::bfloat16, batch, d_model, d_model, 1};
+  dspa::StridedMatrix rows(std::vector<uint16_t>& of) const {
+    return {reinterpret_cast<char*>(of.data()), dspa::Dtype::bfloat16, batch, d_model, d_model, 1};
   }
 
   // The rows after a step, or two.
@@ -110,7 +110,7 @@ struct Case {
       step.looks_up = true;
       step.lookup.density = density.data();
       step.lookup.map = {row_offsets.data(), columns.data(), values.data(), d_in, d_sae};
-      step.lookup.options = {5, 2, cpu::EditKind::both, false};
+      step.lookup.options = {5, 2, dspa::EditKind::both, false};
       step.lookup.lists = {latents.data(), signs.data(), counts.data(), capacity};
       step.lookup.scores = scores.data();
       step.lookup.latents = places.data();
@@ -150,7 +150,7 @@ int main(int, char** arguments) {
   cuda::tuning().bulk_copies = what == "step in bulk";
   cuda::tuning().warpgroup_products = what == "count by warpgroups";
   const bool topk = std::string(arguments[1]) == "topk";
-  const cpu::Activation activation = topk ? cpu::Activation::topk : cpu::Activation::threshold;
+  const dspa::Activation activation = topk ? dspa::Activation::topk : dspa::Activation::threshold;
   Case given(std::stoi(arguments[2]), std::stoi(arguments[3]), activation, 7);
   if (what == "count" || what == "count by warpgroups") {
     given.counted(2);

@@ -1,7 +1,7 @@
 // csrc/cuda/ptx.cuh in plain C++, function by function.
 #pragma once
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 namespace dspa::cuda::ptx {
 
@@ -34,9 +34,9 @@ inline uint32_t load_relaxed(const uint32_t* address) { return __atomic_load_n(a
 
 inline void wait_a_moment() { cuda_shim::pause(); }
 
-inline float float_of_float16(uint16_t bits) { return cpu::float_of_float16(bits); }
-inline uint16_t float16_of_float(float value) { return cpu::float16_of_float(value); }
-inline uint16_t bfloat16_of_float(float value) { return cpu::bfloat16_of_float(value); }
+inline float float_of_float16(uint16_t bits) { return dspa::float_of_float16(bits); }
+inline uint16_t float16_of_float(float value) { return dspa::float16_of_float(value); }
+inline uint16_t bfloat16_of_float(float value) { return dspa::bfloat16_of_float(value); }
 
 inline uint32_t cluster_rank() { return cuda_shim::self().block->index.x % cuda_shim::self().block->launch->cluster; }
 inline uint32_t cluster_size() { return cuda_shim::self().block->launch->cluster; }
@@ -136,10 +136,10 @@ inline void load_matrices(uint32_t (&matrices)[4], const void* row) {
 }
 
 struct Bfloat16Pairs {
-  static float number(uint32_t bits) { return cpu::float_of_bfloat16(static_cast<uint16_t>(bits)); }
+  static float number(uint32_t bits) { return dspa::float_of_bfloat16(static_cast<uint16_t>(bits)); }
 };
 struct Float16Pairs {
-  static float number(uint32_t bits) { return cpu::float_of_float16(static_cast<uint16_t>(bits)); }
+  static float number(uint32_t bits) { return dspa::float_of_float16(static_cast<uint16_t>(bits)); }
 };
 
 template <class Pairs>

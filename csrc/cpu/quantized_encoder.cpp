@@ -1,4 +1,4 @@
-#include "codes.h"
+#include "quantized_encoder.h"
 
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,7 @@ double product_error(int64_t columns) {
 
 }  // namespace
 
-void encode_rows(const Matrix& W, int8_t* values, int64_t row_size, float* factors, const ThreadPool& pool) {
+void quantize_rows(const Matrix& W, int8_t* values, int64_t row_size, float* factors, const ThreadPool& pool) {
   const double inexact = product_error(W.columns);
   constexpr int64_t rows_per_task = 64;
   pool.for_each((W.rows + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
@@ -57,10 +57,10 @@ void encode_rows(const Matrix& W, int8_t* values, int64_t row_size, float* facto
   });
 }
 
-TokenCode encode_token(const float* input, Dtype row_dtype, int64_t columns, int16_t* values, int64_t row_size) {
+QuantizedToken quantize_token(const float* input, Dtype row_dtype, int64_t columns, int16_t* values, int64_t row_size) {
   float largest = 0.0f;
   for (int64_t i = 0; i < packed_size(columns); ++i) largest = std::max(largest, std::fabs(input[i]));
-  TokenCode token;
+  QuantizedToken token;
   token.step = static_cast<float>(largest / largest_token_code);
   const double inverse = token.step > 0.0f ? 1.0 / token.step : 0.0;
   double norm = 0.0, error = 0.0;
@@ -79,7 +79,7 @@ TokenCode encode_token(const float* input, Dtype row_dtype, int64_t columns, int
   return token;
 }
 
-void bound_products(const Codes& codes, const TokenCode& token, int64_t first, int64_t count,
+void bound_products(const QuantizedEncoder& codes, const QuantizedToken& token, int64_t first, int64_t count,
                     const float* code_products, float* lower, float* upper) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   const float* scale = codes.scale + first;

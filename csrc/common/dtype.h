@@ -4,11 +4,11 @@
 #include <cstdint>
 #include <cstring>
 
-// Code that is compiled for several instruction sets must leave no copy behind that the linker could take for another.
+// Code that is compiled for several instruction sets must emit no symbol that the linker could pick for another set.
 #define DSPA_INLINE static inline __attribute__((always_inline))
 #define DSPA_INLINE_MEMBER inline __attribute__((always_inline))
 
-namespace dspa::cpu {
+namespace dspa {
 
 enum class Dtype { float32, bfloat16, float16 };
 
@@ -81,4 +81,4 @@ DSPA_INLINE void store_element(void* data, Dtype dtype, int64_t index, float val
   }
 }
 
-}  // namespace dspa::cpu
+}  // namespace dspa

@@ -1,9 +1,9 @@
-"""Compiling the Triton kernels ahead of time, for GPUs that need not be here: what registers and memory they take.
+"""Compiling the Triton kernels ahead of time, for GPUs that need not be present: their registers and memory.
 
-    python -m dspa.kernels.triton_common.compile --architecture sm_90 --every-combination
+    python tests/kernels/triton_compile.py --architecture sm_90 --every-combination
 
-prints one JSON object a line. It compiles what a launch would compile: the operations run on tensors without data, and
-their launches are noted down instead of being made.
+prints one JSON object a line. It compiles the same code as a launch: the operations run on tensors without data, and
+their launches are recorded instead of run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import torch
 import triton
@@ -30,8 +32,9 @@ from triton.runtime.jit import create_function_from_signature
 from dspa.kernels.encode_density.triton import encode_density
 from dspa.kernels.lookup.triton import lookup
 from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
-from dspa.kernels.triton_common.launch import Launch, recording
-from dspa.kernels.triton_common.table import entries
+from dspa.kernels.triton_common import launch
+from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
+from dspa.kernels.triton_common.launch import Launch
 from dspa.kernels.types import CsrMap, EditList, TokenStats
 from dspa.sae.weights import Activation, InputNormalization, SaeWeights
 
@@ -50,7 +53,7 @@ _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Case:
-    """What decides which code a kernel is compiled to.
+    """The settings that select the code of a kernel.
 
     Attributes:
         activation, normalization, subtract_b_dec: of the SAE.
@@ -79,7 +82,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes.
+    """The resources of one kernel.
 
     Attributes:
         kernel, case, architecture: which kernel.
@@ -94,6 +97,22 @@ class Compiled:
     registers: int
     stack_bytes: int
     shared_bytes: int
+
+
+def entries(architecture: str) -> list[tuple[int, int]]:
+    """Every shape with an entry of its own in the tables of block sizes."""
+    return sorted({*TOKEN_STEP[architecture], *ENCODE_DENSITY[architecture]})
+
+
+@contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Within it, launches are recorded instead of run, with the block sizes of an architecture."""
+    recorded: list[Launch] = []
+    with (
+        mock.patch.object(launch, "architecture", return_value=architecture),
+        mock.patch.object(Launch, "run", autospec=True, side_effect=recorded.append),
+    ):
+        yield recorded
 
 
 def every_case(architecture: str) -> Iterator[Case]:
@@ -204,7 +223,7 @@ def resources_of(binary: Any) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Compiles what is asked for. Must run without TRITON_INTERPRET."""
+    """Compiles the selected kernels. Must run without TRITON_INTERPRET."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time.")
     parser.add_argument("--architecture", choices=sorted(TARGETS), action="append", help="default: all")
     parser.add_argument("--every-combination", action="store_true", help="not only the few that span all of them")

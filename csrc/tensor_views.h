@@ -1,5 +1,5 @@
-// What the libraries share: schemas, checks, and tensors turned into the plain operands of the kernels.
-// Only LibTorch's stable ABI is used here, and nowhere else any of LibTorch: one build serves later torch releases too.
+// Tensors, once checked, as the plain structures of common/ that the kernels read and write.
+// Only LibTorch's stable ABI is used, so one build serves later torch releases as well.
 #pragma once
 
 #pragma GCC diagnostic push
@@ -13,30 +13,8 @@
 #include <string>
 #include <tuple>
 
-#include "cpu/lookup.h"
-#include "cpu/operands.h"
-
-// ---- schemas --------------------------------------------------------------------------------------------------------
-
-// What encoding needs of an SAE.
-#define DSPA_ENCODER_SCHEMA                                                                                      \
-  "Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? b_dec, Tensor? decoder_norm, Tensor? magnitude_scale, " \
-  "Tensor? magnitude_bias, str activation, int k, str normalization"
-
-// An argument called "mode" would collide with one inside torch.compile.
-#define DSPA_TOKEN_STEP_SCHEMA                                                                                    \
-  "token_step(Tensor(a!) hidden, " DSPA_ENCODER_SCHEMA                                                            \
-  ", Tensor W_dec, Tensor? decoder_rows, Tensor latents, Tensor signs, Tensor counts, float alpha, "              \
-  "Tensor? alpha_of_row, Tensor? enabled, Tensor(b!)? seen, Tensor(c!)? edited, Tensor(d!)? nonfinite, "          \
-  "Tensor(e!)? maximum, Tensor(f!)? maximum_sum, Tensor(g!)? maximum_known, Tensor(h!)? latent_edits, "           \
-  "Tensor(i!)? leaders, Tensor? codes, Tensor? code_factors, Tensor(j!)? work, str step_mode) -> ()"
-
-#define DSPA_ENCODE_DENSITY_SCHEMA \
-  "encode_density(Tensor hidden, Tensor offsets, " DSPA_ENCODER_SCHEMA ", Tensor(a!) counts) -> ()"
-
-#define DSPA_LOOKUP_SCHEMA                                                                                         \
-  "lookup(Tensor density, Tensor row_offsets, Tensor columns, Tensor values, int d_sae_out, int k_prompt, "        \
-  "int k_diff, str edit, bool sign_guard, Tensor(a!) latents, Tensor(b!) signs, Tensor(c!) counts) -> ()"
+#include "common/edit_lists.h"
+#include "common/sae.h"
 
 namespace dspa::binding {
 
@@ -44,17 +22,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Each library says which device its tensors are on.
-bool is_here(const Tensor& tensor);
+// Defined by each library: the device of its tensors.
+bool is_on_device(const Tensor& tensor);
 extern const char* const device;
 
-// ---- operands -------------------------------------------------------------------------------------------------------
-
-inline cpu::Dtype dtype_of(const Tensor& tensor, const char* name) {
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return cpu::Dtype::float32;
-    case ScalarType::BFloat16: return cpu::Dtype::bfloat16;
-    case ScalarType::Half: return cpu::Dtype::float16;
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
     default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
   }
 }
@@ -68,10 +44,10 @@ template <> constexpr ScalarType scalar_type_of<int8_t>() { return ScalarType::C
 template <> constexpr ScalarType scalar_type_of<int32_t>() { return ScalarType::Int; }
 template <> constexpr ScalarType scalar_type_of<int64_t>() { return ScalarType::Long; }
 
-// The contiguous elements of a tensor that must have just so many, of this type.
+// The elements of a contiguous tensor; checks its device, dtype and number of elements.
 template <class T>
 T* elements(const Tensor& tensor, int64_t size, const char* name) {
-  STD_TORCH_CHECK(is_here(tensor) && tensor.is_contiguous() && tensor.scalar_type() == scalar_type_of<T>() &&
+  STD_TORCH_CHECK(is_on_device(tensor) && tensor.is_contiguous() && tensor.scalar_type() == scalar_type_of<T>() &&
                       tensor.numel() == size,
                   name, " must be a contiguous tensor of the right dtype on the ", device, " with ", size,
                   " elements; it has ", tensor.numel());
@@ -83,44 +59,44 @@ T* elements(const OptionalTensor& tensor, int64_t size, const char* name) {
   return tensor.has_value() ? elements<T>(*tensor, size, name) : nullptr;
 }
 
-inline cpu::Matrix matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(is_here(tensor) && tensor.dim() == 2 && tensor.is_contiguous(), name,
+inline Matrix matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(is_on_device(tensor) && tensor.dim() == 2 && tensor.is_contiguous(), name,
                   " must be a contiguous matrix on the ", device);
   return {static_cast<const char*>(tensor.data_ptr()), dtype_of(tensor, name), tensor.size(0), tensor.size(1)};
 }
 
-inline cpu::StridedMatrix strided_matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(is_here(tensor) && tensor.dim() == 2, name, " must be a matrix on the ", device);
+inline StridedMatrix strided_matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(is_on_device(tensor) && tensor.dim() == 2, name, " must be a matrix on the ", device);
   return {static_cast<char*>(tensor.data_ptr()), dtype_of(tensor, name), tensor.size(0), tensor.size(1),
           tensor.stride(0),                      tensor.stride(1)};
 }
 
-inline cpu::Activation activation_of(const std::string& name) {
-  if (name == "jumprelu" || name == "relu" || name == "batchtopk") return cpu::Activation::threshold;
-  if (name == "gated") return cpu::Activation::gated;
+inline Activation activation_of(const std::string& name) {
+  if (name == "jumprelu" || name == "relu" || name == "batchtopk") return Activation::threshold;
+  if (name == "gated") return Activation::gated;
   STD_TORCH_CHECK(name == "topk", "activation ", name, " is not known");
-  return cpu::Activation::topk;
+  return Activation::topk;
 }
 
-inline cpu::Normalization normalization_of(const std::string& name) {
-  if (name == "none") return cpu::Normalization::none;
-  if (name == "constant_norm_rescale") return cpu::Normalization::constant_norm_rescale;
+inline Normalization normalization_of(const std::string& name) {
+  if (name == "none") return Normalization::none;
+  if (name == "constant_norm_rescale") return Normalization::constant_norm_rescale;
   STD_TORCH_CHECK(name == "layer_norm", "normalization ", name, " is not known");
-  return cpu::Normalization::layer_norm;
+  return Normalization::layer_norm;
 }
 
-inline cpu::EditKind edit_kind_of(const std::string& name) {
-  if (name == "ablate") return cpu::EditKind::ablate;
-  if (name == "augment") return cpu::EditKind::augment;
+inline EditKind edit_kind_of(const std::string& name) {
+  if (name == "ablate") return EditKind::ablate;
+  if (name == "augment") return EditKind::augment;
   STD_TORCH_CHECK(name == "both", "edit ", name, " is not known");
-  return cpu::EditKind::both;
+  return EditKind::both;
 }
 
-inline cpu::Sae encoder(const Tensor& W_enc, const Tensor& b_enc, const Tensor& threshold, const OptionalTensor& b_dec,
+inline Sae encoder(const Tensor& W_enc, const Tensor& b_enc, const Tensor& threshold, const OptionalTensor& b_dec,
                  const OptionalTensor& decoder_norm, const OptionalTensor& magnitude_scale,
                  const OptionalTensor& magnitude_bias, const std::string& activation, int64_t k,
                  const std::string& normalization) {
-  cpu::Sae sae;
+  Sae sae;
   sae.W_enc = matrix(W_enc, "W_enc");
   sae.b_enc = elements<float>(b_enc, sae.d_sae(), "b_enc");
   sae.threshold = elements<float>(threshold, sae.d_sae(), "threshold");
@@ -131,14 +107,14 @@ inline cpu::Sae encoder(const Tensor& W_enc, const Tensor& b_enc, const Tensor& 
   sae.activation = activation_of(activation);
   sae.normalization = normalization_of(normalization);
   sae.k = k;
-  STD_TORCH_CHECK(sae.activation != cpu::Activation::gated ||
+  STD_TORCH_CHECK(sae.activation != Activation::gated ||
                       (sae.magnitude_scale != nullptr && sae.magnitude_bias != nullptr),
                   "a gated SAE needs magnitude_scale and magnitude_bias");
-  STD_TORCH_CHECK(sae.activation != cpu::Activation::topk || k >= 1, "a topk SAE needs k");
+  STD_TORCH_CHECK(sae.activation != Activation::topk || k >= 1, "a topk SAE needs k");
   return sae;
 }
 
-inline cpu::Edits edits_of(const Tensor& latents, const Tensor& signs, const Tensor& counts, int64_t batch) {
+inline Edits edits_of(const Tensor& latents, const Tensor& signs, const Tensor& counts, int64_t batch) {
   STD_TORCH_CHECK(latents.dim() == 2, "latents must be [B, k]");
   const int64_t capacity = latents.size(1);
   return {elements<int32_t>(latents, batch * capacity, "latents"), elements<int8_t>(signs, batch * capacity, "signs"),
@@ -146,11 +122,11 @@ inline cpu::Edits edits_of(const Tensor& latents, const Tensor& signs, const Ten
 }
 
 // All counters, or none.
-inline cpu::Stats stats_of(const OptionalTensor& seen, const OptionalTensor& edited, const OptionalTensor& nonfinite,
+inline Stats stats_of(const OptionalTensor& seen, const OptionalTensor& edited, const OptionalTensor& nonfinite,
                            const OptionalTensor& maximum, const OptionalTensor& maximum_sum,
                            const OptionalTensor& maximum_known, const OptionalTensor& latent_edits, int64_t batch,
                            int64_t d_sae) {
-  cpu::Stats stats;
+  Stats stats;
   if (!seen.has_value()) return stats;
   STD_TORCH_CHECK(edited.has_value() && nonfinite.has_value() && maximum.has_value() && maximum_sum.has_value() &&
                       maximum_known.has_value() && latent_edits.has_value(),
@@ -167,15 +143,15 @@ inline cpu::Stats stats_of(const OptionalTensor& seen, const OptionalTensor& edi
 
 // ---- fake implementations -------------------------------------------------------------------------------------------
 
-// The operations write into tensors they were given, so their shapes are known and there is nothing to compute.
+// The operations write into their arguments, so there is no output whose shape has to be computed.
 template <class... Arguments>
-struct Nothing {
+struct NoOutput {
   static void call(Arguments...) {}
 };
 
 template <class... Arguments>
 constexpr auto fake_of(void (*)(Arguments...)) {
-  return Nothing<Arguments...>{};
+  return NoOutput<Arguments...>{};
 }
 
 }  // namespace dspa::binding

@@ -1,0 +1,68 @@
+// What the kernels that multiply tiles share: shared memory, and counting a tile by segments.
+#pragma once
+
+#include "encoder.cuh"
+#include "operations.h"
+
+namespace dspa::cuda {
+
+constexpr int density_threads = 256;
+constexpr int depth_step = 32;
+constexpr int64_t tile_tokens = 128;  // the most that a tile has
+
+// A tile at the beginning of dynamic shared memory, which is aligned to 128 bytes only.
+constexpr int64_t shared_alignment = 128;
+
+template <class Tile>
+constexpr int64_t shared_bytes_of() {
+  return static_cast<int64_t>(sizeof(Tile)) + (alignof(Tile) > shared_alignment ? alignof(Tile) - shared_alignment : 0);
+}
+
+template <class Tile>
+__device__ __forceinline__ Tile& tile_in_shared() {
+  char* memory = ptx::dynamic_shared();
+  if constexpr (alignof(Tile) > shared_alignment)
+    memory += (alignof(Tile) - ptx::shared_address(memory) % alignof(Tile)) % alignof(Tile);
+  return *reinterpret_cast<Tile*>(memory);
+}
+
+// Adds a tile's active latents to the counts, segment by segment. `segments` holds the segment of each of the tile's
+// tokens; `add_own(segment)` adds a thread's own counts of that segment to the `counters` of the tile's latents. Both
+// arrays are shared.
+template <int kTokens, int kLatents, class AddOwn>
+__device__ __forceinline__ void count_tile(const EncodeDensity& task, int64_t first_latent, const int32_t* segments,
+                                           uint32_t* counters, const AddOwn& add_own) {
+  int32_t segment = -1;
+  while (true) {  // over the segments of the tile, in ascending order
+    int32_t next = INT32_MAX;
+    for (int t = 0; t < kTokens; ++t)
+      if (segments[t] > segment && segments[t] < next) next = segments[t];
+    if (next == INT32_MAX) return;
+    segment = next;
+    for (int i = static_cast<int>(threadIdx.x); i < kLatents; i += static_cast<int>(blockDim.x)) counters[i] = 0;
+    __syncthreads();
+    add_own(segment);
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kLatents; i += static_cast<int>(blockDim.x))
+      if (counters[i] != 0)
+        atomicAdd(reinterpret_cast<uint32_t*>(task.counts) + segment * task.sae.W_enc.rows + first_latent + i,
+                  counters[i]);
+    __syncthreads();
+  }
+}
+
+// The own part of a thread with few tokens, `row(i)` of the tile, and few latents, `column(j)`: bit i of active[j].
+template <int kOwnLatents, class Row, class Column>
+__device__ __forceinline__ void add_columns(int own_tokens, const uint32_t (&active)[kOwnLatents], const Row& row,
+                                            const Column& column, const int32_t* segments, int32_t segment,
+                                            uint32_t* counters) {
+  uint32_t mine = 0;
+  for (int i = 0; i < own_tokens; ++i) mine |= static_cast<uint32_t>(segments[row(i)] == segment) << i;
+#pragma unroll
+  for (int j = 0; j < kOwnLatents; ++j) {
+    const uint32_t count = static_cast<uint32_t>(__popc(active[j] & mine));
+    if (count != 0) atomicAdd(counters + column(j), count);
+  }
+}
+
+}  // namespace dspa::cuda

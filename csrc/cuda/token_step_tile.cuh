@@ -1,0 +1,222 @@
+// A tile of a token step: the rows of the batch that some clusters share, and their lists, in shared memory.
+#pragma once
+
+#include "encoder.cuh"
+#include "operations.h"
+#include "select.cuh"
+
+namespace dspa::cuda {
+
+constexpr int most_threads = 256;
+constexpr int most_inputs = 8;       // rows of the batch in a tile
+constexpr int most_stages = 4;       // of a ring of rows of W_enc
+constexpr int ring_alignment = 128;
+constexpr int unaligned_inputs = 4;  // of weights that cannot be loaded 16 bytes at a time
+constexpr uint32_t not_finite = 0x7fffffffu;  // bits of a NaN: the score where the pre-activation is not finite
+
+// At the beginning of a block's shared memory; the arrays whose length depends on the launch follow it.
+struct SharedHeader {
+  SelectionBuffer selection;
+  double sums[most_warps];
+  uint32_t slot;                   // for broadcasts
+  uint32_t finite[most_inputs];    // whether the input is
+  float scale[most_inputs];
+  float reach[most_inputs];        // see Listed
+  uint32_t maximum[most_inputs];   // bits of the largest activation in the block's share
+  int32_t kept[most_inputs];       // entries of the edit
+  uint64_t full[most_stages];      // barriers of the ring: a stage has been copied, and has been read
+  uint64_t empty[most_stages];
+};
+
+constexpr int64_t header_bytes = (static_cast<int64_t>(sizeof(SharedHeader)) + 127) / 128 * 128;
+
+// Without the ring, which is the last.
+inline int64_t shared_bytes(int64_t inputs, int64_t input_size, int64_t capacity) {
+  return header_bytes + inputs * (input_size + 4 * capacity) * 4;
+}
+
+// A summary of a row's list.
+struct Listed {
+  bool finite;    // all pre-activations are
+  bool any;       // one is active
+  float largest;  // of the active ones; 0 without any
+  float reach;    // the same, or NaN if an active one is augmented
+
+  // Whether every active one is ablated to 0 if M_t is at least `bound`. Rounding is monotonic, so what holds for a
+  // lower bound of M_t holds for M_t.
+  __device__ __forceinline__ bool vanishes(float alpha, float bound) const { return reach <= alpha * bound; }
+};
+
+// The part of a tile that one block holds. kRing: the copy engine brings W_enc, for a batch of one; else all threads
+// load it.
+template <class WeightsOfTile, int kInputs, bool kAligned, bool kRing>
+struct StepTile {
+  static_assert(!kRing || (kInputs == 1 && kAligned));
+
+  using Weights = WeightsOfTile;
+  using Storage = typename Weights::Storage;
+  static constexpr int inputs = kInputs;
+  static constexpr bool aligned = kAligned, ring = kRing;
+  // Rows of W_enc that a warp reads at a time.
+  static constexpr int rows_at_once = kInputs == 8 ? 4 : loads_in_flight;
+  static constexpr int lanes_per_value = 32 / (rows_at_once * kInputs);
+
+  __device__ __forceinline__ explicit StepTile(const TokenStep& token_step)
+      : step(token_step),
+        sae(token_step.sae),
+        d_model(token_step.sae.W_enc.columns),
+        size(input_size<Weights>(token_step.sae.W_enc.columns)),
+        capacity(token_step.edits.capacity),
+        policy(ptx::evict_first_policy()) {}
+
+  // The index of the warp's product that a lane holds after `multiply`.
+  static __device__ __forceinline__ int own_value() { return lane() / lanes_per_value; }
+
+  // ---- addresses ----------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ SharedHeader& shared() const {
+    return *reinterpret_cast<SharedHeader*>(ptx::dynamic_shared());
+  }
+  __device__ __forceinline__ float* input(int slot) const {
+    return reinterpret_cast<float*>(ptx::dynamic_shared() + header_bytes) + slot * size;
+  }
+  __device__ __forceinline__ uint32_t* score_bits(int slot) const { return listed_array(0, slot); }
+  __device__ __forceinline__ uint32_t* ranks(int slot) const { return listed_array(1, slot); }
+  __device__ __forceinline__ float* coefficients(int slot) const {
+    return reinterpret_cast<float*>(listed_array(2, slot));
+  }
+  __device__ __forceinline__ uint32_t* decoder_rows(int slot) const { return listed_array(3, slot); }
+  __device__ __forceinline__ uint32_t* listed_array(int array, int slot) const {
+    return reinterpret_cast<uint32_t*>(input(kInputs)) + (array * kInputs + slot) * capacity;
+  }
+
+  __device__ __forceinline__ bool is_topk() const { return sae.activation == Activation::topk; }
+
+  __device__ __forceinline__ bool is_enabled(int64_t row) const {
+    return step.enabled == nullptr || step.enabled[row];
+  }
+
+  __device__ __forceinline__ float alpha(int64_t row) const {
+    return step.alpha_of_row == nullptr ? step.alpha : step.alpha_of_row[row];
+  }
+
+  __device__ __forceinline__ int64_t list_size(int64_t row) const {
+    const int64_t count = step.edits.counts[row];
+    return count < 0 ? 0 : count > capacity ? capacity : count;
+  }
+
+  __device__ __forceinline__ FromMemory<Weights, kAligned> from_memory() const { return {policy}; }
+
+  __device__ __forceinline__ const Storage* encoder_row(int64_t latent) const {
+    return reinterpret_cast<const Storage*>(sae.W_enc.data) + latent * d_model;
+  }
+
+  // The row of W_dec, or -1 for a latent that cannot be edited.
+  __device__ __forceinline__ int64_t decoder_row(int64_t latent) const {
+    if (latent < 0 || latent >= sae.W_enc.rows) return -1;
+    const int64_t row = sae.decoder_rows == nullptr ? latent : sae.decoder_rows[latent];
+    return row < sae.W_dec.rows ? row : -1;
+  }
+
+  // ---- inputs -------------------------------------------------------------------------------------------------------
+
+  // Computes `h'` of those rows of the tile that are not in shared memory yet, by the whole block.
+  __device__ __forceinline__ void load_inputs(uint32_t slots) {
+#pragma unroll 1
+    for (int slot = 0; slot < kInputs; ++slot)
+      if (((slots & ~loaded) >> slot & 1u) != 0) load_input(slot);
+    loaded |= slots;
+  }
+
+  __device__ __forceinline__ void load_input(int slot) {
+    const int64_t row = first + slot;
+    const Normalizer normalizer = normalizer_of(step.hidden, row, sae.normalization, shared().sums);
+    const char* from = row_of(step.hidden, row);
+    bool all_finite = finite(normalizer.scale);
+    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+      const float value = i < d_model ? encoder_input(step.hidden, from, i, sae, normalizer) : 0.0f;
+      all_finite = all_finite && finite(value);
+      input(slot)[input_position<Weights>(i)] = value;
+    }
+    const int everywhere = __syncthreads_and(all_finite);
+    if (threadIdx.x == 0) {
+      shared().finite[slot] = everywhere != 0;
+      shared().scale[slot] = normalizer.scale;
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ uint32_t enabled_rows() const {
+    uint32_t found = 0;
+    for (int slot = 0; slot < rows; ++slot)
+      if (is_enabled(first + slot)) found |= 1u << slot;
+    return found;
+  }
+
+  __device__ __forceinline__ uint32_t finite_rows(uint32_t slots) const {
+    uint32_t found = 0;
+    for (int slot = 0; slot < rows; ++slot)
+      if ((slots >> slot & 1u) != 0 && shared().finite[slot] != 0) found |= 1u << slot;
+    return found;
+  }
+
+  // ---- lists --------------------------------------------------------------------------------------------------------
+
+  // Loads the scores of some rows' lists from the scratch, by the whole block; `ranked` if the ranks are known.
+  __device__ __forceinline__ void load_lists(uint32_t slots, bool ranked) const {
+    for (int slot = 0; slot < rows; ++slot) {
+      if ((slots >> slot & 1u) == 0) continue;
+      const int64_t row = first + slot, count = list_size(row);
+      for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+        score_bits(slot)[i] = __float_as_uint(step.scratch.score[row * capacity + i]);
+        ranks(slot)[i] = ranked && is_topk() ? step.scratch.rank[row * capacity + i] : 0;
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ bool is_active(int slot, int64_t i, bool ranked) const {
+    const bool listed = step.edits.signs[(first + slot) * capacity + i] != 0;
+    const bool kept = !ranked || !is_topk() || ranks(slot)[i] < static_cast<uint64_t>(sae.k);
+    return listed && kept && __uint_as_float(score_bits(slot)[i]) > 0.0f;
+  }
+
+  // Computed by one warp; `ranked` if the ranks are known.
+  __device__ __forceinline__ Listed summary_of_list(int slot, bool ranked) const {
+    const int64_t row = first + slot, count = list_size(row);
+    bool finite_scores = true, augmented = false;
+    float largest = 0.0f;
+    for (int64_t i = lane(); i < count; i += 32) {
+      finite_scores = finite_scores && score_bits(slot)[i] != not_finite;
+      if (!is_active(slot, i, ranked)) continue;
+      largest = fmaxf(largest, __uint_as_float(score_bits(slot)[i]));
+      augmented = augmented || step.edits.signs[row * capacity + i] > 0;
+    }
+    largest = __uint_as_float(__reduce_max_sync(all_lanes, __float_as_uint(largest)));
+    finite_scores = __all_sync(all_lanes, finite_scores) != 0;
+    augmented = __any_sync(all_lanes, augmented) != 0;
+    return {finite_scores, largest > 0.0f, largest, augmented ? __uint_as_float(not_finite) : largest};
+  }
+
+  __device__ __forceinline__ uint32_t rows_not_settled() const {
+    uint32_t found = 0;
+    for (int slot = 0; slot < rows; ++slot)
+      if (step.scratch.settled[first + slot] == 0) found |= 1u << slot;
+    return found;
+  }
+
+  const TokenStep& step;
+  const Sae& sae;
+  const int64_t d_model;
+  const int64_t size;  // of an input
+  const int64_t capacity;
+  const uint64_t policy;
+  const Cluster cluster;
+  uint32_t index = 0;   // of the tile
+  uint32_t share = 0;   // of the rows of W_enc
+  int64_t first = 0;    // row of the batch
+  int rows = 0;         // of the batch, in this tile
+  uint32_t loaded = 0;  // inputs that are in shared memory, a bit for each slot
+};
+
+}  // namespace dspa::cuda

@@ -1,0 +1,130 @@
+"""What a backend is: its operations, and the calls that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
+from dspa.sae.weights import SaeWeights
+
+OperationName = Literal["encode_density", "lookup", "token_step", "token_step_with_lookup"]
+StepMode = Literal["dense", "lazy", "screened"]
+
+
+class EncodeDensity(Protocol):
+    def __call__(self, hidden: Tensor, offsets: Tensor, sae: SaeWeights) -> Tensor: ...
+
+
+class Lookup(Protocol):
+    def __call__(
+        self, density: Tensor, conditional_map: CsrMap, k_prompt: int, k_diff: int, edit: EditKind, sign_guard: bool
+    ) -> EditList: ...
+
+
+class TokenStep(Protocol):
+    def __call__(
+        self,
+        hidden: Tensor,
+        sae: SaeWeights,
+        edits: EditList,
+        alpha: float | Tensor,
+        enabled: Tensor | None,
+        stats: TokenStats | None,
+        mode: StepMode | None,
+    ) -> None: ...
+
+
+class TokenStepWithLookup(Protocol):
+    def __call__(
+        self,
+        hidden: Tensor,
+        sae: SaeWeights,
+        density: Tensor,
+        conditional_map: CsrMap,
+        k_prompt: int,
+        k_diff: int,
+        edit: EditKind,
+        sign_guard: bool,
+        alpha: float | Tensor,
+        enabled: Tensor | None,
+        stats: TokenStats | None,
+        mode: StepMode | None,
+    ) -> EditList: ...
+
+
+@dataclass(frozen=True)
+class Serves:
+    """The calls that a backend serves; None stands for no restriction.
+
+    Attributes:
+        devices: types of the devices on which all tensors of a call must be; with it, they must be on one device.
+        encode_density, lookup, token_step, token_step_with_lookup: the dtypes of tensors that each operation takes.
+    """
+
+    devices: tuple[str, ...] | None = None
+    encode_density: tuple[torch.dtype, ...] | None = None
+    lookup: tuple[torch.dtype, ...] | None = None
+    token_step: tuple[torch.dtype, ...] | None = None
+    token_step_with_lookup: tuple[torch.dtype, ...] | None = None
+
+
+def refusal(
+    serves: Serves, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None
+) -> str | None:
+    """Why a backend cannot serve a call, in a few words, or None if it can.
+
+    Args:
+        serves: the calls that it serves.
+        operation: the operation to call.
+        tensors: the tensors of the call whose device and dtype matter.
+        sae: the SAE of the call, where there is one; its `W_enc` counts as another tensor.
+    """
+    dtypes: tuple[torch.dtype, ...] | None = getattr(serves, operation)
+    for tensor in tensors if sae is None else (*tensors, sae.W_enc):
+        if serves.devices is not None:
+            if tensor.device.type not in serves.devices:
+                return f"a tensor is on {tensor.device}"
+            if tensor.device != tensors[0].device:
+                return f"a tensor is on {tensor.device}, another on {tensors[0].device}"
+        if dtypes is not None and tensor.dtype not in dtypes:
+            return f"a tensor is {tensor.dtype}"
+    return None
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations of one backend, once it is loaded.
+
+    Attributes:
+        encode_density, lookup, token_step: the three operations.
+        token_step_with_lookup: both in one step, where the backend has that.
+        devices: replaces `Serves.devices` where only loading decides (Triton's interpreter runs on the CPU).
+    """
+
+    encode_density: EncodeDensity
+    lookup: Lookup
+    token_step: TokenStep
+    token_step_with_lookup: TokenStepWithLookup | None = None
+    devices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend by name.
+
+    Attributes:
+        name: its name in `backend=` and DSPA_BACKEND.
+        device_types: the devices for which "auto" may choose it.
+        load: imports or builds its operations; raises BackendUnavailableError with the reason where that fails.
+        serves: the calls that it serves; "auto" goes on to the next backend for others.
+    """
+
+    name: str
+    device_types: tuple[str, ...]
+    load: Callable[[], Operations]
+    serves: Serves = Serves()

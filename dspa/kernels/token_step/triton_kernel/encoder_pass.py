@@ -1,0 +1,100 @@
+"""The second part: the pass of one tile of `W_enc` for 16 rows of the batch."""
+# Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
+# pyright: reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dspa.kernels.token_step.triton_kernel.rows import alpha_of, packed, packed_value
+from dspa.kernels.token_step.triton_kernel.structures import (
+    BAR,
+    DISABLED,
+    FACTOR,
+    NUMBERS,
+    OPEN,
+    PREPARED,
+    SHIFT,
+    TOKENS,
+)
+from dspa.kernels.triton_common.tiles import add_products, encoder_input, scores, wait_for
+
+
+@triton.jit
+def is_settled(rows, is_open, strength, scratch):
+    """Which rows need no maximum, by the maxima that other programs have found so far."""
+    bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=is_open, other=0.0, cache_modifier=".cg")
+    floor = packed_value(tl.load(scratch.maxima + rows, mask=is_open, other=0, volatile=True))
+    return bar <= alpha_of(strength, rows, is_open) * floor
+
+
+@triton.jit
+def count_ranks(score, latents, rows, is_open, edits, scratch):
+    """Adds to the ranks of the listed latents how many of this tile are ahead of them.
+
+    Returns the scores with those of listed latents replaced by the ones that were prepared: a latent has one score.
+    """
+    counts = tl.minimum(tl.load(edits.counts + rows, mask=is_open, other=0), edits.capacity)
+    most = tl.max(counts, axis=0)
+    for entry in range(most):
+        listed = entry < counts
+        at = rows.to(tl.int64) * edits.capacity + entry
+        latent = tl.load(edits.latents + at, mask=listed, other=-1)
+        known = tl.load(scratch.listed + at, mask=listed, other=0.0, cache_modifier=".cg")
+        score = tl.where(latents[:, None] == latent[None, :], known[None, :], score)
+    for entry in range(most):
+        listed = entry < counts
+        at = rows.to(tl.int64) * edits.capacity + entry
+        latent = tl.load(edits.latents + at, mask=listed, other=-1)
+        known = tl.load(scratch.listed + at, mask=listed, other=0.0, cache_modifier=".cg")
+        tied = (score == known[None, :]) & (latents[:, None] < latent[None, :])
+        ahead = tl.sum(((score > known[None, :]) | tied).to(tl.int32), axis=0)
+        tl.atomic_add(scratch.ranks + at, ahead, mask=listed & (known > 0.0) & (ahead > 0), sem="relaxed")
+    return score
+
+
+@triton.jit
+def pass_tile(
+    tile, first_row, hidden, encoder, edits, strength, scratch, batch, d_model, d_sae,
+    ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
+    LATENTS: tl.constexpr, MODEL: tl.constexpr,
+):  # fmt: skip
+    """Raises the maxima, and for topk the ranks, of 16 rows by the scores of one tile of latents."""
+    rows = first_row + tl.arange(0, TOKENS)
+    is_open = rows < batch
+    shift = 0.0
+    factor = 1.0
+    if LAZY or ACTIVATION == "topk" or NORMALIZATION != "none":  # it needs what the preparation finds out
+        wait_for(scratch.counters + PREPARED, batch)
+        is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
+        if NORMALIZATION != "none":
+            numbers = scratch.numbers + rows * NUMBERS
+            shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
+            factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
+    if LAZY:
+        is_open &= ~is_settled(rows, is_open, strength, scratch)
+    if tl.max(is_open.to(tl.int32), axis=0) != 0:
+        latents = tile * LATENTS + tl.arange(0, LATENTS)
+        inside = latents < d_sae
+        weights = encoder.W_enc + (tile * LATENTS).to(tl.int64) * d_model + tl.arange(0, LATENTS)[:, None] * d_model
+        begin = hidden.rows + rows.to(tl.int64)[:, None] * hidden.row_stride
+        product = tl.zeros([LATENTS, TOKENS], tl.float32)
+        rest = tl.zeros([LATENTS, TOKENS], tl.float32)
+        for first in tl.range(0, d_model, MODEL):
+            columns = first + tl.arange(0, MODEL)
+            within = columns < d_model
+            valid = is_open[:, None] & within[None, :]
+            w = tl.load(weights + columns[None, :], mask=inside[:, None] & within[None, :], other=0.0)
+            h = tl.load(begin + columns[None, :] * hidden.column_stride, mask=valid, other=0.0)
+            x = encoder_input(
+                h, shift, factor, encoder.b_dec, columns[None, :], within[None, :], valid, NORMALIZATION
+            )  # fmt: skip
+            product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
+        score = scores(product + rest, encoder, latents[:, None], inside[:, None], ACTIVATION)
+        if ACTIVATION == "topk":
+            score = count_ranks(score, latents, rows, is_open, edits, scratch)
+        score = tl.where(inside[:, None] & (score > 0.0), score, 0.0)
+        largest, where = tl.max(score, axis=0, return_indices=True)
+        found = is_open & (largest > 0.0)
+        tl.atomic_max(scratch.maxima + rows, packed(largest, tile * LATENTS + where), mask=found, sem="relaxed")

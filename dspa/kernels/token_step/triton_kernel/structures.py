@@ -1,0 +1,94 @@
+"""The arguments of the Triton kernel of a token step, its scratch, and the constants of both."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+
+RECENT = tl.constexpr(16)  # argmax latents kept for a row
+LISTED = tl.constexpr(16)  # entries of a list that are handled at a time
+TOKENS = tl.constexpr(16)  # rows of a batch that share a pass; fixed, so that their number changes no bit
+ROW = tl.constexpr(256)  # columns of the model that are prepared and edited at a time
+
+# Counters of a launch.
+STARTED, PREPARED, PASSED, FINISHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# States of a row.
+DISABLED, NONFINITE, SETTLED, OPEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# Numbers of a row.
+SHIFT, FACTOR, SCALE, LARGEST, BAR = (
+    tl.constexpr(0),
+    tl.constexpr(1),
+    tl.constexpr(2),
+    tl.constexpr(3),
+    tl.constexpr(4),
+)
+NUMBERS = tl.constexpr(5)
+
+
+class Hidden(NamedTuple):
+    """Hidden states `[B, d_model]` and their strides in elements."""
+
+    rows: Tensor
+    row_stride: int
+    column_stride: int
+
+
+class Decoder(NamedTuple):
+    """`W_dec` and, where it is compact, `decoder_rows` of `SaeWeights`."""
+
+    W_dec: Tensor
+    rows: Tensor | None
+
+
+class Edits(NamedTuple):
+    """The tensors of an `EditList`, and its k."""
+
+    latents: Tensor
+    signs: Tensor
+    counts: Tensor
+    capacity: int
+
+
+class Strength(NamedTuple):
+    """alpha, or one for each row, and the flags of the rows."""
+
+    alpha: float
+    alpha_of_row: Tensor | None
+    enabled: Tensor | None
+
+
+class Stats(NamedTuple):
+    """The tensors of `TokenStats`."""
+
+    seen: Tensor
+    edited: Tensor
+    nonfinite: Tensor
+    maximum: Tensor
+    maximum_sum: Tensor
+    maximum_known: Tensor
+    latent_edits: Tensor
+
+
+class Scratch(NamedTuple):
+    """What the programs of a launch exchange. A launch restores it, except for `recent_argmax`.
+
+    Attributes:
+        counters: `[4]` int32, 0 between launches.
+        states: `[B]` int32.
+        numbers: `[B, 5]` float32: what normalises the row, its largest listed activation, and what alpha * M_t must
+            reach for all listed latents to vanish (NaN if they do not vanish whatever it is).
+        maxima: `[B]` int64, the largest activation found by the pass, and which latent; 0 between launches.
+        listed: `[B, k]` float32, scores of listed latents.
+        ranks: `[B, k]` int32, for topk: how many latents are ahead of a listed one; 0 between launches.
+        recent_argmax: `[B, 16]` int32, argmax latents of this row at earlier tokens, the most recent first, or -1.
+    """
+
+    counters: Tensor
+    states: Tensor
+    numbers: Tensor
+    maxima: Tensor
+    listed: Tensor
+    ranks: Tensor
+    recent_argmax: Tensor
