@@ -86,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gpu_timing import Ceilings, Sampler
 
     from dspa.bench_records import Run
-    from dspa.flops.report import Provenance
     from dspa.kernels import available
     from dspa.kernels.gpu_architecture import architecture
+    from dspa.util.provenance import Provenance
 
     status = available()
     backends = tuple(name for name in ("triton", "cuda") if status.get(name) == "available")

@@ -289,7 +289,7 @@ def flops(
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
-        from dspa.flops.report import print_report
+        from dspa.flops.tables import print_report
 
         print_report(_console(quiet=False), report)
 

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from dspa.errors import DspaError
+from dspa.flops.alignment import collection_stages
 from dspa.flops.counter import count, count_collection, count_forward, count_inference, model_shape
-from dspa.flops.formulas import (
-    Flops,
-    InferenceAssumptions,
-    Machine,
-    MeasuredStep,
-    SteeringShape,
-    collection_stages,
-    steer_token,
-)
-from dspa.flops.report import MeasuredRow
+from dspa.flops.inference import InferenceAssumptions, steer_token
+from dspa.flops.quantities import Flops, Machine, MeasuredRow, MeasuredStep
+from dspa.flops.shapes import SteeringShape
 from dspa.kernels import EditList, SaeWeights, token_step
 from dspa.offline.batching import BatchLimits, TripleLengths
 from dspa.offline.preferences import PreferenceTriple
