@@ -2,7 +2,8 @@
 # make test    install into .venv and run the tests
 # make test-compilers  the GPU kernels, compiled for several architectures and under sanitizers
 # make lint    style and types
-# make bench   CPU benchmarks, checked before they are timed; make bench-compare BASE=earlier.json says what moved
+# make bench   CPU benchmarks, checked before they are timed; make bench-report shows the latest run and draws all of
+#              them, make bench-compare BASE=earlier.json says what moved
 # make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-compilers test-slow lint bench bench-compare gpu sanitize clean
+.PHONY: demo test test-compilers test-slow lint bench bench-report bench-compare gpu sanitize clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
@@ -41,9 +42,13 @@ bench: $(READY)
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-quiet --benchmark-json=$(BENCH_JSON)
 
-# What moved beyond its noise between BASE and the latest run.
+# The latest run as tables; all runs as a page, if HTML says where it goes.
+bench-report: $(READY)
+	PYTHONPATH=benchmarks $(BIN)/python -m history.command $(if $(HTML),--html $(HTML))
+
+# What moved beyond its noise between BASE and the latest run; ALL=1 also shows what did not.
 bench-compare: $(READY)
-	$(BIN)/dspa bench --base $(BASE)
+	PYTHONPATH=benchmarks $(BIN)/python -m history.command --base $(BASE) $(if $(ALL),--all)
 
 # Uses the Python that the GPU machine has, with torch and triton in it, or else that of an earlier make; nothing is
 # installed.

@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gpu_report import Failure, Report
     from gpu_rows import REAL, TOY, Rows
     from gpu_timing import Ceilings, Sampler
+    from history.records import Run
 
-    from dspa.bench_records import Run
     from dspa.kernels import available
     from dspa.kernels.gpu_architecture import architecture
     from dspa.util.provenance import Provenance

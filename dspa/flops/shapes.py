@@ -20,7 +20,7 @@ class ModelShape:
         d_model: width of the residual stream.
         block_weights: per block, the elements of its weight matrices.
         qkv_weights: of these, the query, key and value projections.
-        head_weights: elements of the matrix that gives the logits.
+        head_weights: elements of the matrix that computes the logits.
         query_width: heads times head_dim.
         key_width: key-value heads times head_dim.
         windows: per block, how many keys a query sees; None for all.

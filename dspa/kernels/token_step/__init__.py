@@ -11,11 +11,12 @@ from torch import Tensor
 from dspa.errors import InvalidInputError
 from dspa.kernels.backends.registry import StepMode, operations_for
 from dspa.kernels.lookup import check_density, check_lookup_options, lookup
+from dspa.kernels.token_step.cpu import StepWork, work_of
 from dspa.kernels.token_step.traffic import Traffic, bytes_moved
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
 
-__all__ = ["Traffic", "bytes_moved", "token_step", "token_step_with_lookup"]
+__all__ = ["StepWork", "Traffic", "bytes_moved", "token_step", "token_step_with_lookup", "work_of"]
 
 
 @torch.no_grad()
