@@ -22,11 +22,11 @@ from dspa.bench.operations import EAGER, OURS, READ, padded_latents
 from dspa.bench.report import read_bandwidth, token_costs
 from dspa.cli import app
 from dspa.errors import InvalidInputError, MismatchError
-from dspa.kernels import SaeWeights, available, encode_density, token_step
+from dspa.kernels import SaeWeights, StepMode, available, encode_density, token_step
 
 TOY = ["--d-model", "48", "--d-sae", "256", "--tokens", "8", "--seconds", "0.01"]
 SHAPE = Shape(48, 256, torch.bfloat16, 1)
-KINDS: tuple[SaeKind, ...] = ("jumprelu", "relu", "gated", "topk")
+KINDS: tuple[SaeKind, ...] = ("jumprelu", "gated", "topk")
 FIELDS = {"subject", "machine", "provenance", "rows", "read_bandwidth", "token_costs", "generation"}
 
 pytestmark = pytest.mark.timeout(120)
@@ -149,7 +149,7 @@ def test_wrong_counts_are_found(kind: SaeKind) -> None:
         check_counts(counts, hidden, offsets, sae)
 
 
-def broken_step(hidden: torch.Tensor, *arguments: Any, mode: str | None = None, **options: Any) -> None:
+def broken_step(hidden: torch.Tensor, *arguments: Any, mode: StepMode | None = None, **options: Any) -> None:
     token_step(hidden, *arguments, mode=mode, **options)
     if mode == "lazy":
         hidden += 1
