@@ -4,7 +4,8 @@
 # make test-packaging  the wheel, built and installed into a fresh environment
 # make lint    style and types
 # make wheel   a binary wheel with the CPU kernels and an sdist, into dist/; DSPA_CUDA=require adds the CUDA kernels
-# make bench   CPU benchmarks, checked before they are timed; make bench-compare BASE=earlier.json says what moved
+# make bench   CPU benchmarks, checked before they are timed; make bench-report shows the latest run and draws all of
+#              them, make bench-compare BASE=earlier.json says what moved
 # make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
 # make docs    the documentation as a site in site/, with an API reference; a broken link or reference fails
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-compilers test-packaging test-slow lint wheel bench bench-compare gpu docs sanitize clean
+.PHONY: demo test test-compilers test-packaging test-slow lint wheel bench bench-report bench-compare gpu docs sanitize clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
@@ -57,9 +58,13 @@ bench: $(READY)
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python -m pytest benchmarks -q --benchmark-disable-gc --benchmark-quiet --benchmark-json=$(BENCH_JSON)
 
-# What moved beyond its noise between BASE and the latest run.
+# The latest run as tables; all runs as a page, if HTML says where it goes.
+bench-report: $(READY)
+	PYTHONPATH=benchmarks $(BIN)/python -m history.command $(if $(HTML),--html $(HTML))
+
+# What moved beyond its noise between BASE and the latest run; ALL=1 also shows what did not.
 bench-compare: $(READY)
-	$(BIN)/dspa bench --base $(BASE)
+	PYTHONPATH=benchmarks $(BIN)/python -m history.command --base $(BASE) $(if $(ALL),--all)
 
 # Uses the Python that the GPU machine has, with torch and triton in it, or else that of an earlier make; nothing is
 # installed.

@@ -16,7 +16,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from dspa.bench_records import Run, read_run
+from history.records import Run, read_run
+
 from dspa.kernels.backends import measured as measured_backends
 
 Key = tuple[int, int, bool]  # d_model, d_sae, whether it is a top-k SAE

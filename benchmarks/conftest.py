@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from typing import Any
 
 import pytest
-import torch
+from history.records import Run
+from history.report import print_run
+from organism_runs import organism
 from record import ROWS, Record
 
-from dspa.bench_records import Run
-from dspa.bench_report import print_run
-from dspa.kernels import available
+from dspa.bench.report import machine
+from dspa.organism.demo import Organism
+
+
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Organism:
+    """The organism with its densities: collected once for all rows."""
+    return organism(tmp_path_factory.mktemp("organism"))
 
 
 @pytest.fixture
 def record(benchmark: Any) -> Record:
     return Record(benchmark)
-
-
-def machine() -> str:
-    """What the numbers depend on beside the code."""
-    processor = "no C++ library"
-    if available()["cpu"] == "available":
-        processor = torch.ops.dspa.cpu_capability()
-    return (
-        f"{processor_name()}, {torch.get_num_threads()} threads, {processor}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}"
-    )
-
-
-def processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 @pytest.hookimpl

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import torch
-from interleaved import Way
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
-from token_step_case import NEEDS_MAXIMUM, Case, as_delta, with_error_term
 from torch import nn
 
-from dspa.kernels import StepMode
-from dspa.kernels.token_step.cpu import scratch_of, work_of
+from dspa.bench.cases import NEEDS_MAXIMUM, Case
+from dspa.bench.eager import as_delta, with_error_term
+from dspa.bench.operations import our_ways, read_way
+from dspa.bench.timing import Way
 
 BASELINE = "sae-lens with error term"
-OURS: tuple[tuple[str, StepMode, str], ...] = (
-    ("dense", "dense", NEEDS_MAXIMUM),
-    ("lazy, none active", "lazy", "none active"),
-    ("lazy, all certainly zero", "lazy", "all certainly zero"),
-    ("lazy, needs M_t", "lazy", NEEDS_MAXIMUM),
-    ("screened", "screened", NEEDS_MAXIMUM),
-)
 
 
-def cpu_ways(case: Case) -> list[Way]:
-    """sae-lens as it is used, as a delta and compiled, the bare reading of the encoder, and every mode of ours."""
-    sae, hidden, latents = sae_lens_of(case), case.hidden, case.lists[NEEDS_MAXIMUM].latents.long()
-    compiled = torch.compile(as_delta, dynamic=False)
-    return [
-        Way("read W_enc", lambda: torch.ops.dspa.stream_read(case.sae.W_enc), case.sae.W_enc.nbytes),
+def cpu_ways(case: Case, sae: JumpReLUSAE, *, compiled: bool) -> list[Way]:
+    """sae-lens as it is used, as a delta and, if wanted, compiled, the bare reading of the encoder, and every mode of
+    ours."""
+    hidden, latents = case.hidden, case.lists[NEEDS_MAXIMUM].latents.long()
+    ways = [
+        read_way(case.sae.W_enc),
         Way(BASELINE, lambda: with_error_term(sae, hidden, latents)),
         Way("sae-lens as a delta", lambda: as_delta(sae, hidden, latents)),
-        Way("torch.compile of the delta", lambda: compiled(sae, hidden, latents)),
-        *(
-            Way(name, lambda lists=lists, mode=mode: case.step(lists, mode), _bytes_read(case, lists, mode))
-            for name, mode, lists in OURS
-        ),
     ]
+    if compiled:
+        run = torch.compile(as_delta, dynamic=False)
+        ways.append(Way("torch.compile of the delta", lambda: run(sae, hidden, latents)))
+    return [*ways, *our_ways(case)]
 
 
 def sae_lens_of(case: Case) -> JumpReLUSAE:
@@ -58,11 +50,3 @@ def sae_lens_of(case: Case) -> JumpReLUSAE:
     for name, value in weights.items():
         setattr(sae, name, nn.Parameter(value, requires_grad=False))
     return sae
-
-
-def _bytes_read(case: Case, lists: str, mode: StepMode) -> int:
-    """Counted in the kernel, in the steady state: what one step reads of the encoder or its codes."""
-    case.step(lists, mode)
-    scratch_of(case.sae).counters.zero_()
-    case.step(lists, mode)
-    return work_of(case.sae).encoder_bytes

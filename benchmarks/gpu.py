@@ -84,11 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gpu_report import Failure, Report
     from gpu_rows import REAL, TOY, Rows
     from gpu_timing import Ceilings, Sampler
+    from history.records import Run
 
-    from dspa.bench_records import Run
-    from dspa.flops.report import Provenance
     from dspa.kernels import available
     from dspa.kernels.gpu_architecture import architecture
+    from dspa.util.provenance import Provenance
 
     status = available()
     backends = tuple(name for name in ("triton", "cuda") if status.get(name) == "available")

@@ -10,9 +10,11 @@ from typing import Any
 
 from gpu_rows import COMPILED, PRODUCT, UNSTEERED
 from gpu_timing import Ceilings
+from history.records import Run
+from history.report import run_tables
 
-from dspa.bench_records import Column, Row, Run
-from dspa.bench_report import digits, run_tables
+from dspa.bench.measurements import Column, Row
+from dspa.bench.tables import digits
 from dspa.errors import InvalidInputError
 from dspa.util.report_parts import COLORS, Table, new_figure, png_bytes
 

@@ -8,15 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from decode_step import step_milliseconds, worst_case_policy
 from gpu_timing import Sampler
-from interleaved import Way, time_column
 from launch_shapes import LaunchShape, of_token_step
 from random_model import random_model
-from token_step_case import NEEDS_MAXIMUM, Case, PlainSae, Shape, as_delta, with_error_term
 
 import dspa
-from dspa.bench_records import Column, Interval, Row
+from dspa.bench.cases import NEEDS_MAXIMUM, Case, Shape
+from dspa.bench.eager import PlainSae, as_delta, with_error_term
+from dspa.bench.generation import step_milliseconds, worst_case_policy
+from dspa.bench.measurements import Column, Interval, Row
+from dspa.bench.timing import Way, time_column
 from dspa.kernels import SaeWeights, StepMode, encode_density
 
 EAGER = "eager with error term"

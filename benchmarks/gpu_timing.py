@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from interleaved import Way, time_column
 
-from dspa.bench_records import Column
+from dspa.bench.measurements import Column
+from dspa.bench.timing import Way, time_column
 
 EVICTING_BYTES = 256 << 20  # several times the L2 of any GPU so far
 

@@ -7,10 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dspa.bench_records import Column, Interval
+from dspa.bench.measurements import Column, Interval
 
 STATUS = Path("/proc/self/status")
 PROCESSES = 2
+IMPORTED = (
+    "transformers",
+    "dspa.sae.sae_lens",
+    "dspa.offline.collection",
+    "dspa.organism.demo",
+    "dspa.bench.operations",
+)
+"""What the server of processes imports once; each process would take seconds for it."""
 
 
 def peak_column(name: str, prepare: Callable[..., Callable[[], object]], *arguments: Any) -> Column:
@@ -21,7 +29,8 @@ def peak_column(name: str, prepare: Callable[..., Callable[[], object]], *argume
         name: of the column.
         prepare: a function of a module; it loads what is needed, warms it up, and returns what is measured.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
     peaks = []
     for _ in range(PROCESSES):
         with context.Pool(1) as pool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dspa.bench_records import Column, Row
+from dspa.bench.measurements import Column, Row
 
 ROWS: list[Row] = []
 
@@ -31,7 +31,7 @@ class Record:
 
         Args:
             name, group, reference: see `Row`.
-            measure: gives the columns.
+            measure: returns the columns.
             check: raises AssertionError if a result is wrong; None where `measure` counts and does not time.
         """
         try:

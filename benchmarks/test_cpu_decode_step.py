@@ -6,21 +6,21 @@ import os
 
 import pytest
 import torch
-from decode_step import step_milliseconds, worst_case_policy
 from interleaved import time_column
 from random_model import random_model
 from record import Record
 
 import dspa
-from dspa.bench_records import Column, Interval
+from dspa.bench.generation import step_milliseconds, worst_case_policy
+from dspa.bench.measurements import Column, Interval
 from dspa.kernels import available
-from dspa.kernels.token_step.cpu import work_of
+from dspa.kernels.token_step import work_of
 
 D_SAE = 16384
 OUTPUT_LAYER = 24
 PROMPT_TOKENS = 32
-NEW_TOKENS = 9
-ROUNDS = int(os.environ.get("DSPA_BENCH_DECODE_ROUNDS", "6"))
+NEW_TOKENS = 13
+ROUNDS = int(os.environ.get("DSPA_BENCH_DECODE_ROUNDS", "4"))
 
 pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}")
 

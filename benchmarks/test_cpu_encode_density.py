@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,8 @@ from interleaved import Way, timed
 from peak_memory import STATUS, peak_column
 from record import Record
 
-from dspa.bench_records import Column, Interval
+from dspa.bench.density_check import check_counts
+from dspa.bench.measurements import Column, Interval
 from dspa.kernels import SaeWeights, available, encode_density
 
 GROUP = "encode_density, CPU"
@@ -38,7 +38,7 @@ def test_encode_density(d_model: int, d_sae: int, dtype: torch.dtype, record: Re
         f"{d_model}x{d_sae}-{str(dtype).removeprefix('torch.')}-{TOKENS} tokens",
         GROUP,
         lambda: timed(ways, BASELINE),
-        check=lambda: check(hidden, offsets, sae),
+        check=lambda: check_counts(encode_density(hidden, offsets, sae, backend="cpu"), hidden, offsets, sae),
         reference=BASELINE,
     )
 
@@ -61,15 +61,3 @@ def prepare_density(d_model: int, d_sae: int, tokens: int, dtype: torch.dtype) -
     sae = SaeWeights(W_enc=W_enc, b_enc=torch.zeros(d_sae), threshold=torch.ones(d_sae), activation="jumprelu")
     encode_density(hidden[:2], torch.tensor([0, 2]), sae, backend="cpu")
     return lambda: encode_density(hidden, torch.tensor([0, tokens]), sae, backend="cpu")
-
-
-def check(hidden: torch.Tensor, offsets: torch.Tensor, sae: SaeWeights) -> None:
-    """A count may differ from the exact one only by gates that rounding can flip."""
-    found = encode_density(hidden, offsets, sae, backend="cpu").long()
-    distance = (hidden.double() @ sae.W_enc.double().T - 1).abs()
-    undecided = distance < 1e-4  # far above what float32 accumulation of unit variance gets wrong
-    active = hidden.double() @ sae.W_enc.double().T > 1
-    for segment, (start, end) in enumerate(itertools.pairwise(SEGMENTS)):
-        difference = (found[segment] - active[start:end].sum(0)).abs()
-        assert (difference <= undecided[start:end].sum(0)).all()
-    assert undecided.double().mean() < 1e-3

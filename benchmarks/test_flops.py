@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 from record import Record
 
-from dspa.bench_records import Column, Interval
+from dspa.bench.measurements import Column, Interval
+from dspa.flops.alignment import AlignmentAssumptions, alignment_costs, published_figures, ratio
 from dspa.flops.counter import PUBLISHED_MODELS, PublishedModel, counted_alignment, load_config, meta_model, model_shape
-from dspa.flops.formulas import (
-    COLLECTED,
-    RAHF,
-    AlignmentAssumptions,
-    SteeringShape,
-    alignment_costs,
-    published_figures,
-    ratio,
-)
+from dspa.flops.quantities import COLLECTED, RAHF
+from dspa.flops.shapes import SteeringShape
 
 D_SAE = 16384
 

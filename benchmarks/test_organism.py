@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from interleaved import Way, timed
-from organism_runs import Collection, organism
+from organism_runs import Collection
 from peak_memory import STATUS, peak_column
 from record import Record
 
 import dspa
-from dspa.bench_records import Column, Interval
+from dspa.bench.measurements import Column, Interval
 from dspa.kernels import StepMode, available
-from dspa.kernels.token_step.cpu import StepWork, work_of
+from dspa.kernels.token_step import StepWork, work_of
 from dspa.organism.demo import Organism
 from dspa.organism.evaluation import Estimate, Setting, measure, prompt_batch
 from dspa.organism.language import draw_prompts
@@ -26,11 +26,6 @@ GAIN_PROMPTS = 1080
 WORK_PROMPTS = 48
 NEW_TOKENS = 48
 PLAIN = "three whole passes, batched"
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Organism:
-    return organism(tmp_path_factory.mktemp("organism"))
 
 
 def test_preference_gain(loaded: Organism, record: Record) -> None:

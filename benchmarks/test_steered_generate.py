@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from decode_step import worst_case_policy
 from interleaved import time_column
-from organism_runs import organism
 from record import Record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dspa
-from dspa.bench_records import Column
+from dspa.bench.generation import worst_case_policy
+from dspa.bench.measurements import Column
 from dspa.methods.policy import Policy
 from dspa.organism import triples_file
+from dspa.organism.demo import Organism
 
 PROMPT_TOKENS = 24
 UNSTEERED = "unsteered"
@@ -52,9 +52,8 @@ class Case:
     rounds: int
 
 
-def organism_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def organism_case(loaded: Organism) -> Case:
     """With the published setting, percentile 90."""
-    loaded = organism(tmp_path_factory.mktemp("organism"))
     rows = [triple.prompt for triple in dspa.load_preferences(triples_file(), loaded.tokenizer, limit=8)]
 
     def prompts(batch: int) -> dict[str, torch.Tensor]:
@@ -64,7 +63,7 @@ def organism_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case("organism, 1.25 M", loaded.model, loaded.policy(90), prompts, new_tokens=32, rounds=15)
 
 
-def random_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def random_case(_: Organism) -> Case:
     """Nearly every token of it needs M_t."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -92,8 +91,8 @@ def random_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="module", params=[organism_case, random_case], ids=["organism", "random"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return request.param(tmp_path_factory)
+def case(request: pytest.FixtureRequest, loaded: Organism) -> Case:
+    return request.param(loaded)
 
 
 @pytest.mark.filterwarnings("ignore")

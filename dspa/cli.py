@@ -284,7 +284,9 @@ def flops(
     k_prompt: Annotated[int, typer.Option(help="Inference: rows of the map per prompt.")] = 32,
     k_diff: Annotated[int, typer.Option(help="Inference: latents in an edit list.")] = 16,
     edited_latents: Annotated[float, typer.Option(help="Inference: listed latents active on a token.")] = 1,
-    pass_share: Annotated[float, typer.Option(help="Lazy: share of tokens that need the whole encoder.")] = 1 / 3,
+    pass_share: Annotated[
+        float, typer.Option(help="Lazy: share of tokens that need the whole encoder.", show_default="1/3")
+    ] = 1 / 3,
     screen_bytes: Annotated[float, typer.Option(help="Screened: bytes per element of the copy that is read.")] = 1,
     survivors: Annotated[float, typer.Option(help="Screened: share of the latents computed again.")] = 0.02,
     count: Annotated[bool, typer.Option(help="Count by running the models on the meta device as well.")] = True,
@@ -305,35 +307,57 @@ def flops(
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
-        from dspa.flops.report import print_report
+        from dspa.flops.tables import print_report
 
         print_report(_console(quiet=False), report)
 
 
 @app.command()
 def bench(
-    results: Annotated[
-        list[Path] | None, typer.Argument(help="JSON files of runs, or folders of them. Default: benchmarks/results.")
+    d_model: Annotated[int, typer.Option(help="Width of the model, for a random SAE.")] = 2304,
+    d_sae: Annotated[int, typer.Option(help="Latents of the random SAE.")] = 16384,
+    dtype: Annotated[str, typer.Option(help="Its weights: bfloat16, float16 or float32.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Rows that are edited at once.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens of a prompt, for encode_density.")] = 256,
+    policy: Annotated[str | None, typer.Option(help="Policy folder or hub id: measure its SAEs instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id: measure its generated tokens too.")] = None,
+    model_dtype: DtypeOption = "auto",
+    operation: Annotated[
+        list[str] | None, typer.Option(help="token_step or encode_density; may be repeated. Default: all.")
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="An earlier run: shows what moved beyond its noise.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="With --base, also what did not move.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write the history of all runs as a self-contained page.")] = None,
+    backend: Annotated[str, typer.Option(help="Kernel backend, or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda, cuda:1, ...")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="How long an operation is timed.")] = 12.0,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page with charts.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the latest benchmark run, what moved since another, or the history. `make bench` makes runs."""
-    from dspa.bench_command import RESULTS, read_history
+    """Measure the speed of steering on this machine, beside plain torch. Results are checked first; exit code 1 if one
+    is wrong."""
+    from dspa.bench.command import BenchOptions, run_bench
 
-    history = read_history(results or [RESULTS], base, html)
+    options = BenchOptions(
+        d_model=d_model,
+        d_sae=d_sae,
+        dtype=dtype,
+        batch=batch,
+        tokens=tokens,
+        policy=policy,
+        model=model,
+        model_dtype=model_dtype,
+        operations=operation,
+        backend=backend,
+        device=device,
+        seconds=seconds,
+    )
+    report = run_bench(options, html=html, progress=not as_json)
     if as_json:
-        typer.echo(history.to_json())
-        return
-    from dspa.bench_report import change_table, print_run
-
-    if history.base is None:
-        print_run(_console(quiet=False), history.runs[-1])
+        typer.echo(report.to_json(), nl=False)
     else:
-        table = change_table(history.base, history.runs[-1], history.changes, everything=everything)
-        table.print(_console(quiet=False))
+        from dspa.bench.page import print_report
+
+        print_report(_console(quiet=False), report)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

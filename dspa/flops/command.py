@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from dspa.errors import InvalidInputError
+from dspa.flops.alignment import AlignmentAssumptions
+from dspa.flops.charts import draw_png
 from dspa.flops.counter import PUBLISHED_MODELS, counted_alignment, load_config, meta_model, model_shape
-from dspa.flops.formulas import (
-    AlignmentAssumptions,
-    AttentionPairs,
-    InferenceAssumptions,
-    Machine,
-    MeasuredStep,
-    MethodCost,
-    SteeringShape,
-)
-from dspa.flops.report import FlopsReport, ModelReport, ReportOptions, draw_png, to_html, to_markdown
+from dspa.flops.inference import InferenceAssumptions
+from dspa.flops.page import to_html
+from dspa.flops.quantities import Machine, MeasuredStep, MethodCost
+from dspa.flops.report import FlopsReport, ModelReport, ReportOptions
+from dspa.flops.shapes import AttentionPairs, SteeringShape
+from dspa.flops.tables import to_markdown
 from dspa.offline.preferences import PreferenceTriple
 from dspa.util.files import write_atomically
 from dspa.util.progress import track

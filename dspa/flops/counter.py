@@ -2,7 +2,7 @@
 numbers and so needs neither weights nor memory, or on real weights.
 
 The counter sees matrix products. Attention is run in its eager form, so that every pair of query and key of a call is
-counted, masked or not; that is "square" in `dspa.flops.formulas`.
+counted, masked or not; that is "square" in `dspa.flops.shapes`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from dspa.errors import InvalidInputError
-from dspa.flops.formulas import (
-    COLLECTED,
-    DPO,
-    FSRL,
-    PUBLISHED,
-    RAHF,
-    AlignmentAssumptions,
-    Flops,
-    InferenceAssumptions,
-    MethodCost,
-    ModelShape,
-    Stage,
-    SteeringShape,
-    fsrl_layer,
-)
+from dspa.flops.alignment import AlignmentAssumptions, fsrl_layer
+from dspa.flops.inference import InferenceAssumptions
+from dspa.flops.quantities import COLLECTED, DPO, FSRL, PUBLISHED, RAHF, Flops, MethodCost, Stage
+from dspa.flops.shapes import ModelShape, SteeringShape
 from dspa.offline.batching import BatchLimits, TripleLengths, plan_groups
 from dspa.offline.preferences import PreferenceTriple
 from dspa.offline.prefix_forward import SharedPrefixForward
@@ -232,7 +221,8 @@ def count_inference(model: Any, i: InferenceAssumptions) -> CountedInference:
 
 
 def counted_alignment(model: Any, steering: SteeringShape, a: AlignmentAssumptions) -> Iterator[MethodCost]:
-    """Every method of `formulas.alignment_costs`, each step counted once and multiplied as often as it is made."""
+    """Every method of `dspa.flops.alignment.alignment_costs`: each step is counted once, and multiplied by how often it
+    is made."""
     forward = functools.cache(lambda tokens: count_forward(model, tokens))
     training = functools.cache(lambda tokens: count_training(model, tokens))
     layer = fsrl_layer(model_shape(model, "the model"), a)

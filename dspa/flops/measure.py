@@ -3,32 +3,25 @@ memory and arithmetic do at most, with steering's token step beside it."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dspa.errors import DspaError
+from dspa.flops.alignment import collection_stages
 from dspa.flops.counter import count, count_collection, count_forward, count_inference, model_shape
-from dspa.flops.formulas import (
-    Flops,
-    InferenceAssumptions,
-    Machine,
-    MeasuredStep,
-    SteeringShape,
-    collection_stages,
-    steer_token,
-)
-from dspa.flops.report import MeasuredRow
+from dspa.flops.inference import InferenceAssumptions, steer_token
+from dspa.flops.quantities import Flops, Machine, MeasuredRow, MeasuredStep
+from dspa.flops.shapes import SteeringShape
 from dspa.kernels import EditList, SaeWeights, token_step
 from dspa.offline.batching import BatchLimits, TripleLengths
 from dspa.offline.preferences import PreferenceTriple
+from dspa.util.machine import processor_name
 
 REPEATS = 7
 BANDWIDTH_BYTES = 2**28
@@ -89,7 +82,7 @@ def measure_machine(d_model: int, device: str = "cpu", widths: Sequence[int] = S
     widths (batch 1, bfloat16).
 
     Raises:
-        DspaError: if the token step gives a wrong result, which is then no measurement.
+        DspaError: if the result of the token step is wrong; it is then not timed.
     """
     on = torch.device(device)
     data = torch.ones(BANDWIDTH_BYTES // 4, device=on)
@@ -174,8 +167,5 @@ def _seconds(run: Callable[[], object], device: torch.device) -> list[float]:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.is_file() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = torch.get_num_threads()
-    return f"{found[0] if found else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"

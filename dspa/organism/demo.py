@@ -161,7 +161,9 @@ def load_organism(options: DemoOptions, folder: Path, progress: bool) -> Organis
         raise InvalidInputError(str(error)) from error
     triples = load_preferences(file, tokenizer, limit=options.triples)
     if len(triples) < options.triples:
-        raise InvalidInputError(f"{file} has {len(triples)} triples; {options.triples} were asked for")
+        raise InvalidInputError(
+            f"{file} has {len(triples)} triples; expected at least {options.triples}, use --triples {len(triples)}"
+        )
     with file.open() as lines:
         kinds = tuple(json.loads(line)["kind"] for line, _ in zip(lines, range(options.triples), strict=False))
     store = collect(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspa.kernels import EditList
-from dspa.kernels.lookup.reference import top
+from dspa.kernels.lookup import top
 from dspa.methods.conditional_map import differences
 from dspa.methods.policy import Policy
 from dspa.methods.static_policy import StaticPolicy

@@ -1,6 +1,6 @@
 """Makes the organism's artifacts: `python -m dspa.organism.train [--seed S] [--out FOLDER]`.
 
-The same seed, thread count and library versions give the same files.
+The same seed, thread count and library versions produce the same files.
 """
 
 import argparse

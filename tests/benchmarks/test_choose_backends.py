@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dspa.bench_records import Column, Interval, Row
+from dspa.bench.measurements import Column, Interval, Row
 from dspa.kernels.backends.measured import FASTEST
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "choose_backends.py"

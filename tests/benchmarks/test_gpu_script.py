@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from history.records import Run, read_run
 
-from dspa.bench_records import Run, read_run
+from dspa.bench.cases import Case, Shape
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -81,7 +82,7 @@ sys.path[:0] = [{str(SCRIPT.parent)!r}]
 import gpu
 from gpu_report import Report
 from gpu_timing import Ceilings
-from dspa.bench_records import Run
+from history.records import Run
 from pathlib import Path
 run = Run("hung", "2026-01-01T00:00:00", "0" * 40, "a GPU", ())
 with gpu.watchdog(time.monotonic() + 1, Report(run, Ceilings(1.0, 1.0, 1.0), [], Path({str(tmp_path)!r}), "sm_90")):
@@ -131,7 +132,6 @@ def test_shapes_of_launches(compute_capability: int, monkeypatch: pytest.MonkeyP
     from gpu_report import roofline  # pyright: ignore[reportMissingImports]
     from gpu_rows import TOY, Rows  # pyright: ignore[reportMissingImports]
     from gpu_timing import Ceilings, Sampler  # pyright: ignore[reportMissingImports]
-    from token_step_case import Shape  # pyright: ignore[reportMissingImports]
 
     backend.register()
     library = backend.operations()
@@ -153,7 +153,6 @@ def test_a_shape_that_changes_the_result_is_a_failed_row(monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from gpu_rows import TOY, Rows  # pyright: ignore[reportMissingImports]
     from gpu_timing import Sampler  # pyright: ignore[reportMissingImports]
-    from token_step_case import Case, Shape  # pyright: ignore[reportMissingImports]
 
     class Library:
         """Whose launches of 128 threads are wrong."""

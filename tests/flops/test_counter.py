@@ -11,6 +11,13 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from dspa.errors import InvalidInputError
+from dspa.flops.alignment import (
+    AlignmentAssumptions,
+    alignment_costs,
+    collection_reference,
+    collection_stages,
+    rahf_scit,
+)
 from dspa.flops.counter import (
     PUBLISHED_MODELS,
     PublishedModel,
@@ -21,15 +28,8 @@ from dspa.flops.counter import (
     meta_model,
     model_shape,
 )
-from dspa.flops.formulas import (
-    AlignmentAssumptions,
-    InferenceAssumptions,
-    SteeringShape,
-    alignment_costs,
-    collection_reference,
-    collection_stages,
-    rahf_scit,
-)
+from dspa.flops.inference import InferenceAssumptions
+from dspa.flops.shapes import SteeringShape
 from dspa.offline.batching import BatchLimits, TripleLengths
 from dspa.offline.preferences import PreferenceTriple
 

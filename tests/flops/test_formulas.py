@@ -7,31 +7,25 @@ from dataclasses import replace
 import pytest
 
 from dspa.errors import InvalidInputError
-from dspa.flops.formulas import (
-    COLLECTED,
-    DPO,
-    MODES,
-    PUBLISHED,
-    RAHF,
+from dspa.flops.alignment import (
     AlignmentAssumptions,
-    Flops,
-    InferenceAssumptions,
-    Machine,
-    ModelShape,
-    SteeringShape,
-    Work,
     alignment_costs,
-    break_even_tokens,
     collection_reference,
     collection_stages,
+    published_figures,
+    ratio,
+)
+from dspa.flops.inference import (
+    InferenceAssumptions,
+    break_even_tokens,
     decode_step,
     fsrl_token,
     prefill,
-    published_figures,
-    ratio,
     steer_prompt,
     steer_token,
 )
+from dspa.flops.quantities import COLLECTED, DPO, MODES, PUBLISHED, RAHF, Flops, Machine, Work
+from dspa.flops.shapes import ModelShape, SteeringShape
 from dspa.offline.batching import BatchLimits, TripleLengths, chunks, plan_groups
 
 

@@ -18,8 +18,11 @@ import dspa.flops.measure as measuring
 from dspa.cli import app, flops
 from dspa.errors import InvalidInputError
 from dspa.flops.command import run_flops
-from dspa.flops.formulas import Machine, MeasuredStep
-from dspa.flops.report import FlopsReport, Provenance, to_html, to_markdown
+from dspa.flops.page import to_html
+from dspa.flops.quantities import Machine, MeasuredStep
+from dspa.flops.report import FlopsReport
+from dspa.flops.tables import to_markdown
+from dspa.util.provenance import Provenance
 
 CONFIG = Qwen3Config(
     vocab_size=64,

@@ -72,7 +72,7 @@ def test_report_is_json_and_chart_is_drawn(small: tuple[DemoReport, str, Path]) 
     ("options", "message"),
     [
         (DemoOptions(data=Path("nowhere")), "nowhere.* is missing"),
-        (DemoOptions(triples=10**6), "1000000 were asked for"),
+        (DemoOptions(triples=10**6), "expected at least 1000000"),
     ],
 )
 def test_bad_options_are_one_line(options: DemoOptions, message: str) -> None:

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from dspa.errors import InvalidInputError
 from dspa.kernels.backends.registry import operations_for
+from dspa.kernels.lookup.reference import top
 from dspa.kernels.types import CsrMap, EditKind, EditList
+
+__all__ = ["check_density", "check_lookup_options", "lookup", "top"]
 
 
 @torch.no_grad()

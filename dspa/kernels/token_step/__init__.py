@@ -12,8 +12,11 @@ from dspa.errors import InvalidInputError
 from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.backends.registry import operations_for, step_with_lookup_for
 from dspa.kernels.lookup import check_density, check_lookup_options, lookup
+from dspa.kernels.token_step.cpu import StepWork, work_of
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
+
+__all__ = ["StepWork", "token_step", "token_step_with_lookup", "work_of"]
 
 
 @torch.no_grad()

@@ -6,66 +6,20 @@ import html
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dspa.bench_records import Change, Column, Interval, Row, Run
+from dspa.bench.measurements import Column, Interval, Row
+from dspa.bench.tables import group_tables, interval_text
 from dspa.util.report_parts import COLORS, Table, html_figure, html_page, new_figure, svg_element
+from history.records import Change, Run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-READ = "read W_enc"
-"""The column that only streams the encoder: the read bandwidth of the same run."""
-COLUMNS = ("row", "measured", "value", "GB/s", "of read bandwidth", "reference / it")
 WORDS = ("measured", "change")
 
 
 def run_tables(run: Run) -> Iterator[Table]:
-    """A table for each group of rows. Failed rows stand in it as failed, without a number."""
-    for group in dict.fromkeys(row.group for row in run.rows):
-        rows = [cells for row in run.rows if row.group == group for cells in _row_cells(row)]
-        note = (
-            "Medians with quartiles for times, 95 % intervals for what is estimated, plain numbers for what is counted."
-        )
-        used = [i for i in range(len(COLUMNS)) if i < 3 or any(row[i] for row in rows)]
-        kept = tuple(tuple(row[i] for i in used) for row in rows)
-        yield Table(group, note, tuple(COLUMNS[i] for i in used), kept, WORDS)
-
-
-def _row_cells(row: Row) -> Iterator[tuple[str, ...]]:
-    if row.failed is not None:
-        yield (row.name, f"FAILED: {row.failed}", "", "", "", "")
-        return
-    read = row.column(READ)
-    bandwidth = None if read is None else read.bandwidth
-    for column in row.columns:
-        speed = column.bandwidth
-        yield (
-            row.name,
-            column.name,
-            _value(column),
-            f"{speed:.3g}" if speed else "",
-            f"{speed / bandwidth:.0%}" if speed and bandwidth else "",
-            f"{1 / column.relative.value:.3g}x" if column.relative else "",
-        )
-
-
-def _value(column: Column) -> str:
-    measured = column.measured
-    if column.spread is not None:
-        low, high = map(digits, column.spread)
-        return f"{digits(measured.value)} {column.unit} ({low} to {high})"
-    return f"{interval_text(measured)} {column.unit}".strip()
-
-
-def interval_text(interval: Interval) -> str:
-    """A value with its interval, or alone where it has none."""
-    if interval.low == interval.high:
-        return digits(interval.value)
-    return f"{digits(interval.value)} ({digits(interval.low)} to {digits(interval.high)})"
-
-
-def digits(value: float) -> str:
-    """Three significant digits, without an exponent as long as it can be read."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+    """A table for each group of rows of a run."""
+    return group_tables(run.rows)
 
 
 def change_table(before: Run, after: Run, changes: Sequence[Change], *, everything: bool = False) -> Table:

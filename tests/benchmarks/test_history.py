@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from history.command import main, read_history
+from history.records import Run, compare, read_run
+from history.report import change_table, run_tables, to_html
 
-from dspa.bench_command import read_history
-from dspa.bench_records import Better, Column, Interval, Row, Run, compare, read_run
-from dspa.bench_report import change_table, run_tables, to_html
-from dspa.cli import app
+from dspa.bench.measurements import Better, Column, Interval, Row
 from dspa.errors import CorruptFileError, DspaError, InvalidInputError
 
 READ = Column("read W_enc", "ms", Interval(2.0, 1.9, 2.1), spread=(1.9, 2.1), bytes_read=20 << 20)
@@ -167,11 +166,22 @@ def test_no_runs_are_refused(tmp_path: Path) -> None:
         (["--json"], ['"changes": []', '"commit": "0123456789"']),
     ],
 )
-def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: list[str]) -> None:
+def test_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    words: list[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(RUN, tmp_path)
     write(with_column(RUN, replace(STEP, relative=Interval(0.1, 0.097, 0.103)), "a_later_run"), tmp_path)
-    result = CliRunner().invoke(app, ["bench", ".", *options])
-    assert result.exit_code == 0, result.output
+    assert main([".", *options]) == 0
+    output = capsys.readouterr().out
     for word in words:
-        assert word in result.output
+        assert word in output
+
+
+def test_bad_input_of_the_command_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: no benchmark run in ")

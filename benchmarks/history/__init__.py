@@ -1,0 +1,1 @@
+"""Earlier runs of `make bench`: reading them, comparing two, and drawing their history."""
