@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Kind, make_sae
+from kernel_cases import Kind, backend_parameters, make_sae
 from torch import Tensor
 
 from dspa.errors import BackendUnavailableError, DspaError
@@ -24,6 +24,7 @@ from dspa.kernels.backends import choice, registry
 from dspa.kernels.backends.registry import OperationName, operations_for
 
 HIDDEN = torch.zeros(1, 8)
+STATUS, UNDER_TEST = available(), [parameter.id for parameter in backend_parameters()]  # of the registry as it is
 
 
 class Named:
@@ -53,6 +54,14 @@ def owner(backend: str = "auto", dtype: torch.dtype = torch.float32) -> str:
 
 def missing() -> Operations:
     raise BackendUnavailableError("no compiler was found")
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton", "cuda"])
+def test_the_backend_is_under_test(name: str) -> None:
+    """A backend that is missing is one skip, here, and none in the tests of all backends."""
+    if STATUS[name] != "available":
+        pytest.skip(f"backend {name}: {STATUS[name]}")
+    assert name in UNDER_TEST
 
 
 @pytest.fixture(autouse=True)

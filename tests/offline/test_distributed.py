@@ -1,7 +1,7 @@
 """Collection by several processes: the same bytes as by one, also when one of them is killed.
 
 Run as a program, this file forks processes that collect together, and writes what happened:
-    python test_shard_processes.py <folder>
+    python test_distributed.py <folder>
 `torchrun` and `accelerate launch` run it with `collect <folder>`.
 """
 
