@@ -1,6 +1,6 @@
 # make demo    install into .venv and run the method on the model that ships with the package
 # make test    install into .venv and run the tests; of large products of parameters, the rows that cover every pair
-# make test-all  the same with the whole products
+# make test-all  the same with the whole products, and what takes long
 # make test-compilers  the GPU kernels, compiled for several architectures and under sanitizers
 # make lint    style and types
 # make bench   CPU benchmarks, checked before they are timed; make bench-compare BASE=earlier.json says what moved
@@ -24,9 +24,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: $(READY)
 	$(PYTEST)
 
-# Every row of the products of parameters, of which `make test` runs those that cover each pair of values.
+# Every row of the products of parameters, of which `make test` runs those that cover each pair of values; and what
+# takes tens of seconds.
 test-all: $(READY)
-	$(PYTEST) --whole-products
+	$(PYTEST) --all-cases
 
 # What compilers make of the GPU kernels, for GPUs that are not here and under sanitizers: minutes of compiling.
 test-compilers: $(READY)

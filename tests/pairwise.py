@@ -1,7 +1,8 @@
 """Covering arrays: the few rows of a product of parameters that still hold every pair of values.
 
-A test of three and more parameters that is marked `product` runs on these rows only, unless pytest is started with
-`--whole-products` (`make test-all`). The hooks of this module do so where a conftest has them.
+A test of three and more parameters that is marked `product` runs on these rows only, and one that is marked `long` not
+at all, unless pytest is started with `--all-cases` (`make test-all`). The hooks of this module do so where a conftest
+has them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from itertools import combinations
 
 import pytest
 
-OPTION = "--whole-products"
-MARKER = "product"
+OPTION = "--all-cases"
+PRODUCT, LONG = "product", "long"  # markers
 
 Row = Mapping[str, Hashable]
 Choice = tuple[str, Hashable]  # of a value for a parameter
@@ -41,7 +42,9 @@ def covering(rows: Sequence[Row]) -> list[int]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(OPTION, action="store_true", help="run every row of the tests marked product")
+    parser.addoption(
+        OPTION, action="store_true", help="run every row of the tests marked product, and the tests marked long"
+    )
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k, so that what they deselect covers nothing
@@ -61,12 +64,13 @@ def row_of(item: pytest.Item) -> dict[str, str]:
 
 
 def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
-    """The tests marked `product` outside the covering rows of their test. Skipped ones cover nothing, and stay."""
+    """The tests marked `long`, and those marked `product` outside the covering rows of their test. Skipped rows cover
+    nothing, and stay."""
     tests: dict[str, list[pytest.Item]] = {}
+    outside = {item for item in items if item.get_closest_marker(LONG)}
     for item in items:
-        if item.get_closest_marker(MARKER) and item.get_closest_marker("skip") is None:
+        if item.get_closest_marker(PRODUCT) and item not in outside and item.get_closest_marker("skip") is None:
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    outside: set[pytest.Item] = set()
     for group in tests.values():
         kept = set(covering([row_of(item) for item in group]))
         outside.update(item for index, item in enumerate(group) if index not in kept)

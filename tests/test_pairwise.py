@@ -68,17 +68,19 @@ def test_product(a, b, c, backend):
 @pytest.mark.parametrize("c", range(2))
 def test_plain(a, b, c):
     pass
+
+@pytest.mark.long
+def test_long():
+    pass
 """
 
 
-@pytest.mark.parametrize(
-    ("arguments", "ran"), [([], (12, 13)), (["--whole-products"], (48, 48))], ids=["pairs", "whole"]
-)
+@pytest.mark.parametrize(("arguments", "ran"), [([], (12, 13)), (["--all-cases"], (49, 49))], ids=["pairs", "whole"])
 def test_tests_marked_product_are_reduced_unless_the_whole_is_wanted(
     pytester: pytest.Pytester, arguments: list[str], ran: tuple[int, int]
 ) -> None:
     pytester.makeconftest("from pairwise import pytest_addoption, pytest_collection_modifyitems")
-    pytester.makeini("[pytest]\nmarkers = product: of parameters")
+    pytester.makeini("[pytest]\nmarkers =\n product: of parameters\n long: takes long")
     pytester.makepyfile(test_reduced=TESTS)
     outcomes = pytester.runpytest_inprocess("-q", *arguments).parseoutcomes()
     assert ran[0] <= outcomes["passed"] - 40 <= ran[1]

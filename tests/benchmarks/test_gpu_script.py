@@ -101,9 +101,10 @@ def test_without_a_gpu_it_says_so_in_one_line(
     assert printed.err == "make gpu: no NVIDIA GPU was found; run it on a machine with one, or make gpu DRY_RUN=1\n"
 
 
+@pytest.mark.long
 def test_dry_run_goes_through_every_step_and_claims_nothing(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    done = run("--dry-run", "--out", str(tmp_path))
+    done = run("--dry-run", "--seconds", "3600", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = tmp_path.glob("*-dry-run.json")
     found = read_run(record)

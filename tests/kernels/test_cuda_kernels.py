@@ -647,7 +647,7 @@ import json, sys
 from pathlib import Path
 import pytest
 from cuda_shim import build
-code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--whole-products", *sys.argv[2:]])
+code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--all-cases", *sys.argv[2:]])
 taken = build.branches_taken(Path(sys.argv[1]))
 Path(sys.argv[1], "branches.json").write_text(json.dumps({"files": list(taken.by_file()), "missing": taken.missing()}))
 sys.exit(code)

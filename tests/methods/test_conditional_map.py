@@ -395,7 +395,8 @@ def test_a_map_that_cannot_be_written(tmp_path: Path, fitted: ConditionalDiffere
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 FIT_AND_MEASURE = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import numpy as np, torch
 from dspa.methods import conditional_map
 from dspa.offline.density_store import DensityShard, DensityStore, SparseCounts
@@ -413,10 +414,13 @@ def part(width, active):
     return SparseCounts.from_dense(torch.from_numpy(counts), torch.full((triples,), 32))
 
 store = store.append(DensityShard(part(d_sae_in, 100), part(d_sae_out, 300), part(d_sae_out, 300)), 0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("VmHWM"))
+
+before = peak()
 fitted = conditional_map.ConditionalDifferenceMap.fit(store)
-growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps({"growth": growth * 2**10, "nonzeros": fitted.matrix.nonzeros}))
+print(json.dumps({"growth": peak() - before, "nonzeros": fitted.matrix.nonzeros}))
 """
 
 
@@ -428,6 +432,7 @@ def measure(folder: Path, d_sae_in: int, d_sae_out: int, block_bytes: int) -> di
     return json.loads(run.stdout)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the peak of memory")
 @pytest.mark.parametrize(
     ("d_sae_in", "d_sae_out", "block_bytes"),
     [
@@ -436,10 +441,10 @@ def measure(folder: Path, d_sae_in: int, d_sae_out: int, block_bytes: int) -> di
     ],
 )
 def test_fitting_takes_less_than_the_dense_map(tmp_path: Path, d_sae_in: int, d_sae_out: int, block_bytes: int) -> None:
-    """Much less: half of it in float32 leaves room for no dtype, and for several blocks."""
+    """In any dtype: in float32 it is the smallest."""
     measured = measure(tmp_path, d_sae_in, d_sae_out, block_bytes)
     print(measured)
-    assert block_bytes <= measured["growth"] < d_sae_in * d_sae_out * 4 / 2
+    assert block_bytes <= measured["growth"] < d_sae_in * d_sae_out * 4
     assert measured["nonzeros"] == d_sae_in * 32  # every row was fitted
 
 
