@@ -78,7 +78,7 @@ def test_lookup_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.dspa.lookup.default, (*arguments, edits.latents, edits.signs, edits.counts))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiles_as_one_graph(compiler: str) -> None:
     sae = make_sae(Kind(), 37, 64, torch.bfloat16, seed=0)
     edits, stats = edit_list(*random_lists(sae, 3, 8, 2), 8), TokenStats.zeros(3, 64)
