@@ -1,5 +1,6 @@
 # make demo    install into .venv and run the method on the model that ships with the package
-# make test    install into .venv and run the tests
+# make test    install into .venv and run the tests; of large products of parameters, the rows that cover every pair
+# make test-all  the same with the whole products, and what takes long
 # make test-compilers  the GPU kernels, compiled for several architectures and under sanitizers
 # make test-packaging  the wheel, built and installed into a fresh environment
 # make lint    style and types
@@ -16,18 +17,26 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-compilers test-packaging test-slow lint wheel bench bench-report bench-compare gpu docs sanitize clean
+.PHONY: demo test test-all test-compilers test-packaging test-slow lint wheel bench bench-report bench-compare \
+	gpu docs sanitize clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
 
-# A process for each core, with one thread each; a file's tests stay together, for what they share.
+# A process for each core, with one thread each. A process that is done takes over what others have not begun.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
+
+# Every row of the products of parameters, of which `make test` runs those that cover each pair of values; and what
+# takes tens of seconds.
+test-all: $(READY)
+	$(PYTEST) --all-cases
 
 # What compilers make of the GPU kernels, for GPUs that are not here and under sanitizers: minutes of compiling.
 test-compilers: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'compilers and not slow'
+	$(PYTEST) -m 'compilers and not slow'
 
 # Builds the wheel and the sdist, and installs the wheel where there is no compiler.
 test-packaging: $(READY)

@@ -169,15 +169,15 @@ def build() -> Step:
 
 def real_shapes(dry_run: bool) -> Step:
     """The tests that are about a GPU, at real shapes; for a dry run made toy ones."""
-    command = pytest_command("-m", "gpu", *REAL_SHAPES[: 1 if dry_run else None])
+    command = pytest_command("-m", "gpu", *(REAL_SHAPES[:1] if dry_run else ("--all-cases", *REAL_SHAPES)))
     if not dry_run and importlib.util.find_spec("xdist"):
         command += ["-n", "8"]  # most of the time goes into compiling kernels, on the CPU
-    return run_step("tests at real shapes", command, TEST_SECONDS)
+    return run_step("tests at real shapes", command, TEST_SECONDS if not dry_run else ALL_SECONDS)
 
 
 def small_shapes(seconds: float) -> Step:
     """The tests of every backend, on the GPU backends, as far as there is time: each variant is compiled anew."""
-    command = pytest_command("-m", "gpu", SMALL_SHAPES, *(f"--ignore={file}" for file in REAL_SHAPES))
+    command = pytest_command("-m", "gpu", "--all-cases", SMALL_SHAPES, *(f"--ignore={file}" for file in REAL_SHAPES))
     if importlib.util.find_spec("xdist"):
         command += ["-n", "16"]
     return run_step("tests at small shapes", command, seconds, late="not done")

@@ -1,5 +1,5 @@
 """What every test can rely on: Triton interprets its kernels where there is no GPU, and child processes find the
-helpers that stand beside the tests."""
+helpers that stand beside the tests. Products of parameters are reduced to pairs of values here, see `pairwise.py`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from pairwise import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
 
 TESTS = Path(__file__).parent
 HELPERS = [str(TESTS), str(TESTS / "kernels")]

@@ -15,7 +15,7 @@ from dspa.bench.page import to_html
 from dspa.bench.report import BenchReport, machine, read_bandwidth, token_costs
 from dspa.errors import InvalidInputError
 from dspa.kernels import available
-from dspa.methods.policy import SteeringPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.transformers_model import text_config
 from dspa.util.files import write_atomically
 from dspa.util.progress import track

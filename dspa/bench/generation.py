@@ -13,7 +13,8 @@ from dspa.bench.measurements import Interval
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
 from dspa.kernels.token_step import work_of
-from dspa.methods.policy import ModelFingerprint, Policy, StaticPolicy
+from dspa.methods.policy import Policy
+from dspa.methods.static_policy import StaticPolicy
 from dspa.online.steering import steer
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.transformers_model import device_of, text_config

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import choose_backends  # pyright: ignore[reportMissingImports]
 import pytest
+
+from history.records import read_run
 
 from dspa.bench.measurements import Column, Interval, Row
 from dspa.kernels.backends.measured import FASTEST
@@ -34,7 +37,7 @@ ROWS = [
 ]
 
 
-def choose(folder: Path, architecture: str | None) -> subprocess.CompletedProcess[str]:
+def write_report(folder: Path, architecture: str | None) -> Path:
     record = {
         "datetime": "2026-01-01T00:00:00",
         "commit_info": {"id": "0" * 40, "dirty": False},
@@ -42,34 +45,50 @@ def choose(folder: Path, architecture: str | None) -> subprocess.CompletedProces
         "architecture": architecture,
         "benchmarks": [{"extra_info": row.as_json()} for row in ROWS],
     }
-    (folder / "report.json").write_text(json.dumps(record))
-    command = [sys.executable, str(SCRIPT), str(folder / "report.json"), "--out", str(folder / "table.py")]
-    return subprocess.run(command, capture_output=True, text=True)
+    path = folder / "20260101-0000-0000000-gpu.json"
+    path.write_text(json.dumps(record))
+    return path
 
 
-def test_the_faster_one_of_each_operation_and_sae_is_written_down(tmp_path: Path) -> None:
-    done = choose(tmp_path, "sm_90")
-    assert done.returncode == 0, done.stderr
+def choose(report: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of `choose_backends.py REPORT --out OUT`."""
+    monkeypatch.setattr(sys, "argv", ["choose_backends.py", str(report), "--out", str(out)])
+    return choose_backends.main()
+
+
+def table_of(results: Path) -> dict[str, object]:
+    """What the reports in a folder say of each architecture, the latest the last."""
+    reports = sorted(results.glob("*-gpu.json"))  # their names begin with their dates
+    return {json.loads(path.read_text())["architecture"]: choose_backends.fastest(read_run(path)) for path in reports}
+
+
+CHOSEN = {
+    "token_step": {(2304, 16384, False): "cuda", (2304, 16384, True): "triton"},
+    "encode_density": {(2304, 16384, False): "triton"},
+}
+
+
+def test_the_faster_one_of_each_operation_and_sae_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose(write_report(tmp_path, "sm_90"), tmp_path / "table.py", monkeypatch) == 0
     written: dict[str, object] = {}
     exec((tmp_path / "table.py").read_text(), written)
-    assert written["FASTEST"] == FASTEST | {
-        "sm_90": {
-            "token_step": {(2304, 16384, False): "cuda", (2304, 16384, True): "triton"},
-            "encode_density": {(2304, 16384, False): "triton"},
-        }
-    }
+    assert written["FASTEST"] == FASTEST | {"sm_90": CHOSEN}
     for check in (["check"], ["format", "--check"]):
         subprocess.run([sys.executable, "-m", "ruff", *check, str(tmp_path / "table.py")], check=True)
 
 
-def test_a_dry_run_chooses_nothing(tmp_path: Path) -> None:
-    done = choose(tmp_path, None)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "names no architecture" in done.stderr
+def test_a_dry_run_chooses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert choose(write_report(tmp_path, None), tmp_path / "table.py", monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "names no architecture" in line
     assert not (tmp_path / "table.py").exists()
 
 
-@pytest.mark.skipif(bool(FASTEST), reason="there are measurements")
-def test_nothing_is_claimed_before_it_was_measured() -> None:
-    results = SCRIPT.parent / "results"
-    assert not list(results.glob("*-gpu.json")), "there is a report; run benchmarks/choose_backends.py on it"
+def test_the_table_is_what_the_reports_say(tmp_path: Path) -> None:
+    write_report(tmp_path, "sm_90")
+    assert table_of(tmp_path) == {"sm_90": CHOSEN}
+    assert table_of(SCRIPT.parent / "results") == FASTEST, "run benchmarks/choose_backends.py on the latest report"

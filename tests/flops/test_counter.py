@@ -57,7 +57,11 @@ def triple(prompt: int, chosen: int, rejected: int) -> PreferenceTriple:
     return PreferenceTriple((1,) * prompt, (1,) * chosen, (1,) * rejected, chosen, rejected, "counted")
 
 
-@pytest.mark.parametrize("published", PUBLISHED_MODELS, ids=lambda model: model.config)
+@pytest.mark.parametrize(
+    "published",
+    [PUBLISHED_MODELS[0], *(pytest.param(model, marks=pytest.mark.long) for model in PUBLISHED_MODELS[1:])],
+    ids=lambda model: model.config,
+)
 def test_collection_on_the_published_models(published: PublishedModel) -> None:
     """p = c = r = 1000: within 2 % of the formula, and the ratio to RAHF-SCIT, attention and SAEs in."""
     model = meta_model(load_config(published.config))

@@ -1,4 +1,4 @@
-"""The backends under test: one list for all kernel tests. A backend that is missing is a skip that says why."""
+"""For the kernel tests: the backends under test, the interpreter of Triton's kernels, one thread."""
 
 from __future__ import annotations
 
@@ -8,24 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import DEVICE_TYPES, Backend, distinct_modes
+from kernel_cases import Backend, backend_parameters, distinct_modes
 
 from dspa.errors import BackendUnavailableError
-from dspa.kernels import available
 from dspa.kernels.backends.registry import operations_for
-
-
-def parameters() -> list[object]:
-    """Every registered backend. One for a GPU carries its marker where there is one, and is a named skip elsewhere."""
-    listed = []
-    for name, status in available().items():
-        device = DEVICE_TYPES.get(name, "cpu") if torch.cuda.is_available() else "cpu"
-        marks = [pytest.mark.gpu] if device == "cuda" else []
-        if status != "available":
-            marks.append(pytest.mark.skip(reason=f"backend {name}: {status}"))
-        listed.append(pytest.param(Backend(name, device), id=name, marks=marks))
-    return listed
-
 
 if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter
@@ -53,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in kept]
 
 
-@pytest.fixture(params=parameters(), scope="session")
+@pytest.fixture(params=backend_parameters(), scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import equations
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from dspa.kernels import (
     SaeWeights,
     StepMode,
     TokenStats,
+    available,
     token_step,
 )
 
@@ -34,6 +37,17 @@ class Backend:
 
     name: str
     device: str
+
+
+def backend_parameters() -> list[Any]:
+    """Every backend that is available here; `test_registry.py` names the others. One for a GPU carries its marker."""
+    listed = []
+    for name, status in available().items():
+        if status == "available":
+            device = DEVICE_TYPES.get(name, "cpu") if torch.cuda.is_available() else "cpu"
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            listed.append(pytest.param(Backend(name, device), id=name, marks=marks))
+    return listed
 
 
 def distinct_modes(backend: Backend) -> tuple[StepMode | None, ...]:

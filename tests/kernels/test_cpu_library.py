@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pairwise
 import pytest
 import torch
 from kernel_cases import Kind, edit_list, generator, make_sae, normal, random_lists, same_bits
@@ -78,7 +79,7 @@ def test_lookup_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.dspa.lookup.default, (*arguments, edits.latents, edits.signs, edits.counts))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiles_as_one_graph(compiler: str) -> None:
     sae = make_sae(Kind(), 37, 64, torch.bfloat16, seed=0)
     edits, stats = edit_list(*random_lists(sae, 3, 8, 2), 8), TokenStats.zeros(3, 64)
@@ -111,7 +112,7 @@ def test_density_and_lookup_compile_as_one_graph() -> None:
 
 
 @pytest.mark.parametrize("capability", ["portable", "avx2"])
-def test_lesser_instruction_sets(capability: str) -> None:
+def test_lesser_instruction_sets(capability: str, request: pytest.FixtureRequest) -> None:
     """They pass the step tests too; where the processor lacks one it falls back to the next."""
     tests = Path(__file__).parent / "test_token_step.py"
     command = [
@@ -125,9 +126,10 @@ def test_lesser_instruction_sets(capability: str) -> None:
         "-p",
         "no:cacheprovider",
         "-x",
+        *([pairwise.OPTION] if request.config.getoption(pairwise.OPTION) else []),
     ]
     environment = {**os.environ, "DSPA_CPU_CAPABILITY": capability}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

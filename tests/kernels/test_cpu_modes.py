@@ -114,6 +114,7 @@ def test_threads_do_not_change_the_bits(kind: Kind, dtype: torch.dtype, two_thre
         assert same_bits(parallel, alone)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk", rescaled=True)], ids=str)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("batch", [2, 3, 4, 5, 8, 17, 64])
@@ -150,6 +151,7 @@ def test_recent_argmax_latents_save_the_pass() -> None:
     assert (work.tokens, work.active, work.passes, work.maximum_needed) == (8, 8, 2, 0)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("outlier", [0.0, 100.0])
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated")], ids=str)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -68,19 +71,6 @@ def backend() -> Backend:
     return Backend(NAME, "cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def finished(request: pytest.FixtureRequest) -> set[str]:
-    """The tests that this process is done with, whatever came of them."""
-    names: set[str] = set()
-
-    class Recorder:
-        def pytest_runtest_logfinish(self, nodeid: str) -> None:
-            names.add(nodeid)
-
-    request.config.pluginmanager.register(Recorder())
-    return names
-
-
 # ---- the tests of every backend --------------------------------------------------------------------------------------
 
 for of_all in (test_token_step, test_encode_density, test_lookup):
@@ -93,6 +83,7 @@ for of_all in (test_token_step, test_encode_density, test_lookup):
 # ---- loads of 16 bytes, and inputs of more than one chunk ------------------------------------------------------------
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("batch", "d_model"), [(1, 8), (1, 264), (3, 40), (9, 520)])
@@ -263,6 +254,7 @@ def test_long_lists(backend: Backend, batch: int, d_model: int, dtype: torch.dty
         assert same_bits(run_and_check(rows, sae, nothing, ablate, 2.0, backend, mode="dense"), vanish)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("what", ["product", "value", "maximum", "difference"])
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 @pytest.mark.parametrize(("batch", "d_model"), SHAPES.values(), ids=SHAPES)
@@ -333,6 +325,7 @@ def test_what_a_gpu_has() -> None:
 # ---- one launch with the lookup --------------------------------------------------------------------------------------
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 @pytest.mark.parametrize("values", [torch.float32, torch.float64], ids=test_token_step.name)
@@ -368,6 +361,7 @@ def test_lookup_in_the_step_is_lookup_and_step(mode: StepMode, values: torch.dty
             assert torch.equal(getattr(found, name), getattr(lists, name))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("edit", ["ablate", "augment", "both"])
 @pytest.mark.parametrize("density", [torch.float32, torch.float64], ids=test_token_step.name)
 @pytest.mark.parametrize("values", [torch.float32, torch.float64], ids=test_token_step.name)
@@ -392,6 +386,7 @@ def test_lookup_has_the_bits_of_the_reference(density: torch.dtype, values: torc
 TILES = [(3, 8, 37), (130, 40, 129), (9, 72, 260)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("hidden_dtype", LOW_PRECISION, ids=test_token_step.name)
 @pytest.mark.parametrize("sae_dtype", LOW_PRECISION, ids=test_token_step.name)
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", subtract_b_dec=True)], ids=str)
@@ -647,20 +642,26 @@ def test_default_tuning_is_restored() -> None:
 
 # For the shim, ptx.cuh is another file.
 WITHOUT_BRANCHES = {"encode_density.cu", "lookup.cu", "token_step.cu", "operations.h", "ptx.cuh"}
+RUN_AND_COUNT = """
+import json, sys
+from pathlib import Path
+import pytest
+from cuda_shim import build
+code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--all-cases", *sys.argv[2:]])
+taken = build.branches_taken(Path(sys.argv[1]))
+Path(sys.argv[1], "branches.json").write_text(json.dumps({"files": list(taken.by_file()), "missing": taken.missing()}))
+sys.exit(code)
+"""
 
 
-def test_every_branch_of_the_kernels_is_taken(
-    request: pytest.FixtureRequest, finished: set[str], tmp_path: Path
-) -> None:
-    """The last test of this file: it counts what the others made the kernels do."""
+@pytest.mark.compilers
+def test_every_branch_of_the_kernels_is_taken(tmp_path: Path) -> None:
+    """By the other tests of this file, in a process of their own that counts nothing else."""
     if (reason := coverage.unavailable(build.compiler())) is not None:
         pytest.skip(reason)
-    module = request.node.parent
-    assert isinstance(module, pytest.Module)
-    of_this_file = {item.nodeid for item in module.collect() if item.get_closest_marker("slow") is None}
-    left_out = of_this_file - finished - {request.node.nodeid}
-    if left_out:
-        pytest.skip(f"{len(left_out)} tests of this file were left out, or ran in another process")
-    taken = build.branches_taken(tmp_path)
-    assert {path.name for path in (build.CSRC / "cuda").iterdir()} - set(taken.by_file()) <= WITHOUT_BRANCHES
-    assert not taken.missing(), "\n".join(taken.missing())
+    command = [sys.executable, "-c", RUN_AND_COUNT, str(tmp_path), __file__]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    taken = json.loads((tmp_path / "branches.json").read_text())
+    assert {path.name for path in (build.CSRC / "cuda").iterdir()} - set(taken["files"]) <= WITHOUT_BRANCHES
+    assert not taken["missing"], "\n".join(taken["missing"])

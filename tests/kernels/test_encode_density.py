@@ -79,6 +79,7 @@ def test_float64_equals_the_equations(
     assert (count(rows, offsets, sae, float64_backend).numpy() == expected).all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), DTYPE_PAIRS, ids=name)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_low_precision_is_within_rounding(
@@ -94,6 +95,7 @@ def test_low_precision_is_within_rounding(
         assert ((least <= counts) & (counts <= most)).all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), DTYPE_PAIRS, ids=name)
 @pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
 def test_exact_arithmetic_gives_exact_counts(
@@ -152,12 +154,9 @@ def test_gates_on_the_boundary(backend: Backend, hidden_dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=name)
-def test_gates_on_the_boundary_do_not_depend_on_the_segmentation(
-    backend: Backend, hidden_dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
+def test_gates_on_the_boundary_do_not_depend_on_the_segmentation(backend: Backend, hidden_dtype: torch.dtype) -> None:
     if backend.name == "reference":
-        reason = "the rounding of torch's matrix product depends on how many rows it has"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+        pytest.skip("the rounding of torch's matrix product may depend on how many rows it has")
     rows, sae = boundary_case(hidden_dtype)
     whole = count(rows, [0, 64], sae, backend)[0]
     assert torch.equal(count(rows, list(range(65)), sae, backend).sum(dim=0), whole)
@@ -170,6 +169,7 @@ def test_runs_repeat(backend: Backend, kind: Kind) -> None:
     assert torch.equal(count(rows, [0, 13, 40], sae, backend), count(rows, [0, 13, 40], sae, backend))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
 @pytest.mark.parametrize("kind", [Kind("relu"), Kind("topk"), Kind("gated", "layer_norm")], ids=str)
 def test_nonfinite_tokens_activate_nothing(backend: Backend, kind: Kind, dtype: torch.dtype) -> None:

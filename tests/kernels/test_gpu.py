@@ -116,6 +116,7 @@ def near_a_border(sae: SaeWeights, hidden: Tensor) -> Tensor:
     return distance < rounding(sae)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("batch", BATCHES)  # in turn first: they have one SAE
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", FEW_KINDS, ids=str)

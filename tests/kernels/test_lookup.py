@@ -81,6 +81,7 @@ def test_equals_the_equations_with_many_ties(
     check_lookup(density, A, k_prompt, k_diff, edit, sign_guard, float64_backend)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("sign_guard", [False, True])
 @pytest.mark.parametrize(("d_sae_in", "d_sae_out"), [(1, 1), (37, 199), (199, 37), (513, 513)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Kind, make_sae
+from kernel_cases import Kind, backend_parameters, make_sae
 
 from dspa.errors import BackendUnavailableError, DspaError
 from dspa.kernels import (
@@ -29,6 +29,7 @@ from dspa.kernels.backends.table import BACKENDS
 
 HIDDEN = torch.zeros(1, 8)
 NO_FLOAT64 = Serves(token_step=(torch.float32,))
+STATUS, UNDER_TEST = available(), [parameter.id for parameter in backend_parameters()]  # of the registry as it is
 
 
 class Named:
@@ -59,6 +60,14 @@ def missing() -> Operations:
 def all_backends() -> list[str]:
     """The names in the registry, before `only_reference` replaces it."""
     return list(registry._backends)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton", "cuda"])
+def test_the_backend_is_under_test(name: str) -> None:
+    """A backend that is missing is one skip, here, and none in the tests of all backends."""
+    if STATUS[name] != "available":
+        pytest.skip(f"backend {name}: {STATUS[name]}")
+    assert name in UNDER_TEST
 
 
 @pytest.fixture(autouse=True)

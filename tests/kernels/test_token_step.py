@@ -179,6 +179,7 @@ def test_float64_equals_the_equations(
     assert (added.latent_edits.numpy() == latent_edits).all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), DTYPE_PAIRS, ids=name)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_low_precision_is_within_rounding(
@@ -191,6 +192,7 @@ def test_low_precision_is_within_rounding(
         run_and_check(rows, sae, augment, ablate, 0.2, backend, mode="dense", garbage=decodable(sae)[-1])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), DTYPE_PAIRS, ids=name)
 @pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
 def test_exact_arithmetic_gives_exact_results(
@@ -216,6 +218,7 @@ def test_exact_arithmetic_gives_exact_results(
             assert (added.latent_edits.numpy() == latent_edits).all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [Kind(), Kind("relu"), Kind("gated"), Kind("topk")], ids=str)
 def test_gates_on_the_boundary(backend: Backend, kind: Kind, mode: StepMode | None) -> None:
@@ -295,6 +298,7 @@ def test_negative_zero_keeps_its_sign(backend: Backend) -> None:
     assert same_bits(written, rows)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("activation", ["jumprelu", "gated", "topk"])
 def test_rows_where_nothing_is_active(backend: Backend, activation: str, mode: StepMode | None) -> None:
@@ -311,6 +315,7 @@ def test_rows_where_nothing_is_active(backend: Backend, activation: str, mode: S
     assert ((added.maximum == 0) | (added.maximum.isnan() & torch.tensor(mode != "dense"))).all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("k", [0, 1, 5])
 def test_empty_lists(backend: Backend, k: int, mode: StepMode | None) -> None:
@@ -383,6 +388,7 @@ def test_disabled_rows_are_left_alone(backend: Backend, mode: StepMode | None) -
         assert torch.equal(getattr(none, field.name).cpu(), getattr(fresh_stats(5, 40), field.name))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", "layer_norm")], ids=str)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
@@ -420,6 +426,7 @@ def test_constant_row_under_layer_norm(backend: Backend) -> None:
     assert run_and_check(rows, sae, [[0, 1]] * 2, [[2, 3, 4]] * 2, 0.2, backend, mode="dense").isfinite().all()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_activations_that_overflow_are_nonfinite(backend: Backend, dtype: torch.dtype, mode: StepMode | None) -> None:
@@ -438,6 +445,7 @@ def test_activations_that_overflow_are_nonfinite(backend: Backend, dtype: torch.
     assert same_bits(written[2:], step(rows[2:], sae, edit_list([[0, 1]], [[2, 3]], 4), 0.2, backend=backend))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("normalization", ["constant_norm_rescale", "layer_norm"])
 @pytest.mark.parametrize("size", [1e-30, 1e25], ids=str)
 def test_norms_out_of_range_do_no_harm(backend: Backend, normalization: str, size: float) -> None:
@@ -472,6 +480,7 @@ def test_weights_beyond_two_to_the_31st(backend: Backend) -> None:
 # ---- alpha, stats, modes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 1.5, 3.0])
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk", rescaled=True)], ids=str)
@@ -482,6 +491,7 @@ def test_alpha(backend: Backend, kind: Kind, alpha: float, mode: StepMode | None
     run_and_check(rows, sae, augment, ablate, alpha, backend, mode=mode)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 @pytest.mark.parametrize("mode", MODES)
 def test_alpha_per_row(backend: Backend, dtype: torch.dtype, mode: StepMode | None) -> None:
@@ -561,6 +571,7 @@ def test_modes_agree_bit_for_bit(backend: Backend, kind: Kind) -> None:
             assert torch.equal(stats.maximum_sum, stats.maximum.nan_to_num())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_row_depends_on_nothing_else_in_the_batch(backend: Backend, kind: Kind, mode: StepMode | None) -> None:

@@ -61,7 +61,7 @@ def test_what_is_uploaded_comes_back(policy: SteeringPolicy, hub: FakeHub) -> No
     folder = hub.folder / "me/mine"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "policy.safetensors"]
     loaded = SteeringPolicy.from_pretrained(folder)
-    density = torch.rand(3, policy.input_sae.d_sae)
+    density = torch.rand(3, policy.input_sae.d_sae, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded.select(density).latents, policy.select(density).latents)
     assert loaded.output_sae.metadata.neuronpedia_id == NEURONPEDIA_ID
     assert (folder / "README.md").read_text() == policy.model_card("me/mine")

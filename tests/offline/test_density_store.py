@@ -9,13 +9,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +28,13 @@ from tiny_collection import one_thread  # noqa: F401
 import dspa
 from dspa.errors import CorruptFileError, DspaError, InvalidInputError, MismatchError
 from dspa.offline.density_store import CollectionRun, DensityShard, DensityStore, SparseCounts
+from dspa.transformers_model import decoder_stack
 
 TRIPLES, PER_SHARD, SHARDS = 8, 3, 3
 STEPS_PER_FILE = 5  # opened, half written, written, on disk, renamed
 FILES_WRITTEN = 1 + 2 * SHARDS  # the manifest at the start, then a shard and the manifest each
 KILL_STEPS = STEPS_PER_FILE * FILES_WRITTEN
-RANDOM_KILLS = 8
+COMPUTING_KILLS = 8
 FULL_AT = [(file, ("half written", "written")[file // 2 % 2]) for file in range(FILES_WRITTEN)]
 
 
@@ -102,7 +101,13 @@ def on_disk_steps(step: Callable[[str], None]) -> None:
     Path.open, os.fsync, os.replace = patched_open, patched_fsync, patched_move  # type: ignore[assignment]
 
 
-def in_child(action: Callable[[], object], report: Path, kill_after: float | None = None) -> int:
+def on_computing(step: Callable[[str], None]) -> None:
+    """Calls `step` whenever an MLP of the model runs."""
+    for layer in decoder_stack(MODEL).layers:
+        layer.get_submodule("mlp").register_forward_pre_hook(lambda module, args: step("computing"))
+
+
+def in_child(action: Callable[[], object], report: Path) -> int:
     """Runs an action in a forked process and returns its wait status; an error's message goes to `report`."""
     process = os.fork()
     if process == 0:
@@ -115,9 +120,6 @@ def in_child(action: Callable[[], object], report: Path, kill_after: float | Non
         except BaseException as error:
             report.write_text(f"{type(error).__name__}: {error}")
             os._exit(3)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(process, signal.SIGKILL)
     return os.waitpid(process, 0)[1]
 
 
@@ -151,6 +153,18 @@ def interrupted(folder: Path, step: Callable[[str], None]) -> None:
     collect(folder)
 
 
+def computing(folder: Path, step: Callable[[str], None]) -> None:
+    on_computing(step)
+    collect(folder)
+
+
+def counted(folder: Path, into: Path) -> None:
+    """Collects, and writes down how often an MLP ran."""
+    steps: list[str] = []
+    computing(folder, steps.append)
+    into.write_text(str(len(steps)))
+
+
 def limited(folder: Path, size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     collect(folder)
@@ -160,9 +174,8 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)  # a forked process has no other threads
     report = root / "report"
     outcome: dict[str, Any] = {}
-    started = time.monotonic()
-    in_child(lambda: collect(root / "whole"), report)
-    duration = time.monotonic() - started
+    in_child(lambda: counted(root / "whole", root / "steps"), report)
+    steps = int((root / "steps").read_text())
     whole = tiny.folder_bytes(root / "whole")
 
     def resumed(folder: Path) -> list[str]:
@@ -172,10 +185,10 @@ def main(root: Path) -> None:
         shutil.rmtree(folder)
         return sorted(name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name))
 
-    def scenario(kind: str, name: object, action: Callable[[Path], object], kill_after: float | None = None) -> None:
+    def scenario(kind: str, name: object, action: Callable[[Path], object]) -> None:
         folder = root / "interrupted"
         report.write_text("")
-        status = in_child(lambda: action(folder), report, kill_after)
+        status = in_child(lambda: action(folder), report)
         usable = len(DensityStore.open(folder).without_damaged().shards) if (folder / "manifest.json").exists() else -1
         leftovers = sorted(path.name for path in folder.glob("*.partial"))
         outcome[f"{kind} {name}"] = {
@@ -189,9 +202,9 @@ def main(root: Path) -> None:
 
     for number in range(1, KILL_STEPS + 2):
         scenario("step", number, lambda folder, n=number: interrupted(folder, kill_at(n)))
-    generator = random.Random(0)
-    for number in range(RANDOM_KILLS):
-        scenario("random", number, collect, generator.uniform(0, duration))
+    for number in range(COMPUTING_KILLS):  # from the first time that an MLP runs to the last
+        step = 1 + number * (steps - 1) // (COMPUTING_KILLS - 1)
+        scenario("computing", number, lambda folder, n=step: computing(folder, kill_at(n)))
     for number, moment in FULL_AT:
         scenario("full", number, lambda folder, n=number, m=moment: interrupted(folder, full_at(n, m)))
     sizes = [len(whole[f"densities-{index:05d}.safetensors"]) for index in range(SHARDS)]
@@ -232,9 +245,15 @@ def test_there_are_no_other_steps(outcome: dict[str, Any]) -> None:
     assert (run["killed"], run["code"], run["usable"], run["different"]) == (False, 0, SHARDS, [])
 
 
-@pytest.mark.parametrize("number", range(RANDOM_KILLS))
-def test_killed_at_a_random_time_and_resumed(outcome: dict[str, Any], number: int) -> None:
-    assert outcome[f"random {number}"]["different"] == []
+def test_killed_while_computing_and_resumed(outcome: dict[str, Any]) -> None:
+    """Between two files: what was written is whole."""
+    runs = [outcome[f"computing {number}"] for number in range(COMPUTING_KILLS)]
+    assert all(run["killed"] for run in runs)
+    assert [run["leftovers"] for run in runs] == [[]] * COMPUTING_KILLS
+    assert [run["different"] for run in runs] == [[]] * COMPUTING_KILLS
+    usable = [run["usable"] for run in runs]
+    assert usable == sorted(usable)
+    assert set(usable) == set(range(SHARDS))
 
 
 def test_killed_again_and_again(outcome: dict[str, Any]) -> None:

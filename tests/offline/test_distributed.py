@@ -1,7 +1,7 @@
 """Collection by several processes: the same bytes as by one, also when one of them is killed.
 
 Run as a program, this file forks processes that collect together, and writes what happened:
-    python test_shard_processes.py <folder>
+    python test_distributed.py <folder>
 `torchrun` and `accelerate launch` run it with `collect <folder>`.
 """
 
@@ -183,7 +183,7 @@ def test_damaged_finished_shards_are_computed_again(outcome: dict[str, Any]) -> 
     assert outcome["damaged"] == {"resumed": ["ok", "ok"], "different": []}
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)])
 def test_launched_as_people_launch(root: Path, launcher: str) -> None:
     pytest.importorskip("accelerate" if launcher == "accelerate" else "torch")
     folder = root / launcher

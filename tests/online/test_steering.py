@@ -352,6 +352,7 @@ def test_a_prompt_without_a_counted_token_is_not_edited(prompt: list[int] | None
 # ------------------------------------------------------------------------------------------------ what changes nothing
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"k_diff": 0}, {"k_prompt": 0, "alpha": 0.0}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)

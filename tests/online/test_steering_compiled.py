@@ -52,7 +52,7 @@ CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
 }
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=pytest.mark.long)])
 def test_one_graph_compiled_no_more_often_than_without_steering(cache: str) -> None:
     """Four prompts of different lengths and contents, decoded in turn by a compiled model."""
     rows = prompts((6, 9, 6, 5))

@@ -49,6 +49,7 @@ def with_lora(model: Any) -> Any:
     return wrapped
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("attach_to", ["wrapper", "model inside"])
 @pytest.mark.parametrize("call", ["wrapper", "model inside"])
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])

@@ -153,6 +153,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("way", "cache", "lengths"), CELLS)
 def test_way_by_cache(way: str, cache: str, lengths: tuple[int, ...]) -> None:
     """In float32, by the C++ kernels where they are built; the loop computes its edits in float64."""
@@ -279,6 +280,7 @@ SELECTIONS: dict[str, tuple[str | None, ...]] = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("way", ["greedy", "sampling", "three samples of a prompt", "beam search, all beams"])
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared SAE and layer", "an SAE and layer each"])

@@ -105,6 +105,7 @@ def assert_same_activations(theirs: Any, ours: SparseAutoencoder, hidden: Tensor
         assert not bool(switched.any())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False], ids=["b_dec", "no_b_dec"])
 @pytest.mark.parametrize("normalize_activations", NORMALIZATIONS)

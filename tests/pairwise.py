@@ -1,0 +1,77 @@
+"""Covering arrays: the few rows of a product of parameters that still hold every pair of values.
+
+A test of three and more parameters that is marked `product` runs on these rows only, and one that is marked `long` not
+at all, unless pytest is started with `--all-cases` (`make test-all`). The hooks of this module do so where a conftest
+has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
+
+import pytest
+
+OPTION = "--all-cases"
+PRODUCT, LONG = "product", "long"  # markers
+
+Row = Mapping[str, Hashable]
+Choice = tuple[str, Hashable]  # of a value for a parameter
+
+
+def pairs(row: Row) -> set[frozenset[Choice]]:
+    """The pairs of values that a row holds. The single value of a row with one parameter counts as a pair."""
+    choices = list(row.items())
+    return {frozenset(pair) for pair in combinations(choices, 2)} or {frozenset(choices)}
+
+
+def covering(rows: Sequence[Row]) -> list[int]:
+    """Positions, ascending, of rows that together hold every pair of values that all rows hold.
+
+    Greedy: the row with the most pairs that are not covered yet comes next, the first of those that are tied. The
+    result depends on nothing but the rows and their order.
+    """
+    held = [pairs(row) for row in rows]
+    missing = set[frozenset[Choice]]().union(*held)
+    chosen: list[int] = []
+    while missing:
+        best = max(range(len(rows)), key=lambda index: len(held[index] & missing))
+        chosen.append(best)
+        missing -= held[best]
+    return sorted(chosen)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        OPTION, action="store_true", help="run every row of the tests marked product, and the tests marked long"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k, so that what they deselect covers nothing
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption(OPTION):
+        return
+    outside = left_out(items)
+    if outside:
+        config.hook.pytest_deselected(items=list(outside))
+        items[:] = [item for item in items if item not in outside]
+
+
+def row_of(item: pytest.Item) -> dict[str, str]:
+    """What a test was parametrised with, by name; values are told apart by how they are written."""
+    assert isinstance(item, pytest.Function)
+    return {name: repr(value) for name, value in item.callspec.params.items()}
+
+
+def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """The tests marked `long`, and those marked `product` outside the covering rows of their test. Skipped rows cover
+    nothing, and stay."""
+    tests: dict[str, list[pytest.Item]] = {}
+    outside = {item for item in items if item.get_closest_marker(LONG)}
+    for item in items:
+        if item.get_closest_marker(PRODUCT) and item not in outside and item.get_closest_marker("skip") is None:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in tests.values():
+        kept = set(covering([row_of(item) for item in group]))
+        outside.update(item for index, item in enumerate(group) if index not in kept)
+    return outside
