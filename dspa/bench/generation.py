@@ -17,7 +17,7 @@ from dspa.methods.policy import Policy
 from dspa.methods.static_policy import StaticPolicy
 from dspa.online.steering import steer
 from dspa.sae.autoencoder import SparseAutoencoder
-from dspa.transformers_model import device_of, text_config
+from dspa.transformers_model import ModelFingerprint, device_of, text_config
 
 LISTED = 16
 PROMPT_TOKENS = 16

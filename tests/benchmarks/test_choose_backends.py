@@ -9,7 +9,6 @@ from pathlib import Path
 
 import choose_backends  # pyright: ignore[reportMissingImports]
 import pytest
-
 from history.records import read_run
 
 from dspa.bench.measurements import Column, Interval, Row

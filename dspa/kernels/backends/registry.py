@@ -39,8 +39,8 @@ def available() -> dict[str, str]:
 def operations_for(
     backend: str, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None = None
 ) -> Operations:
-    """The operations of the backend that serves a call. Warns once if "auto" finds only the reference, because the others
-    are missing.
+    """The operations of the backend that serves a call. Warns once if "auto" finds only the reference, because
+    the others are missing.
 
     Args:
         backend: a backend's name, or "auto": the one in DSPA_BACKEND, else the first for the device that serves the
