@@ -13,8 +13,8 @@ from dspa.bench.measurements import Interval
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
 from dspa.kernels.token_step import work_of
-from dspa.methods.policy import Policy
 from dspa.methods.static_policy import StaticPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import steer
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.transformers_model import ModelFingerprint, device_of, text_config
@@ -112,7 +112,7 @@ def load_model(name: str, dtype: str, device: str) -> Any:
 def measure_generation(
     model: Any,
     name: str,
-    policy: Policy,
+    policy: SteeringPolicy | StaticPolicy,
     *,
     backend: str,
     bandwidth: float | None,

@@ -125,7 +125,7 @@ def test_auto_warns_once_if_only_the_reference_is_there() -> None:
 
 
 def test_auto_does_not_warn_where_a_missing_backend_makes_no_difference() -> None:
-    register_backend(Backend("fast", ("cpu",), lambda: operations("fast", refused="no float64")))
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast"), NO_FLOAT64))
     register_backend(Backend("faster", ("cpu",), missing))
     register_backend(Backend("of a GPU", ("cuda",), missing))
     with warnings.catch_warnings():

@@ -13,6 +13,7 @@ import sysconfig
 import zipfile
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,7 +115,8 @@ def test_wheel_holds_the_cpu_library_for_every_python(wheel: Path) -> None:
     dynamic, symbols = library.get_section_by_name(".dynamic"), library.get_section_by_name(".dynsym")
     assert isinstance(dynamic, DynamicSection)
     assert isinstance(symbols, SymbolTableSection)
-    needed = {tag.needed for tag in dynamic.iter_tags() if tag.entry.d_tag == "DT_NEEDED"}
+    tags: list[Any] = list(dynamic.iter_tags())  # pyelftools adds their attributes at run time
+    needed = {tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"}
     assert needed >= LIBRARIES_OF_TORCH
     assert not [name for name in needed if "python" in name]
     assert not [symbol.name for symbol in symbols.iter_symbols() if symbol.name.startswith(("Py", "_Py"))]

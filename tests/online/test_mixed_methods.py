@@ -1,0 +1,172 @@
+"""Several methods in one batch, and gradients through their edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from naive_generation import edited, generate, greedily, naive_generate, naive_logits
+from tiny_models import D_MODEL, OUTPUT_LAYER, layer_of, prompts, tiny_model, tiny_policy
+from torch import Tensor, nn
+
+from dspa import Policy, StaticPolicy, VectorPolicy
+from dspa.errors import InvalidInputError
+from dspa.kernels import EditList
+from dspa.online.steering import steer
+
+MODEL: Any = tiny_model()
+ROWS = prompts((6, 4, 5, 3))
+VECTOR = torch.randn(D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+NEW = 6
+
+
+def static_policy() -> StaticPolicy:
+    return StaticPolicy.with_edits(
+        tiny_policy(MODEL, alpha=0.8), EditList.from_lists([list(range(10))], [list(range(10, 20))])
+    )
+
+
+def naive_static(prompt: list[int]) -> list[int]:
+    policy, new = static_policy(), list[int]()
+    lists = (policy.edits.augmented(0), policy.edits.ablated(0))
+    for _ in range(NEW):
+        new += greedily(naive_logits(MODEL, policy, prompt, prompt + new, lists)[-1:].float())
+    return new
+
+
+def naive_vector(prompt: list[int], layer: int, scale: float) -> list[int]:
+    """Greedy generation with `scale * VECTOR` added after a layer from the last prompt token on, without a cache."""
+    new: list[int] = []
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = (output if isinstance(output, Tensor) else output[0]).clone()
+        hidden[:, len(prompt) - 1 :] += scale * VECTOR
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    hook = layer_of(MODEL, layer).register_forward_hook(add)
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = MODEL(torch.tensor([prompt + new]), use_cache=False).logits[0]
+            new += greedily(logits[-1:].float())
+    hook.remove()
+    return new
+
+
+@pytest.mark.parametrize("layer", [OUTPUT_LAYER, 0])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)], ids=str)
+def test_each_row_follows_its_method(layer: int, order: Sequence[int]) -> None:
+    dynamic = tiny_policy(MODEL)
+    policies: dict[str, Policy] = {
+        "dynamic": dynamic,
+        "static": static_policy(),
+        "vector": VectorPolicy(VECTOR, layer, 0.7),
+    }
+    names = ["dynamic", "static", "vector", None]
+    expected = [
+        naive_generate(MODEL, dynamic, [ROWS[0]], NEW)[0],
+        naive_static(ROWS[1]),
+        naive_vector(ROWS[2], layer, 0.7),
+        generate(MODEL, [ROWS[3]], NEW)[0],
+    ]
+    plain = generate(MODEL, ROWS, NEW)
+    with steer(MODEL, policies, select=[names[index] for index in order]) as steering:
+        assert generate(MODEL, [ROWS[index] for index in order], NEW) == [expected[index] for index in order]
+    assert all(expected[index] != plain[index] for index in range(3))
+    summary = steering.summary()
+    assert summary.prompts == 3
+    assert summary.tokens_seen == 3 * NEW
+
+
+def test_two_vectors_at_one_layer_share_an_editor() -> None:
+    policies = {"plus": VectorPolicy(VECTOR, 1, 0.7), "minus": VectorPolicy(VECTOR, 1, -0.7)}
+    with steer(MODEL, policies, select=["plus", "minus"]) as steering:
+        steered = generate(MODEL, ROWS[:2], NEW)
+        assert steering.counters(2).seen.tolist() == [NEW, NEW]
+    assert steered == [naive_vector(ROWS[0], 1, 0.7), naive_vector(ROWS[1], 1, -0.7)]
+
+
+def test_trace_of_a_vector_names_no_latent() -> None:
+    with steer(MODEL, VectorPolicy(VECTOR, 1, 0.7), trace=True) as steering:
+        generate(MODEL, ROWS[:1], 3)
+    (sequence,) = steering.trace().sequences
+    assert [token.edits for token in sequence.tokens] == [()] * 3
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("positions", ["from_last_prompt", "all"])
+def test_gradients_reach_a_vector_as_through_the_sum_written_out(positions: Any) -> None:
+    tokens, prompt_tokens = torch.tensor([ROWS[0]]), 3
+    on = torch.zeros(tokens.shape[1], 1, dtype=torch.float64)
+    on[0 if positions == "all" else prompt_tokens - 1 :] = 1
+    vectors = [VECTOR.clone().requires_grad_() for _ in range(2)]
+    with steer(MODEL, VectorPolicy(vectors[0], 1, 0.5, edit_positions=positions), differentiable=True) as steering:
+        with steering.scoring(prompt_tokens=prompt_tokens):
+            steered = MODEL(tokens).logits.log_softmax(dim=-1)[0, :-1].gather(1, tokens[0, 1:, None]).sum()
+        steered.backward()
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = hidden + 0.5 * on * vectors[1]
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    hook = layer_of(MODEL, 1).register_forward_hook(add)
+    expected = MODEL(tokens).logits.log_softmax(dim=-1)[0, :-1].gather(1, tokens[0, 1:, None]).sum()
+    expected.backward()
+    hook.remove()
+    torch.testing.assert_close(steered, expected, rtol=1e-10, atol=1e-10)
+    found, wanted = vectors[0].grad, vectors[1].grad
+    assert found is not None
+    assert wanted is not None
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+    MODEL.zero_grad(set_to_none=True)
+
+
+def test_gradients_pass_through_an_edit_of_latents_as_through_the_equation_written_out() -> None:
+    policy = tiny_policy(MODEL, alpha=0.5, edit="ablate")
+    prompt = ROWS[0]
+    embedded = MODEL.get_input_embeddings()(torch.tensor([prompt])).detach()
+
+    def gradient() -> Tensor:
+        inputs = embedded.clone().requires_grad_()
+        MODEL(inputs_embeds=inputs).logits[0, -1].square().mean().backward()
+        MODEL.zero_grad(set_to_none=True)
+        assert inputs.grad is not None
+        return inputs.grad
+
+    def edit(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        last = edited(hidden[0, -1], policy.output_sae, lists, policy.alpha)
+        hidden = torch.cat([hidden[:, :-1], last[None, None]], dim=1)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    with steer(MODEL, policy, differentiable=True):
+        through = gradient()
+    with steer(MODEL, policy) as steering:
+        constant = gradient()
+        assert steering.edits is not None
+        lists = (steering.edits.augmented(0), steering.edits.ablated(0))
+    hook = layer_of(MODEL, OUTPUT_LAYER).register_forward_hook(edit)
+    expected = gradient()
+    hook.remove()
+    torch.testing.assert_close(through, expected, rtol=1e-8, atol=1e-12)
+    assert (constant - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_generation_is_the_same_with_differentiable_edits() -> None:
+    policy = tiny_policy(MODEL)
+    expected = naive_generate(MODEL, policy, ROWS, NEW)
+    with steer(MODEL, policy, differentiable=True) as steering:
+        assert generate(MODEL, ROWS, NEW) == expected
+    assert steering.summary().tokens_seen == NEW * len(ROWS)
+
+
+def test_differentiable_edits_are_refused_in_a_compiled_model() -> None:
+    with steer(MODEL, VectorPolicy(VECTOR.clone().requires_grad_(), 1), differentiable=True):
+        compiled = torch.compile(MODEL, backend="eager")
+        with pytest.raises(InvalidInputError, match="differentiable edits do not work in a compiled model"):
+            compiled(torch.tensor(ROWS[:1]), use_cache=False)
