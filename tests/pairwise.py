@@ -1,8 +1,8 @@
 """Covering arrays: the few rows of a product of parameters that still hold every pair of values.
 
 A test of three and more parameters that is marked `product` runs on these rows only, and one that is marked `long` not
-at all, unless pytest is started with `--all-cases` (`make test-all`). The hooks of this module do so where a conftest
-has them.
+at all, unless pytest is started with `--all-cases`. With `--remaining-cases` exactly those run that are otherwise left
+out, so that `make test-all` runs nothing twice. The hooks of this module do so where a conftest has them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import combinations
 
 import pytest
 
-OPTION = "--all-cases"
+OPTION, REMAINING = "--all-cases", "--remaining-cases"
 PRODUCT, LONG = "product", "long"  # markers
 
 Row = Mapping[str, Hashable]
@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         OPTION, action="store_true", help="run every row of the tests marked product, and the tests marked long"
     )
+    parser.addoption(REMAINING, action="store_true", help="run only what is left out without --all-cases")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k, so that what they deselect covers nothing
@@ -52,9 +53,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption(OPTION):
         return
     outside = left_out(items)
-    if outside:
-        config.hook.pytest_deselected(items=list(outside))
-        items[:] = [item for item in items if item not in outside]
+    deselected = set(items) - outside if config.getoption(REMAINING) else outside
+    if deselected:
+        config.hook.pytest_deselected(items=list(deselected))
+        items[:] = [item for item in items if item not in deselected]
 
 
 def row_of(item: pytest.Item) -> dict[str, str]:
