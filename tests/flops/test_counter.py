@@ -52,6 +52,9 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZES),
 }
 
+LONG = ("llama", "mistral")
+NAMES = [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in CONFIGS]
+
 
 def triple(prompt: int, chosen: int, rejected: int) -> PreferenceTriple:
     return PreferenceTriple((1,) * prompt, (1,) * chosen, (1,) * rejected, chosen, rejected, "counted")
@@ -78,7 +81,7 @@ def test_collection_on_the_published_models(published: PublishedModel) -> None:
     assert ratio >= LEAST_RATIO[published.config]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_method_counts_as_its_formula(name: str) -> None:
     """The formulas charge an embedding that is only looked up, and the counter does not, so it is taken out of P."""
     model = meta_model(CONFIGS[name])
@@ -94,7 +97,7 @@ def test_every_method_counts_as_its_formula(name: str) -> None:
         assert counted.flops.attention == pytest.approx(formula.flops.attention, rel=0.15)  # rotary frequencies
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_batches_of_unequal_triples_count_as_their_plan(name: str) -> None:
     model = meta_model(CONFIGS[name])
     triples = [triple(5 + n % 7, 3 + n % 5, 9 - n % 4) for n in range(20)]

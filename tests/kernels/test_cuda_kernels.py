@@ -390,13 +390,16 @@ TILES = [(3, 8, 37), (130, 40, 129), (9, 72, 260)]
 @pytest.mark.parametrize("hidden_dtype", LOW_PRECISION, ids=test_token_step.name)
 @pytest.mark.parametrize("sae_dtype", LOW_PRECISION, ids=test_token_step.name)
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", subtract_b_dec=True)], ids=str)
-def test_tiles_count_exactly(backend: Backend, kind: Kind, hidden_dtype: torch.dtype, sae_dtype: torch.dtype) -> None:
-    for number, (tokens, d_model, d_sae) in enumerate(TILES):
-        sae = make_integer_sae(kind, d_model, d_sae, sae_dtype, seed=number)
-        rows = integers(generator(number), -3, 3, tokens, d_model).to(hidden_dtype)
-        offsets = cuts(tokens, 5, seed=number)
-        expected = equations.encode_density(exact(rows), offsets, as_equations(sae))
-        assert (count(rows, offsets, sae, backend).numpy() == expected).all()
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_tiles_count_exactly(
+    backend: Backend, shape: tuple[int, int, int], kind: Kind, hidden_dtype: torch.dtype, sae_dtype: torch.dtype
+) -> None:
+    tokens, d_model, d_sae = shape
+    sae = make_integer_sae(kind, d_model, d_sae, sae_dtype, seed=tokens)
+    rows = integers(generator(tokens), -3, 3, tokens, d_model).to(hidden_dtype)
+    offsets = cuts(tokens, 5, seed=tokens)
+    expected = equations.encode_density(exact(rows), offsets, as_equations(sae))
+    assert (count(rows, offsets, sae, backend).numpy() == expected).all()
 
 
 @pytest.mark.parametrize("last_bit", [2.0**-7, 2.0**-15, 2.0**-23], ids=["first", "second", "third"])
@@ -448,18 +451,20 @@ PIECES = [  # an input is one number of 16 bits, if nothing is subtracted from i
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), PIECES, ids=test_token_step.name)
 @pytest.mark.parametrize("kind", test_encode_density.INTEGER_KINDS, ids=str)
+@pytest.mark.parametrize("shape", WARPGROUP_TILES, ids=str)
 def test_warpgroups_count_exactly(
-    backend: Backend, kind: Kind, hidden_dtype: torch.dtype, sae_dtype: torch.dtype
+    backend: Backend, shape: tuple[int, int, int], kind: Kind, hidden_dtype: torch.dtype, sae_dtype: torch.dtype
 ) -> None:
-    for number, (tokens, d_model, d_sae) in enumerate(WARPGROUP_TILES):
-        sae = make_integer_sae(kind, d_model, d_sae, sae_dtype, seed=number)
-        rows = integers(generator(number), -3, 3, tokens, d_model).to(hidden_dtype)
-        offsets = cuts(tokens, 5, seed=number)
-        expected = equations.encode_density(exact(rows), offsets, as_equations(sae))
-        with machine(warpgroup_products=True):
-            assert (count(rows, offsets, sae, backend).numpy() == expected).all()
+    tokens, d_model, d_sae = shape
+    sae = make_integer_sae(kind, d_model, d_sae, sae_dtype, seed=tokens)
+    rows = integers(generator(tokens), -3, 3, tokens, d_model).to(hidden_dtype)
+    offsets = cuts(tokens, 5, seed=tokens)
+    expected = equations.encode_density(exact(rows), offsets, as_equations(sae))
+    with machine(warpgroup_products=True):
+        assert (count(rows, offsets, sae, backend).numpy() == expected).all()
 
 
 @pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), PIECES, ids=test_token_step.name)

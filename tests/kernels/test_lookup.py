@@ -101,7 +101,7 @@ def test_a_row_depends_on_nothing_else_in_the_batch(backend: Backend, batch: int
     density = torch.rand(batch, 30, generator=rng).to(backend.device)
     whole = lookup(density, conditional_map, 8, 5, "both", backend=backend.name)
     again = lookup(density, conditional_map, 8, 5, "both", backend=backend.name)
-    for row in range(batch):
+    for row in {0, 1 % batch, batch // 2, batch - 1}:
         alone = lookup(density[row : row + 1], conditional_map, 8, 5, "both", backend=backend.name)
         for lists in (whole, again):
             for field in ("latents", "signs", "counts"):

@@ -183,7 +183,8 @@ def test_damaged_finished_shards_are_computed_again(outcome: dict[str, Any]) -> 
     assert outcome["damaged"] == {"resumed": ["ok", "ok"], "different": []}
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launched_as_people_launch(root: Path, launcher: str) -> None:
     pytest.importorskip("accelerate" if launcher == "accelerate" else "torch")
     folder = root / launcher

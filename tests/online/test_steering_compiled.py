@@ -162,7 +162,7 @@ def test_gradients_flow_past_the_edit_in_a_compiled_model() -> None:
     assert steering.summary().tokens_edited > 0
 
 
-@pytest.mark.parametrize("part", ["decoder layers", "forward"])
+@pytest.mark.parametrize("part", ["decoder layers", pytest.param("forward", marks=pytest.mark.long)])
 def test_parts_that_are_compiled(part: str) -> None:
     """Layer by layer, as regional compilation does, and by replacing the model's forward method."""
     model, rows = tiny_model("llama"), prompts((6, 4))

@@ -159,6 +159,7 @@ def test_weights_on_disk(offloaded: tuple[str, ...], tmp_path: Path) -> None:
     assert layer_of(loaded, 1) is not None
 
 
+@pytest.mark.long
 def test_weights_split_over_two_processes(tmp_path: Path) -> None:
     """Tensor parallelism: every process steers, and all of them edit alike."""
     model: Any = tiny_model("llama", dtype=torch.float32, num_key_value_heads=4)
