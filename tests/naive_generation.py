@@ -22,6 +22,18 @@ from dspa.methods.steering_policy import SteeringPolicy
 
 NEW_TOKENS = 16
 
+# Options of generate that change how tokens are computed, not which ones.
+WAYS: dict[str, dict[str, Any]] = {
+    "cached": {},
+    "uncached": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "prefill in chunks": {"prefill_chunk_size": 2},
+    "prefill in chunks of 1": {"prefill_chunk_size": 1},
+    "drafts from the prompt": {"prompt_lookup_num_tokens": 3},
+    "with scores": {"output_scores": True, "output_hidden_states": True},
+}
+
+
 Lists = tuple[list[int], list[int]]  # S_augment, S_ablate
 Choose = Callable[[Tensor], list[int]]  # next tokens from logits [B, vocab]
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,14 +29,12 @@ from naive_generation import (
 )
 from tiny_models import (
     BOS,
-    D_MODEL,
     FAMILIES,
     INPUT_LAYER,
     LAYERS,
     OUTPUT_LAYER,
     PAD,
     SAE_KINDS,
-    VOCAB,
     Family,
     SaeKind,
     layer_of,
@@ -45,7 +42,6 @@ from tiny_models import (
     prompts,
     tiny_model,
     tiny_policy,
-    tiny_sae,
     tiny_tokenizer,
 )
 from torch import Tensor, nn
@@ -54,17 +50,13 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    StaticCache,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from dspa.errors import InvalidInputError, MismatchError
-from dspa.kernels import EditList
-from dspa.methods.policy import EditPositions, Intervention, PromptObservation
-from dspa.methods.static_policy import StaticPolicy
+from dspa.errors import InvalidInputError
+from dspa.methods.policy import EditPositions
 from dspa.methods.steering_policy import SteeringPolicy
-from dspa.online.steering import Steering, steer
-from dspa.transformers_model import ModelFingerprint
+from dspa.online.steering import steer
 
 LENGTHS = (5, 9, 3, 7)
 ONE, FOUR = LENGTHS[:1], LENGTHS
@@ -182,16 +174,6 @@ def test_only_these_prompt_columns_change(positions: EditPositions, edited_colum
 
 
 # --------------------------------------------------------------------------------------------------- ways to generate
-
-WAYS: dict[str, dict[str, Any]] = {
-    "cached": {},
-    "uncached": {"use_cache": False},
-    "static cache": {"cache_implementation": "static"},
-    "prefill in chunks": {"prefill_chunk_size": 2},
-    "prefill in chunks of 1": {"prefill_chunk_size": 1},
-    "drafts from the prompt": {"prompt_lookup_num_tokens": 3},
-    "with scores": {"output_scores": True, "output_hidden_states": True},
-}
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -514,418 +496,3 @@ def test_a_call_inside_generate_is_refused_and_the_outer_one_goes_on(nested: str
         processors = LogitsProcessorList([NestedProcessor(model, *NESTED[nested])])
         assert generate(model, rows, 4, logits_processor=processors, **options) == expected
     assert steering.summary() == alone.summary()
-
-
-# --------------------------------------------------------------------------------------- forward calls without generate
-
-
-def test_a_forward_pass_takes_its_whole_input_for_the_prompt() -> None:
-    model, rows = tiny_model(), prompts(FOUR)
-    policy = tiny_policy(model)
-    with steer(model, policy) as steering, torch.no_grad():
-        logits = model(**left_padded(rows)).logits
-        again = model(**left_padded(rows)).logits
-    assert torch.equal(logits, again)
-    for row, prompt in enumerate(rows):
-        expected = naive_logits(model, policy, prompt, prompt, naive_lists(model, policy, prompt))
-        if row == 1:  # the longest, which has no padding; elsewhere plain positions count the padding
-            torch.testing.assert_close(logits[row], expected, rtol=1e-9, atol=1e-9)
-    assert steering.summary().prompts == 8
-    assert steering.summary().tokens_seen == 8
-
-
-@pytest.mark.parametrize("positional", [True, False])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_forward_pass_with_a_cache_continues_the_prompt(cache: str, positional: bool) -> None:
-    model, (prompt,) = tiny_model("llama"), prompts((6,))
-    policy = tiny_policy(model)
-    new = naive_generate(model, policy, [prompt], 8)[0]
-    options: dict[str, Any] = {"use_cache": True}
-    if cache == "static":
-        options["past_key_values"] = StaticCache(config=model.config, max_cache_len=32)
-    with steer(model, policy) as steering, torch.no_grad():
-        ids = torch.tensor([prompt])
-        out = model(ids, **options) if positional else model(input_ids=ids, **options)
-        found = []
-        for _ in range(8):
-            token = out.logits[:, -1:].float().argmax(dim=-1)
-            found.append(token.item())
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-    assert found == new
-    assert steering.summary().prompts == 1
-    assert steering.summary().tokens_seen == 9
-
-
-def test_a_forward_pass_continues_a_generate_call() -> None:
-    model, (prompt,) = tiny_model("llama"), prompts((6,))
-    policy = tiny_policy(model)
-    with steer(model, policy), torch.no_grad():
-        out = generate_from(model, {"input_ids": torch.tensor([prompt])}, 4, return_dict_in_generate=True)
-        tokens = out.sequences[0].tolist()
-        logits = model(out.sequences[:, -1:], past_key_values=out.past_key_values).logits[0, -1]
-    expected = naive_logits(model, policy, prompt, tokens, naive_lists(model, policy, prompt))[-1]
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_a_cache_filled_before_the_policy_came_cannot_be_continued() -> None:
-    model, (prompt,) = tiny_model("llama"), prompts((6,))
-    policy, ids = tiny_policy(model), torch.tensor([prompt])
-    with torch.no_grad():
-        expected = model(ids).logits[:, -1:]
-        cache = model(ids[:, :-1]).past_key_values
-        with steer(model, {"a": policy}, select="a") as steering:
-            with pytest.raises(InvalidInputError, match="no prompt was read since the policy was attached"):
-                model(ids[:, -1:], past_key_values=cache)
-            steering.select(None)
-            torch.testing.assert_close(model(ids[:, -1:], past_key_values=cache).logits, expected)
-
-
-@pytest.mark.parametrize("last", ["with a cache", "with a cache of its own making", "without a cache"])
-def test_conversations_by_turns_are_refused(last: str) -> None:
-    """The edit lists are those of the last prompt; they are not those of another conversation."""
-    model, (first, second) = tiny_model("llama"), prompts((6, 6))
-    policy, token = tiny_policy(model), torch.tensor([[9]])
-    expected = naive_logits(model, policy, second, [*second, 9], naive_lists(model, policy, second))[-1]
-    with steer(model, policy), torch.no_grad():
-        earlier = model(torch.tensor([first])).past_key_values
-        cache = DynamicCache(config=model.config) if last == "with a cache" else None
-        out = model(torch.tensor([second]), past_key_values=cache, use_cache=last != "without a cache")
-        with pytest.raises(InvalidInputError, match="continues another cache than that of the last prompt"):
-            model(token, past_key_values=earlier)
-        if last != "without a cache":
-            logits = model(token, past_key_values=out.past_key_values).logits[0, -1]
-            torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_a_cropped_cache_is_continued_and_what_follows_counts_again() -> None:
-    model, (prompt,) = tiny_model("llama"), prompts((6,))
-    policy = tiny_policy(model)
-    lists = naive_lists(model, policy, prompt)
-    answers = [[7, 8, 9], [10, 11, 12], [13, 14, 15]]
-    expected = [naive_logits(model, policy, prompt, prompt + answer, lists)[6:] for answer in answers]
-    with steer(model, policy) as steering, torch.no_grad():
-        cache = DynamicCache(config=model.config)
-        model(torch.tensor([prompt]), past_key_values=cache)
-        for answer, logits in zip(answers, expected, strict=True):
-            found = model(torch.tensor([answer]), past_key_values=cache).logits[0]
-            torch.testing.assert_close(found, logits, rtol=1e-9, atol=1e-9)
-            cache.crop(-3)
-    assert steering.summary().tokens_seen == 1 + 9
-
-
-def test_gradients_flow_past_the_edit() -> None:
-    """To autograd the edit is a constant; the values are those of the steered pass."""
-    model, rows = tiny_model(), prompts((6, 6))
-    policy = tiny_policy(model, edit_positions="all")
-    with steer(model, policy) as steering:
-        with torch.no_grad():
-            expected = model(torch.tensor(rows)).logits
-        logits = model(torch.tensor(rows)).logits
-        assert logits.requires_grad
-        logits.sum().backward()
-        assert steering.summary().tokens_edited > 0
-    assert torch.equal(logits, expected)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-    assert layer_of(model, 0).get_parameter("mlp.down_proj.weight").grad.abs().sum() > 0  # type: ignore[union-attr]
-
-
-def test_gradients_flow_past_the_edit_where_autograd_needs_what_was_edited() -> None:
-    model, rows = tiny_model(), prompts((6,))
-    layer_of(model, OUTPUT_LAYER).register_forward_hook(lambda module, args, output: output.tanh())  # keeps its result
-    with steer(model, tiny_policy(model)) as steering:
-        model(torch.tensor(rows)).logits.sum().backward()
-    assert steering.summary().tokens_edited == 1
-
-
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_calls_in_and_outside_of_inference_mode(backend: str) -> None:
-    model, rows = tiny_model("llama"), prompts((6, 4))
-    policies = {"a": tiny_policy(model), "b": tiny_policy(model, alpha=0.1)}
-    expected = naive_generate(model, policies["a"], rows, 4)
-    for first, second in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
-        with steer(model, policies, select="a", backend=backend):
-            for mode in (first, second, torch.enable_grad, first):
-                with mode():
-                    assert generate(model, rows, 4) == expected
-                    assert model(**left_padded(rows)).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_modes_without_gradients(mode: Callable[[], Any]) -> None:
-    model, rows = tiny_model(), prompts((6,))
-    policy = tiny_policy(model)
-    with mode(), steer(model, policy):
-        steered = generate(model, rows, 6)
-    assert steered == naive_generate(model, policy, rows, 6)
-
-
-# ------------------------------------------------------------------------------------------------ models and policies
-
-
-class TupleLayer(nn.Module):
-    """A decoder layer that returns a tuple, as those of older transformers releases do."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, str]:
-        return self.layer(hidden, *args, **kwargs), "something else"
-
-
-class FromTupleLayer(nn.Module):
-    """The decoder layer after it, which takes the tuple apart."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, hidden: tuple[Tensor, str], *args: Any, **kwargs: Any) -> Tensor:
-        assert hidden[1] == "something else"
-        return self.layer(hidden[0], *args, **kwargs)
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_layers_that_return_tuples(gradients: bool) -> None:
-    model, rows = tiny_model("llama"), prompts((6,))
-    policy = tiny_policy(model, input_layer=OUTPUT_LAYER)
-    with steer(model, policy), torch.set_grad_enabled(gradients):
-        expected = model(torch.tensor(rows)).logits
-    layers: Any = model.get_submodule("model.layers")
-    layers[OUTPUT_LAYER] = TupleLayer(layers[OUTPUT_LAYER])
-    layers[OUTPUT_LAYER + 1] = FromTupleLayer(layers[OUTPUT_LAYER + 1])
-    with steer(model, policy), torch.set_grad_enabled(gradients):
-        assert torch.equal(model(torch.tensor(rows)).logits, expected)
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_static_lists(rows: int) -> None:
-    """One list for all rows, or one each; no prompt is read, so that BOS alone is steered as well."""
-    model, batch = tiny_model(), [*prompts((6,)), [BOS]]
-    augment, ablate = [list(range(10)), list(range(20, 30))], [list(range(10, 20)), list(range(30, 40))]
-    policy = StaticPolicy.with_edits(tiny_policy(model, alpha=0.8), EditList.from_lists(augment[:rows], ablate[:rows]))
-    with steer(model, policy):
-        steered = generate(model, batch, 8)
-    lists = [(policy.edits.augmented(row % rows), policy.edits.ablated(row % rows)) for row in range(2)]
-    new: list[list[int]] = [[], []]
-    for _ in range(8):
-        for prompt, more, each in zip(batch, new, lists, strict=True):
-            more += greedily(naive_logits(model, policy, prompt, prompt + more, each)[-1:].float())
-    assert steered == new
-    assert all(more != old for more, old in zip(steered, generate(model, batch, 8), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "repeats"), [({"num_beams": 3}, 3), ({"num_return_sequences": 2, "do_sample": True}, 2)], ids=str
-)
-@pytest.mark.parametrize("select", [("a", "a"), ("a", None), (None, "a")], ids=str)
-def test_static_lists_follow_their_prompts(select: tuple[Any, ...], options: dict[str, Any], repeats: int) -> None:
-    """Beams and samples of a prompt have its list, also where the other prompt is not steered."""
-    model, batch = tiny_model(), prompts((6, 4))
-    lists = EditList.from_lists([[1, 2], [20, 21]], [[3], [22]])
-    policy = StaticPolicy.with_edits(tiny_policy(model, alpha=0.8), lists)
-    with steer(model, {"a": policy}, select=select) as steering:
-        generate(model, batch, 2, **options)
-        assert steering.edits is not None
-        found = [(steering.edits.augmented(row), steering.edits.ablated(row)) for row in range(2 * repeats)]
-    each = [(lists.augmented(row), lists.ablated(row)) if select[row] else ([], []) for row in range(2)]
-    assert found == [each[0]] * repeats + [each[1]] * repeats
-
-
-class KeptListPolicy:
-    """A policy of one's own that returns a list it keeps."""
-
-    def __init__(self, policy: SteeringPolicy, edits: EditList) -> None:
-        self.model: ModelFingerprint | None = policy.model
-        self.observation: PromptObservation | None = policy.observation
-        self.intervention: Intervention = policy.intervention
-        self.edit_positions: EditPositions = policy.edit_positions
-        self.uncounted_token_ids = policy.uncounted_token_ids
-        self.edits = {False: edits, True: EditList.from_lists([[]], [[30, 31]])}
-        self.calls = 0
-
-    def select(self, density: Tensor) -> EditList:
-        self.calls += 1
-        return self.edits[self.calls > 2]
-
-
-def test_lists_that_a_policy_keeps_stay_as_they_are() -> None:
-    model, rows = tiny_model(), prompts((6,))
-    policy = KeptListPolicy(tiny_policy(model), EditList.from_lists([[1]], [[4]]))
-    with steer(model, policy):
-        for prompt in (rows, [[BOS]], rows):  # the second has no counted token, the third gets the other list
-            generate(model, prompt, 2)
-    assert (policy.edits[False].augmented(0), policy.edits[False].ablated(0)) == ([1], [4])
-    assert policy.edits[True].ablated(0) == [30, 31]
-
-
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        ({"vocab_size": VOCAB + 1}, "vocab_size 62 (expected 61)"),
-        ({"num_hidden_layers": LAYERS + 1}, "num_hidden_layers 5 (expected 4)"),
-        ({"hidden_size": 2 * D_MODEL}, "hidden_size 48 (expected 24)"),
-        ({"intermediate_size": 44}, "intermediate_size 44 (expected 40)"),
-    ],
-)
-def test_a_policy_for_another_model_is_refused(config: dict[str, Any], named: str) -> None:
-    other = tiny_model("llama", **config)
-    with pytest.raises(MismatchError) as error:
-        steer(other, tiny_policy(tiny_model("llama")))
-    assert named in str(error.value)
-    assert is_clean(other)
-    with pytest.raises(MismatchError, match="model_type llama"):
-        steer(tiny_model("llama"), tiny_policy(tiny_model("mistral")))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"output_layer": LAYERS}, "output layer is 4; this model's layers are 0 to 3"),
-        ({"output_layer": -1}, "output layer is -1; this model's layers are 0 to 3"),
-        ({"output_sae": tiny_sae(d_model=32)}, "the output SAE has d_model 32; expected the model's hidden size 24"),
-    ],
-)
-def test_a_layer_or_sae_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
-    model = tiny_model()
-    policy = StaticPolicy.with_edits(tiny_policy(model), EditList.from_lists([[1]], [[2]]))
-    with pytest.raises(MismatchError) as error:
-        steer(model, replace(policy, **changes))
-    assert message in str(error.value)
-    assert is_clean(model)
-
-
-def test_an_input_layer_or_input_sae_that_does_not_fit_is_refused() -> None:
-    model = tiny_model()
-    policy = KeptListPolicy(tiny_policy(model), EditList.from_lists([[1]], [[2]]))
-    sae = tiny_policy(model).input_sae
-    policy.observation = PromptObservation(LAYERS, sae)
-    with pytest.raises(MismatchError, match="input layer is 4"):
-        steer(model, policy)
-    policy.observation = PromptObservation(0, tiny_sae(d_model=32))
-    with pytest.raises(MismatchError, match="the input SAE has d_model 32"):
-        steer(model, policy)
-    policy.observation = PromptObservation(OUTPUT_LAYER + 1, sae)
-    with pytest.raises(InvalidInputError, match="observes prompts after layer 3 and edits after layer 2"):
-        steer(model, policy)
-
-
-def test_a_model_that_cannot_generate_is_refused() -> None:
-    model = tiny_model()
-    inner = model.get_submodule("model")
-    with pytest.raises(InvalidInputError, match="no generate method"):
-        steer(inner, tiny_policy(model))
-    assert is_clean(model)
-
-
-# -------------------------------------------------------------------------------------------- NaN, Inf, and the counts
-
-
-def spoil(model: nn.Module, row: int, value: float) -> Any:
-    """Puts a value into a row of the residual stream inside the output layer, at every column."""
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[row, :, 3] = value
-        return output
-
-    return layer_of(model, OUTPUT_LAYER).get_submodule("mlp").register_forward_hook(hook)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_a_row_that_is_not_finite_is_left_alone_counted_and_warned_of_once(value: float) -> None:
-    model, rows = tiny_model(), prompts((5, 5))
-    policy = tiny_policy(model)
-    alone = naive_generate(model, policy, rows[:1], 6)
-    spoiled = spoil(model, 1, value)
-    before = hidden_after(model, OUTPUT_LAYER, lambda: generate(model, rows, 6))
-    with steer(model, policy) as steering:
-        with pytest.warns(UserWarning, match="6 tokens had NaN or Inf in the residual stream after layer 2"):
-            after = hidden_after(model, OUTPUT_LAYER, lambda: generate(model, rows, 6))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert generate(model, rows, 6)[:1] == alone
-    spoiled.remove()
-    assert torch.equal(after[0][1].view(torch.int64), before[0][1].view(torch.int64))  # bit for bit, NaN included
-    assert not torch.equal(after[0][0], before[0][0])
-    assert steering.summary().tokens_nonfinite == 12
-    assert "left alone because of NaN or Inf: 12" in str(steering.summary())
-
-
-def test_nan_in_forward_passes_is_warned_of_when_the_policy_is_removed() -> None:
-    model, rows = tiny_model(), prompts((5, 5))
-    spoiled = spoil(model, 0, float("nan"))
-    steering = steer(model, tiny_policy(model))
-    model(torch.tensor(rows))
-    with pytest.warns(UserWarning, match="1 tokens had NaN or Inf"):
-        steering.remove()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        steering.remove()
-    spoiled.remove()
-
-
-@pytest.mark.parametrize(
-    ("way", "rows", "positions", "seen"),
-    [
-        # one row: the last prompt position, and every new token but the last, which is never read
-        ("cached", 1, "from_last_prompt", NEW_TOKENS),
-        ("uncached", 1, "from_last_prompt", NEW_TOKENS),
-        ("static cache", 1, "from_last_prompt", NEW_TOKENS),
-        ("prefill in chunks", 1, "from_last_prompt", NEW_TOKENS),
-        ("cached", 1, "generated", NEW_TOKENS - 1),
-        ("uncached", 1, "generated", NEW_TOKENS - 1),
-        ("cached", 1, "all", LENGTHS[0] - 1 + NEW_TOKENS - 1),
-        ("uncached", 1, "all", LENGTHS[0] - 1 + NEW_TOKENS - 1),
-        ("cached", 4, "from_last_prompt", 4 * NEW_TOKENS),
-        ("uncached", 4, "from_last_prompt", 4 * NEW_TOKENS),
-        ("cached", 4, "all", sum(LENGTHS) - 4 + 4 * (NEW_TOKENS - 1)),
-        ("uncached", 4, "all", sum(LENGTHS) - 4 + 4 * (NEW_TOKENS - 1)),
-    ],
-)
-def test_every_edited_position_is_counted_once(way: str, rows: int, positions: EditPositions, seen: int) -> None:
-    model = tiny_model()
-    with steer(model, tiny_policy(model, edit_positions=positions)) as steering:
-        generate(model, prompts(LENGTHS[:rows]), **WAYS[way])
-    summary = steering.summary()
-    assert (summary.prompts, summary.tokens_seen, summary.tokens_nonfinite) == (rows, seen, 0)
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_the_counts_are_those_of_the_naive_loop(use_cache: bool) -> None:
-    model, (prompt,) = tiny_model(dtype=torch.float64), prompts((6,))
-    policy = tiny_policy(model)
-    with steer(model, policy, backend="reference") as steering:
-        (new,) = generate(model, [prompt], use_cache=use_cache)
-    lists = naive_lists(model, policy, prompt)
-    caught: list[Tensor] = []
-    hook = layer_of(model, OUTPUT_LAYER).register_forward_hook(lambda m, a, output: caught.append(output[0].clone()))
-    naive_logits(model, policy, prompt, prompt + new[:-1], lists)
-    hook.remove()
-    f = latents(caught[0][len(prompt) - 1 :], policy.output_sae)  # before the edit: this hook came first
-    edits = {j: int((f[:, j] > 0).sum()) for j in (*lists[0], *lists[1]) if (f[:, j] > 0).any()}
-    summary = steering.summary()
-    assert {edit.latent: edit.tokens for edit in summary.latents} == edits
-    assert [edit.tokens for edit in summary.latents] == sorted(edits.values(), reverse=True)
-    assert summary.tokens_edited == int((f[:, [*lists[0], *lists[1]]] > 0).any(dim=1).sum())
-    assert summary.mean_maximum == pytest.approx(f.amax(dim=1).mean().item(), rel=1e-9)
-
-
-def test_attributes_before_and_after_a_prompt() -> None:
-    model = tiny_model()
-    policy = tiny_policy(model)
-    steering = steer(model, policy)
-    assert isinstance(steering, Steering)
-    assert (steering.model, steering.policy, steering.edits) == (model, policy, None)
-    generate(model, prompts((5, 3)), 2)
-    assert steering.edits is not None
-    address = steering.edits.latents.data_ptr()
-    generate(model, prompts((4, 6), seed=3), 2)
-    assert steering.edits.latents.data_ptr() == address  # captured graphs rely on it
-    assert steering.counters(2).seen.tolist() == [4, 4]
-    steering.remove()
-    assert steering.edits is not None  # still there to look at
-    assert steering.policy is policy
-    assert ModelFingerprint.from_model(model) == policy.model
