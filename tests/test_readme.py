@@ -114,6 +114,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.mark.long
 def test_example_runs_unchanged(hub: Path, tmp_path: Path) -> None:
     code = example()
     assert len(code.splitlines()) <= 20

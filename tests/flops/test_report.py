@@ -83,6 +83,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.long
 def test_the_same_inputs_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     outputs = []
     for run in ("a", "b"):

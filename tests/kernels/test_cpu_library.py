@@ -111,6 +111,7 @@ def test_density_and_lookup_compile_as_one_graph() -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capability", ["portable", "avx2"])
 def test_lesser_instruction_sets(capability: str, request: pytest.FixtureRequest) -> None:
     """They pass the step tests too; where the processor lacks one it falls back to the next."""

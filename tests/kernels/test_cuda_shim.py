@@ -22,6 +22,7 @@ def run(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(built), *arguments], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("sanitizer", "engine"), [("plain", "fibers"), ("plain", "threads"), ("threads", "threads")])
 def test_it_does_what_cuda_does(sanitizer: str, engine: str) -> None:
     done = run(sanitizer, engine)

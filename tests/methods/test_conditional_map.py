@@ -432,6 +432,7 @@ def measure(folder: Path, d_sae_in: int, d_sae_out: int, block_bytes: int) -> di
     return json.loads(run.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the peak of memory")
 @pytest.mark.parametrize(
     ("d_sae_in", "d_sae_out", "block_bytes"),

@@ -78,6 +78,7 @@ def test_one_graph_compiled_no_more_often_than_without_steering(cache: str) -> N
     assert frames[1] == frames[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steered_first", [True, False])
 def test_attaching_and_detaching_need_one_compilation_each(steered_first: bool) -> None:
     """A model that was compiled before it was steered is steered nevertheless."""
@@ -146,6 +147,7 @@ def naive_lists_unsteered(prompt: list[int], policy: Any) -> tuple[list[int], li
     return naive_lists(tiny_model("llama"), policy, prompt)
 
 
+@pytest.mark.long
 def test_gradients_flow_past_the_edit_in_a_compiled_model() -> None:
     model, rows = tiny_model("llama", dtype=torch.float32), prompts((6, 6))
     policy = tiny_policy(model, dtype=torch.float32)

@@ -654,6 +654,7 @@ def test_fingerprint_leaves_out_metadata(sae: SparseAutoencoder) -> None:
 # Processes
 
 
+@pytest.mark.long
 def test_import_is_lazy_and_other_processes_agree(tmp_path: Path) -> None:
     """Importing the module leaves sae-lens alone; HF_HOME and HF_HUB_OFFLINE are honoured; fingerprints are stable."""
     hub_cache.write_gemma_scope(tmp_path, 7, D_MODEL, D_SAE, seed=7)
