@@ -193,7 +193,7 @@ def fit(
 def generate(
     model: ModelOption,
     policy: Annotated[str, typer.Option(help="Policy folder or hub id.")],
-    prompt: Annotated[list[str], typer.Option(help="What to answer; may be given several times.")],
+    prompt: Annotated[list[str], typer.Option(help="The prompt; may be repeated.")],
     chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template, if it has one.")] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response in tokens.")] = 128,
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the likeliest token.")] = False,

@@ -23,4 +23,4 @@ class CorruptFileError(DspaError):
 
 
 class BackendUnavailableError(DspaError):
-    """A kernel backend that was asked for by name and is not there; the message says why."""
+    """A kernel backend that was named explicitly and is not available; the message says why."""

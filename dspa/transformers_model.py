@@ -1,4 +1,4 @@
-"""What this package needs to know of a transformers model: its decoder layers, its shape, and how to tell it from
+"""What this package reads of a transformers model: its decoder layers, its shape, and what distinguishes it from
 another. Found by structure, not by a list of model names."""
 
 from __future__ import annotations

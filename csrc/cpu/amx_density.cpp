@@ -22,7 +22,7 @@ constexpr int64_t tile_pairs = chunk / 2;  // rows of a tile that holds pairs of
 constexpr int64_t block = 2 * tile;       // latents, and tokens, that are multiplied at a time
 constexpr int64_t tile_elements = tile_pairs * 2 * tile;
 
-// The system hands out the matrix unit's registers only on request.
+// The operating system enables the matrix unit's registers on request only.
 bool request_tiles() {
   constexpr long arch_req_xcomp_perm = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, tile_data) == 0;

@@ -137,7 +137,7 @@ def count_collection(
     model: Any, triples: Sequence[PreferenceTriple], steering: SteeringShape, limits: BatchLimits
 ) -> Flops:
     """FLOPs of collecting the densities of triples in one shard: the forward pass that `dspa.collect` runs, and a
-    product of every vector it hands out with an encoder."""
+    product of every vector it returns with an encoder."""
     forward = SharedPrefixForward(
         decoder_stack(model), text_config(model), steering.input_layer, steering.output_layer, frozenset()
     )

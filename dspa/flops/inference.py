@@ -139,7 +139,7 @@ def break_even_tokens(
         triples: N.
         per_token: what steering adds to a token.
         per_prompt: what steering adds to a prompt.
-        i: tells how many tokens share a prompt's cost.
+        i: how many tokens share a prompt's cost.
         method_token: FLOPs the method adds per generated token; none if it changes the weights.
 
     Returns:

@@ -36,7 +36,8 @@ class FitOptions:
 
     Attributes:
         gate_percentile: p, in percent: a latent's gate opens at this percentile of its densities over the prompts.
-        gate_rule: "ge" is the literal gate `rho >= tau`, always on where tau is 0; "positive_ge" also asks `rho > 0`.
+        gate_rule: "ge" is the literal gate `rho >= tau`, always on where tau is 0; "positive_ge" requires `rho > 0` as
+            well.
         sparsify: "per_row" keeps each row's own extremes; "global_tau" is appendix B's one threshold for all rows.
         entries_per_side: how many of a row's largest, and of its smallest, entries are its extremes.
     """

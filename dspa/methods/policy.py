@@ -1,6 +1,6 @@
 """What steering requires of a method. `online/` sees every method through the protocols of this module alone.
 
-A policy says what it observes of a prompt (`observation`), which parameters it derives from that (`select`), and what
+A policy states what it observes of a prompt (`observation`), which parameters it derives from that (`select`), and what
 it changes (`intervention`). Interventions that can share a kernel launch are edited together, row by row, by one
 `PositionEditor`.
 """

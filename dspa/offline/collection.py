@@ -50,8 +50,8 @@ def collect(
 ) -> DensityStore:
     """Runs the model over prompt + chosen and prompt + rejected and keeps how often each latent was active.
 
-    The densities go to shards in `out`. A run that was killed is resumed by the same call and gives the same bytes, and
-    so does a run of several processes (`torchrun`, `accelerate launch`) on one shared folder, each with the same
+    The densities go to shards in `out`. A run that was killed is resumed by the same call, with the same bytes, and so
+    does a run of several processes (`torchrun`, `accelerate launch`) on one shared folder, each with the same
     number of threads: they divide the shards among them. A prompt runs once for both responses, and layers past
     `output_layer` are not run. Tokens on which the hidden state is not finite activate nothing; they are counted in the
     store and warned about once.
@@ -59,7 +59,7 @@ def collect(
     Args:
         model: a transformers language model; its weights and mode are left as they were.
         tokenizer: the model's tokenizer; only its padding id is read, and None will do.
-        triples: what `load_preferences` gave.
+        triples: what `load_preferences` returned.
         input_sae: an SAE on the residual stream after `input_layer`; it encodes prompts.
         output_sae: an SAE on the residual stream after `output_layer`; it encodes responses.
         input_layer: a decoder layer, from 0; by default the one the SAE was trained on.
@@ -143,7 +143,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def layer_of(sae: SparseAutoencoder, which: str, layer: int | None) -> int:
-    """The decoder layer an SAE reads: the one asked for, or the one its metadata names.
+    """The decoder layer an SAE reads: the one passed, or the one its metadata names.
 
     Raises:
         InvalidInputError: if neither says.

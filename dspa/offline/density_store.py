@@ -29,7 +29,7 @@ PARTS = ("prompt", "chosen", "rejected")
 
 @dataclass(frozen=True)
 class CollectionRun:
-    """Everything that decides the numbers in a store. Two runs with equal records give equal bytes.
+    """Everything that decides the numbers in a store. Two runs with equal records write equal bytes.
 
     Raises:
         InvalidInputError: if there are no triples, no latents, or none to a batch or shard.
@@ -62,7 +62,7 @@ class CollectionRun:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> CollectionRun:
-        """From what `asdict` gave and JSON kept.
+        """From the output of `asdict` after a round trip through JSON.
 
         Raises:
             KeyError, TypeError: if a field is missing, unknown, or of another type.

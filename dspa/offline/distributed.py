@@ -33,7 +33,7 @@ from dspa.util.progress import track
 FINISHED = "finished"
 """The subfolder of shards that the store has not taken over yet."""
 
-PATIENCE = timedelta(days=30)
+COLLECTIVE_TIMEOUT = timedelta(days=30)
 """How long the first process to finish waits for the others."""
 
 ReadShard = Callable[[int], tuple[DensityShard, int]]
@@ -183,7 +183,7 @@ def _processes() -> Iterator[_Processes]:
     joined = not distributed.is_initialized()
     if joined:
         distributed.init_process_group("gloo")
-    group: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    group: Any = distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         yield _Processes(distributed.get_rank(), distributed.get_world_size(), group)
     finally:

@@ -59,7 +59,7 @@ class PreferenceTriple:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A row that gave no triple, and why."""
+    """A row that yielded no triple, and why."""
 
     source: str
     reason: str

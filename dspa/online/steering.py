@@ -229,7 +229,7 @@ class Steering:
         """Every edit since the policies were attached, token by token.
 
         Raises:
-            InvalidInputError: if it was not asked for with `steer(..., trace=True)`.
+            InvalidInputError: if it was not requested with `steer(..., trace=True)`.
         """
         if self._recorder is None:
             raise InvalidInputError("nothing was recorded; attach the policy with steer(model, policy, trace=True)")

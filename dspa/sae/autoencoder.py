@@ -86,7 +86,7 @@ class SparseAutoencoder(SaeWeights):
         """
         latents = torch.unique(latents.to(self.device, torch.int64))
         if self.W_dec is None:
-            raise InvalidInputError(f"decoder rows were asked of an SAE without a decoder: {self!r}")
+            raise InvalidInputError(f"decoder rows were requested of an SAE without a decoder: {self!r}")
         if latents.numel() and not 0 <= int(latents[0]) <= int(latents[-1]) < self.d_sae:
             raise InvalidInputError(
                 f"latents range from {int(latents[0])} to {int(latents[-1])}; expected 0 to {self.d_sae - 1}"

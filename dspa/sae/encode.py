@@ -66,7 +66,7 @@ def activations(product: Tensor, sae: SaeWeights) -> Tensor:
 
 
 def encode(hidden: Tensor, sae: SaeWeights) -> Tensor:
-    """Latent activations of hidden states, as sae-lens' own `encode` gives them.
+    """Latent activations of hidden states, as sae-lens' own `encode` computes them.
 
     Args:
         hidden: `[..., d_model]`, any floating dtype.

@@ -1,7 +1,7 @@
 """`dspa serve`: transformers' own OpenAI-compatible server, with policies attached to the model it serves.
 
-The server, its endpoints and its handlers are those of `transformers serve`. What is added is which names it answers
-to: `MODEL` is the model as it is, `MODEL@POLICY` the model under a policy. All of them are one model in memory;
+The server, its endpoints and its handlers are those of `transformers serve`. What is added are the names it
+serves: `MODEL` is the model as it is, `MODEL@POLICY` the model under a policy. All of them are one model in memory;
 requests take turns.
 """
 
@@ -59,7 +59,7 @@ class SteeredModelManager(ModelManager):
 
     Attributes:
         steering: the policies on the model; its summary says what was edited so far.
-        names: what clients may ask for, in the order of the policies.
+        names: the names that are served, in the order of the policies.
     """
 
     def __init__(self, model: str, policies: Mapping[str, Policy], **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tensors on disk that are checked before anybody uses them."""
+"""Files that are whole or not there, and tensors on disk that are checked before they are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress bars, drawn only when asked for."""
+"""Progress bars, drawn only on request."""
 
 from __future__ import annotations
 

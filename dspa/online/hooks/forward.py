@@ -1,7 +1,7 @@
 """Where a model is hooked: before each forward pass of its decoder, and after chosen decoder layers.
 
 In a compiled model a tap is one opaque operation per place, with nothing in it that changes from step to step: no graph
-break, no guard on a number, and whoever listens is looked up when it runs. A compiled graph is therefore the same for
+break, no guard on a number, and the observers are looked up when it runs. A compiled graph is therefore the same for
 every prompt, every batch content and every steering of the same layers.
 """
 
@@ -59,7 +59,7 @@ class PassObserver(Protocol):
 
 
 class ModelHooks:
-    """The hooks of one model. They stay with it when nobody listens any more, uninstalled, so that a compiled model
+    """The hooks of one model. They stay with it after the last observer, uninstalled, so that a compiled model
     recognises them later."""
 
     def __init__(self, stack: DecoderStack) -> None:
@@ -78,7 +78,7 @@ class ModelHooks:
         _models[self.number] = self
 
     def add(self, observer: PassObserver, layers: set[int]) -> None:
-        """Lets somebody listen to the passes and to some layers."""
+        """Adds an observer of the passes and of some layers."""
         self.observers.append(observer)
         self._decoder_hook.install()
         for layer in layers:
@@ -129,7 +129,7 @@ class ModelHooks:
 
 
 def hooks_of(stack: DecoderStack) -> ModelHooks:
-    """The hooks of the model with these decoder layers, made when first asked for."""
+    """The hooks of the model with these decoder layers, created on first use."""
     hooks = vars(stack.module).get(_ATTRIBUTE)
     if hooks is None or hooks.stack.layers is not stack.layers:
         hooks = vars(stack.module)[_ATTRIBUTE] = ModelHooks(stack)
@@ -158,7 +158,7 @@ class DecoderHook(MethodPatch):
         cache = arguments.get("past_key_values")
         cache_length = 0 if cache is None else cache.get_seq_length()  # of a static cache, a tensor
         if not isinstance(mask, Tensor):
-            mask = None  # one already made into what some kind of attention asks for
+            mask = None  # one already made into the form of some kind of attention
         if torch.compiler.is_compiling():
             number, lengths = (0, cache_length) if isinstance(cache_length, Tensor) else (cache_length, None)
             number = number if cache is not None else -1
@@ -176,7 +176,7 @@ class DecoderHook(MethodPatch):
 
 
 class LayerHook(MethodPatch):
-    """Shows what a decoder layer returns, and lets it be edited."""
+    """Passes what a decoder layer returns to the observers, which may edit it."""
 
     def __init__(self, hooks: ModelHooks, layer: int, module: nn.Module) -> None:
         super().__init__(module, "forward")

@@ -26,7 +26,7 @@ class GenerateObserver(Protocol):
 
 
 class ObservedGenerate(MethodPatch):
-    """Stands in for `model.generate` while somebody observes it."""
+    """Replaces `model.generate` while it is observed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "generate")
@@ -34,7 +34,7 @@ class ObservedGenerate(MethodPatch):
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         observers = list(self.observers)
-        if not observers:  # somebody wrapped this method while it was observed, and calls it still
+        if not observers:  # a wrapper of this method is called after the last observer was removed
             return self.original(inputs, *args, **kwargs)
         config = args[0] if args else kwargs.get("generation_config")
         if getattr(config, "is_assistant", False):
@@ -72,7 +72,7 @@ class ObservedGenerate(MethodPatch):
                 observer.draft_ends()
 
     def _refuse_what_cannot_be_followed(self, config: Any, kwargs: dict[str, Any]) -> None:
-        # An adapter in front of this model hands it the inputs by a method of its own.
+        # An adapter in front of this model passes it the inputs by a method of its own.
         refuse_virtual_tokens(getattr(vars(self.module).get("prepare_inputs_for_generation"), "__self__", None))
         guidance = self._option("guidance_scale", config, kwargs)
         if guidance is not None and guidance != 1:
@@ -162,7 +162,7 @@ class ObserverHandle:
         self._observer = observer
 
     def remove(self) -> None:
-        """Stops observing; `model.generate` is its old self when nobody observes it any more."""
+        """Stops observing; after the last observer, `model.generate` is the original method again."""
         self._observed.observers.remove(self._observer)
         if self._observed.observers:
             return

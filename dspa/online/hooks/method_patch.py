@@ -44,7 +44,7 @@ class MethodPatch:
         vars(self.module)[self.name] = self
 
     def remove(self) -> None:
-        """Puts the method back, unless somebody has replaced it since: then that stays, and calls pass through."""
+        """Puts the method back, unless it was replaced since: then the replacement stays, and calls pass through."""
         if not self.installed:
             return
         if self._was_own_attribute:
