@@ -1,8 +1,9 @@
 """Covering arrays: the few rows of a product of parameters that still hold every pair of values.
 
-A test of three and more parameters that is marked `product` runs on these rows only, and one that is marked `long` not
-at all, unless pytest is started with `--all-cases`. With `--remaining-cases` exactly those run that are otherwise left
-out, so that `make test-all` runs nothing twice. The hooks of this module do so where a conftest has them.
+A test of three and more parameters that is marked `product` runs on these rows only, one that is marked `emulated`
+(GPU kernels without a GPU, a hundred times slower) on rows that hold every single value, and one that is marked `long`
+not at all, unless pytest is started with `--all-cases`. With `--remaining-cases` exactly those run that are otherwise
+left out, so that `make test-all` runs nothing twice. The hooks of this module do so where a conftest has them.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ from itertools import combinations
 import pytest
 
 OPTION, REMAINING = "--all-cases", "--remaining-cases"
-PRODUCT, LONG = "product", "long"  # markers
+PRODUCT, EMULATED, LONG = "product", "emulated", "long"  # markers
 
 Row = Mapping[str, Hashable]
 Choice = tuple[str, Hashable]  # of a value for a parameter
 
 
-def pairs(row: Row) -> set[frozenset[Choice]]:
-    """The pairs of values that a row holds. The single value of a row with one parameter counts as a pair."""
+def combined(row: Row, strength: int) -> set[frozenset[Choice]]:
+    """The pairs (strength 2) or the single values (strength 1) that a row holds; of fewer parameters, all together."""
     choices = list(row.items())
-    return {frozenset(pair) for pair in combinations(choices, 2)} or {frozenset(choices)}
+    return {frozenset(values) for values in combinations(choices, strength)} or {frozenset(choices)}
 
 
-def covering(rows: Sequence[Row]) -> list[int]:
-    """Positions, ascending, of rows that together hold every pair of values that all rows hold.
+def covering(rows: Sequence[Row], strength: int = 2) -> list[int]:
+    """Positions, ascending, of rows that together hold every pair of values, or every single value, that all rows hold.
 
     Greedy: the row with the most pairs that are not covered yet comes next, the first of those that are tied. The
     result depends on nothing but the rows and their order.
     """
-    held = [pairs(row) for row in rows]
+    held = [combined(row, strength) for row in rows]
     missing = set[frozenset[Choice]]().union(*held)
     chosen: list[int] = []
     while missing:
@@ -66,14 +67,17 @@ def row_of(item: pytest.Item) -> dict[str, str]:
 
 
 def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
-    """The tests marked `long`, and those marked `product` outside the covering rows of their test. Skipped rows cover
-    nothing, and stay."""
-    tests: dict[str, list[pytest.Item]] = {}
+    """The tests marked `long`, and those marked `product` or `emulated` outside the covering rows of their test.
+    Skipped rows cover nothing, and stay."""
+    tests: dict[tuple[str, int], list[pytest.Item]] = {}
     outside = {item for item in items if item.get_closest_marker(LONG)}
     for item in items:
-        if item.get_closest_marker(PRODUCT) and item not in outside and item.get_closest_marker("skip") is None:
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for group in tests.values():
-        kept = set(covering([row_of(item) for item in group]))
+        if item in outside or item.get_closest_marker("skip") is not None or not hasattr(item, "callspec"):
+            continue
+        strength = 1 if item.get_closest_marker(EMULATED) else 2
+        if strength == 1 or item.get_closest_marker(PRODUCT):
+            tests.setdefault((item.nodeid.partition("[")[0], strength), []).append(item)
+    for (_, strength), group in tests.items():
+        kept = set(covering([row_of(item) for item in group], strength))
         outside.update(item for index, item in enumerate(group) if index not in kept)
     return outside

@@ -38,6 +38,15 @@ def test_few_rows_are_left(sizes: tuple[int, ...], least: int, most: int) -> Non
     assert least <= len(pairwise.covering(rows_of(sizes))) <= most
 
 
+@pytest.mark.parametrize(("sizes", "rows"), [((5,), 5), ((2, 3), 3), ((12, 3, 3, 3), 12), ((1, 1), 1)])
+def test_every_single_value_is_covered_by_as_few_rows_as_can_be(sizes: tuple[int, ...], rows: int) -> None:
+    kept = [rows_of(sizes)[index] for index in pairwise.covering(rows_of(sizes), strength=1)]
+    assert len(kept) == rows
+    assert {choice for row in kept for choice in row.items()} == {
+        choice for row in rows_of(sizes) for choice in row.items()
+    }
+
+
 def test_pairs_that_no_row_holds_are_not_required() -> None:
     rows = [row for row in rows_of((3, 3, 3)) if row["p0"] != row["p1"]]
     kept = [rows[index] for index in pairwise.covering(rows)]
@@ -72,19 +81,25 @@ def test_plain(a, b, c):
 @pytest.mark.long
 def test_long():
     pass
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("a", range(4))
+@pytest.mark.parametrize("b", range(5))
+def test_emulated(a, b):
+    pass
 """
 
 
 @pytest.mark.parametrize(
     ("arguments", "passed", "skipped"),
-    [([], (52, 53), 24), (["--all-cases"], (89, 89), 24), (["--remaining-cases"], (36, 37), 0)],
+    [([], (57, 58), 24), (["--all-cases"], (109, 109), 24), (["--remaining-cases"], (51, 52), 0)],
     ids=["pairs", "whole", "rest"],
 )
 def test_tests_marked_product_are_reduced_unless_the_whole_is_selected(
     pytester: pytest.Pytester, arguments: list[str], passed: tuple[int, int], skipped: int
 ) -> None:
     pytester.makeconftest("from pairwise import pytest_addoption, pytest_collection_modifyitems")
-    pytester.makeini("[pytest]\nmarkers =\n product: of parameters\n long: takes long")
+    pytester.makeini("[pytest]\nmarkers =\n product: of parameters\n emulated: of a GPU\n long: takes long")
     pytester.makepyfile(test_reduced=TESTS)
     outcomes = pytester.runpytest_inprocess("-q", *arguments).parseoutcomes()
     assert passed[0] <= outcomes["passed"] <= passed[1]

@@ -53,14 +53,13 @@ def warn_of_no_edit(
         return
     layers = sorted({policy.intervention.layer for policy in steering})
     layer = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers}"
-    lists = [edits for edits in (editor.selection() for editor in editors) if edits is not None]
+    names = set(prompt.row_policies)
+    lists = [editor.selection() for editor in editors if names & set(editor.group.names)]
     if not seen:
         reason = "no token was computed at a position that edit_positions names"
     elif all(policy.intervention.strength == 0 for policy in steering):
         reason = "alpha is 0"
-    elif all(policy.intervention.longest_list for policy in steering) and not any(
-        bool(edits.counts.any()) for edits in lists
-    ):
+    elif all(edits is not None and not bool(edits.counts.any()) for edits in lists):
         counted = bool(prompt.mask.counted.any())
         reason = "the policy selected no latent" if counted else "the prompt has no token that counts"
     else:

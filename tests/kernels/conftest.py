@@ -31,7 +31,19 @@ def is_left_out(item: pytest.Item) -> bool:
     return parameters.get("mode", "dense") not in distinct_modes(backend)
 
 
+def is_emulated(item: pytest.Item) -> bool:
+    """Whether a test runs GPU kernels on the CPU: through Triton's interpreter, or the shim of CUDA."""
+    callspec = getattr(item, "callspec", None)
+    backend = None if callspec is None else callspec.params.get("backend")
+    if isinstance(backend, Backend):
+        return backend.name == "triton" and backend.device == "cpu"
+    return item.path.name in ("test_cuda_kernels.py", "test_triton_token_step.py", "test_triton_density_and_lookup.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_emulated(item):
+            item.add_marker(pytest.mark.emulated)
     left_out = [item for item in items if is_left_out(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -462,6 +462,7 @@ def test_norms_out_of_range_do_no_harm(backend: Backend, normalization: str, siz
     assert ((written - rows).abs() <= reach).all()
 
 
+@pytest.mark.long
 def test_weights_beyond_two_to_the_31st(backend: Backend) -> None:
     """The last latents of an encoder and a decoder whose offsets do not fit 32 bits; most of the memory is never
     touched, and so never taken."""

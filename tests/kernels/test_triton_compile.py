@@ -136,6 +136,7 @@ def test_tuning_without_a_gpu_says_so() -> None:
     assert "no GPU was found" in done.stderr
 
 
+@pytest.mark.long
 def test_tuning_can_be_tried_without_a_gpu() -> None:
     before = Path(triton_configurations.__file__).read_bytes()
     done = subprocess.run([sys.executable, str(TUNING), "--dry-run"], capture_output=True, text=True)

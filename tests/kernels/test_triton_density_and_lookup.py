@@ -93,6 +93,7 @@ def test_operations_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.dspa_triton.lookup.default, arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk")], ids=str)
 def test_encode_density_compiles_as_one_graph(kind: Kind) -> None:
     hidden, sae = density_case(kind)

@@ -550,6 +550,7 @@ def test_the_model_of_bytes_moved_is_what_the_kernel_loads(kind: Kind, passes: b
 # ---- compiled graphs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiles_as_one_graph(compiler: str) -> None:
     sae, rows, edits = case(Kind())

@@ -229,6 +229,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "outcome.json").read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", range(1, KILL_STEPS + 1))
 def test_killed_at_a_step_and_resumed(outcome: dict[str, Any], step: int) -> None:
     run = outcome[f"step {step}"]
@@ -240,11 +241,13 @@ def test_killed_at_a_step_and_resumed(outcome: dict[str, Any], step: int) -> Non
     assert run["different"] == []
 
 
+@pytest.mark.long
 def test_there_are_no_other_steps(outcome: dict[str, Any]) -> None:
     run = outcome[f"step {KILL_STEPS + 1}"]
     assert (run["killed"], run["code"], run["usable"], run["different"]) == (False, 0, SHARDS, [])
 
 
+@pytest.mark.long
 def test_killed_while_computing_and_resumed(outcome: dict[str, Any]) -> None:
     """Between two files: what was written is whole."""
     runs = [outcome[f"computing {number}"] for number in range(COMPUTING_KILLS)]
@@ -256,12 +259,14 @@ def test_killed_while_computing_and_resumed(outcome: dict[str, Any]) -> None:
     assert set(usable) == set(range(SHARDS))
 
 
+@pytest.mark.long
 def test_killed_again_and_again(outcome: dict[str, Any]) -> None:
     run = outcome["again and again"]
     assert run["different"] == []
     assert run["kills"] >= SHARDS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("file", "moment"), FULL_AT)
 def test_disk_full_and_resumed(outcome: dict[str, Any], file: int, moment: str) -> None:
     run = outcome[f"full {file}"]
@@ -273,6 +278,7 @@ def test_disk_full_and_resumed(outcome: dict[str, Any], file: int, moment: str) 
     assert run["different"] == []
 
 
+@pytest.mark.long
 def test_a_real_limit_on_file_sizes(outcome: dict[str, Any]) -> None:
     """As disk full, without a patch: the largest shard does not fit."""
     run, sizes = outcome["limit 0"], outcome["sizes"]

@@ -152,16 +152,19 @@ def outcome(root: Path) -> dict[str, Any]:
     return json.loads((root / "outcome.json").read_text())
 
 
+@pytest.mark.long
 def test_one_process_leaves_the_store_and_nothing_else(outcome: dict[str, Any]) -> None:
     assert outcome["files"] == [*(f"densities-{n:05d}.safetensors" for n in range(SHARDS)), "manifest.json"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_the_same_bytes_by_any_number_of_processes(outcome: dict[str, Any], count: int) -> None:
     """With 9 there are more processes than shards."""
     assert outcome[f"{count} processes"] == {"endings": ["ok"] * count, "different": []}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "victim"), [("last", 1), ("first", 0), ("none done", 2)])
 def test_one_is_killed_and_the_run_goes_on_with_another_number(outcome: dict[str, Any], name: str, victim: int) -> None:
     run = outcome[f"killed {name}"]
@@ -174,11 +177,13 @@ def test_one_is_killed_and_the_run_goes_on_with_another_number(outcome: dict[str
     assert run["different"] == []
 
 
+@pytest.mark.long
 def test_every_process_names_what_does_not_fit(outcome: dict[str, Any]) -> None:
     assert len(outcome["another run"]) == 2
     assert all("holds densities of another run" in ending for ending in outcome["another run"])
 
 
+@pytest.mark.long
 def test_damaged_finished_shards_are_computed_again(outcome: dict[str, Any]) -> None:
     assert outcome["damaged"] == {"resumed": ["ok", "ok"], "different": []}
 

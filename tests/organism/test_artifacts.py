@@ -61,6 +61,7 @@ def test_transformers_loads_model_and_tokenizer_by_their_auto_classes(
     assert model.config.num_hidden_layers > OUTPUT_LAYER
 
 
+@pytest.mark.long
 def test_new_nouns_and_templates_do_not_disturb_the_responses(
     organism: tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast],
 ) -> None:

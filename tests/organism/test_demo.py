@@ -38,6 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoReport, str, Pa
     return report, printed.getvalue(), png
 
 
+@pytest.mark.long
 def test_table_has_every_setting(small: tuple[DemoReport, str, Path]) -> None:
     report, printed, _ = small
     names = [UNSTEERED, STATIC, PUBLISHED_50, PUBLISHED_90, CHOSEN, CONTROL, CEILING]
@@ -47,12 +48,14 @@ def test_table_has_every_setting(small: tuple[DemoReport, str, Path]) -> None:
     assert all(row.gain is not None for row in report.rows[1:])
 
 
+@pytest.mark.long
 def test_examples_mark_edited_tokens(small: tuple[DemoReport, str, Path]) -> None:
     _, printed, _ = small
     assert "starred" in printed
     assert "*" in printed.split("starred")[1]
 
 
+@pytest.mark.long
 def test_numbers_are_of_one_piece(small: tuple[DemoReport, str, Path]) -> None:
     report, _, _ = small
     for row in report.rows:
@@ -63,6 +66,7 @@ def test_numbers_are_of_one_piece(small: tuple[DemoReport, str, Path]) -> None:
     assert all(0 <= row.overlap.across_kinds <= 1 for row in report.overlaps)
 
 
+@pytest.mark.long
 def test_report_is_json_and_chart_is_drawn(small: tuple[DemoReport, str, Path]) -> None:
     report, _, png = small
     assert json.loads(report.to_json())["prompts"] == 24
