@@ -41,7 +41,9 @@ class LatentLists:
         check_sae_fits(self.sae, "output", self.layer, model)
 
     def shares_launch_with(self, other: Intervention) -> bool:
-        return isinstance(other, LatentLists) and self.layer == other.layer and encode_alike(self.sae, other.sae)
+        if type(self) is not type(other):  # a subclass may edit in another way
+            return False
+        return self.layer == other.layer and encode_alike(self.sae, other.sae)
 
     def editor(
         self, sharing: Mapping[str, Intervention], device: torch.device, backend: str, mode: StepMode | None
@@ -150,13 +152,16 @@ class LatentListEditor:
             )
 
     def differentiable_edit(self, hidden: Tensor, enabled: Tensor | None) -> Tensor:
-        buffers = self._buffers
+        # Copies: autograd keeps them until the backward pass, and the next prompt overwrites the buffers.
+        edits = self._buffers.edits.rows(torch.arange(len(hidden), device=self.device))
+        alpha = self._buffers.alpha
+        alpha = alpha.clone() if isinstance(alpha, Tensor) else alpha
         positions = [
             differentiable_token_step(
                 hidden[:, position],
                 self.sae,
-                buffers.edits,
-                buffers.alpha,
+                edits,
+                alpha,
                 None if enabled is None else enabled[:, position],
             )
             for position in range(hidden.shape[1])

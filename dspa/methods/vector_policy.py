@@ -46,7 +46,7 @@ class ResidualVector:
             )
 
     def shares_launch_with(self, other: Intervention) -> bool:
-        return isinstance(other, ResidualVector) and self.layer == other.layer
+        return type(other) is type(self) and self.layer == other.layer
 
     def editor(
         self, sharing: Mapping[str, Intervention], device: torch.device, backend: str, mode: StepMode | None
@@ -66,22 +66,24 @@ class ResidualVectorEditor:
     def __init__(self, vectors: Mapping[str, ResidualVector], device: torch.device) -> None:
         self.layer = next(iter(vectors.values())).layer
         self.device = device
-        self._vectors = {name: each.strength * each.vector.to(device) for name, each in vectors.items()}
+        self._vectors = vectors
+        self._dtype = torch.float32
+        for each in vectors.values():
+            self._dtype = torch.promote_types(self._dtype, each.vector.dtype)
         self._by_batch: dict[int, Tensor] = {}  # [B, d_model], the vector of each row
         self._current: Tensor | None = None
         self._row_policies: tuple[str | None, ...] = ()
 
     def begin_prompt(self, row_policies: Sequence[str | None]) -> None:
         batch = len(row_policies)
-        first = next(iter(self._vectors.values()))
         if batch not in self._by_batch:
-            dtype = torch.promote_types(first.dtype, torch.float32)
+            d_model = len(next(iter(self._vectors.values())).vector)
             with torch.inference_mode(False):  # it is written in later calls, which may not be in inference mode
-                self._by_batch[batch] = torch.zeros(batch, len(first), dtype=dtype, device=self.device)
+                self._by_batch[batch] = torch.zeros(batch, d_model, dtype=self._dtype, device=self.device)
         rows = self._current = self._by_batch[batch]
         self._row_policies = tuple(row_policies)
         with torch.no_grad():
-            rows.copy_(self._of_rows(rows.dtype))
+            rows.copy_(self._of_rows())
 
     def set_selection(self, selection: EditList, rows: Tensor) -> None:
         raise InvalidInputError("a vector policy selected latents; its select must return None")
@@ -99,7 +101,7 @@ class ResidualVectorEditor:
                 stats.nonfinite.add_((on & ~finite)[:, position])
 
     def differentiable_edit(self, hidden: Tensor, enabled: Tensor | None) -> Tensor:
-        edited, finite = self._added(hidden, self._of_rows(torch.promote_types(hidden.dtype, torch.float32)))
+        edited, finite = self._added(hidden, self._of_rows())
         on = finite if enabled is None else finite & enabled
         return torch.where(on[..., None], edited, hidden)
 
@@ -110,10 +112,14 @@ class ResidualVectorEditor:
     def selection(self) -> EditList | None:
         return None
 
-    def _of_rows(self, dtype: torch.dtype) -> Tensor:
-        """`[B, d_model]`, autograd's to follow; zero for rows of other policies."""
-        none = torch.zeros_like(next(iter(self._vectors.values())))
-        return torch.stack([self._vectors.get(name or "", none) for name in self._row_policies]).to(dtype)
+    def _of_rows(self) -> Tensor:
+        """`[B, d_model]`, the scaled vector of each row; zero for rows of other policies. Computed from the policies'
+        own tensors each time, so that training reaches them."""
+        scaled = {
+            name: each.strength * each.vector.to(self.device, self._dtype) for name, each in self._vectors.items()
+        }
+        zero = torch.zeros_like(next(iter(scaled.values())))
+        return torch.stack([scaled.get(name or "", zero) for name in self._row_policies])
 
     def _added(self, hidden: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The sums `[B, T, d_model]`, rounded once to the dtype of `hidden`, and where they are finite, `[B, T]`."""

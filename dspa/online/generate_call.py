@@ -19,7 +19,6 @@ class GenerateCall:
         attention_mask: `[prompts, P]`, nonzero where a prompt has a token.
         totals_before: of each editor, its totals when the call began.
         thread: the thread that runs it.
-        drafting: whether the model is drafting for itself just now; drafts are not steered.
     """
 
     mask: PromptMask
@@ -27,4 +26,3 @@ class GenerateCall:
     attention_mask: Tensor
     totals_before: list[Tensor]
     thread: int
-    drafting: bool = False

@@ -52,6 +52,7 @@ class LayerEditor:
         self._idle = not any(name in self.group.interventions for name in row_policies)
         if self._idle and not self.always_launches:
             return
+        self.counters.of_batch(batch)  # allocated now, not in a captured graph
         if batch not in self._rows_by_batch:
             with torch.inference_mode(False):  # they are written in later calls, which may not be in inference mode
                 self._rows_by_batch[batch] = torch.zeros(batch, dtype=torch.bool, device=self._editor.device)
@@ -65,8 +66,8 @@ class LayerEditor:
             self._editor.set_selection(selection, rows)
 
     def selection(self) -> EditList | None:
-        """The lists of the last prompt, for an edit that has lists."""
-        return self._editor.selection()
+        """The lists of the last prompt, for an edit that has lists; None if no row of it is in this group."""
+        return None if self._idle else self._editor.selection()
 
     def edit(
         self, hidden: Tensor, position: int, enabled: Tensor | None, *, counted: Sequence[bool], speculative: bool

@@ -70,6 +70,7 @@ class Session:
         self._selection = selection
         self._recorder = recorder
         self._pass: ForwardPass = ForwardPass(0, 0, False, 0)
+        self._drafting = False
         self._warned_of_nonfinite = False
         self.generating = threading.Lock()
 
@@ -117,14 +118,12 @@ class Session:
             self.generating.release()
 
     def draft_begins(self) -> None:
-        """The steered model begins to draft for itself: drafts are not steered."""
-        if self.call is not None:
-            self.call.drafting = True
+        """The steered model begins to draft, for itself or for another model: drafts are not steered."""
+        self._drafting = True
 
     def draft_ends(self) -> None:
         """The draft is made."""
-        if self.call is not None:
-            self.call.drafting = False
+        self._drafting = False
 
     def warn_of_nonfinite(self, stacklevel: int) -> None:
         """Warns, once, if tokens were left alone because of NaN or Inf."""
@@ -206,6 +205,7 @@ class Session:
             enabled = prompt.mask.edited[:, first:last]
             self._edit_run(editor, hidden[:, first - start : last - start], first, enabled, prompt)
         if end > max(start, width):
+            prompt.check_read(editor, 1)
             first = max(start, width)
             self._edit_run(editor, hidden[:, first - start :], first, None, prompt)
 
@@ -325,10 +325,6 @@ class Session:
             editor.counters.commit(accepted, prompt.mask.batch)
         if self._recorder is not None:
             self._recorder.commit(accepted)
-
-    @property
-    def _drafting(self) -> bool:
-        return self.call is not None and self.call.drafting
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:

@@ -64,8 +64,9 @@ def steer(
         mode: how the kernel gets to its result; see `dspa.kernels.token_step`.
         trace: record every edit for `Steering.trace`. Costs time and memory, changes no result.
         differentiable: where autograd records, compute edits in plain torch, with gradients through the edit and into
-            the policies' parameters; such edits are neither counted nor traced. Otherwise an edit is a constant to
-            autograd: the gradient of the edited states passes to the states before the edit as it is.
+            the vectors of policies (strengths are constants); such edits are neither counted nor traced. Otherwise an
+            edit is a constant to autograd: the gradient of the edited states passes to the states before the edit as
+            it is.
 
     Raises:
         MismatchError: if a policy was made for another model, or policies contradict each other.

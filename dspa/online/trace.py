@@ -219,13 +219,15 @@ class TraceRecorder:
         call = self._calls[-1]
         kept = call.maxima.setdefault(position, [None] * len(edits))
         call.maxima[position] = [old if edit is None else edit.maximum for old, edit in zip(kept, edits, strict=True)]
-        call.edits.setdefault(position, {})[layer] = {
+        of_layer = call.edits.setdefault(position, {}).setdefault(layer, {})  # several editors may share a layer
+        edited = {
             row: tuple(
                 TracedEdit(change.latent, layer, change.before, change.after, change.link) for change in edit.changes
             )
             for row, edit in enumerate(edits)
             if edit is not None
         }
+        of_layer.update(edited)
 
     def commit(self, accepted: int) -> None:
         """Forgets the positions from `accepted` on: their tokens were rejected."""

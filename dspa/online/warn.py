@@ -13,6 +13,7 @@ from dspa.online.prompt import Prompt
 
 def warn_of_nonfinite(editors: Sequence[LayerEditor], stacklevel: int) -> bool:
     """Warns of tokens left alone because of NaN or Inf; returns whether there were any."""
+    found = False
     for editor in editors:
         nonfinite = sum(int(stats.nonfinite.sum()) for stats in editor.counters.all())
         if nonfinite:
@@ -21,8 +22,8 @@ def warn_of_nonfinite(editors: Sequence[LayerEditor], stacklevel: int) -> bool:
                 "were left unedited; look for an overflow in the model (float16 is a common cause)",
                 stacklevel=stacklevel,
             )
-            return True
-    return False
+            found = True
+    return found
 
 
 def warn_of_cached_prompt(prompt: Prompt, cached: int) -> None:
@@ -62,9 +63,11 @@ def warn_of_no_edit(
     elif all(edits is not None and not bool(edits.counts.any()) for edits in lists):
         counted = bool(prompt.mask.counted.any())
         reason = "the policy selected no latent" if counted else "the prompt has no token that counts"
+    elif all(edits is None for edits in lists):
+        reason = f"the vector is too small to change a hidden state after {layer}"
     else:
         reason = (
             f"none of the selected latents was active on the {seen} tokens seen after {layer}; if that happens "
             "with every prompt, see that the SAE belongs to this layer and this model"
         )
-    warnings.warn(f"steering changed nothing in this generate call: {reason}", stacklevel=5)
+    warnings.warn(f"steering changed nothing in this generate call: {reason}", stacklevel=4)

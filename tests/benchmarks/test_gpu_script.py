@@ -58,6 +58,7 @@ def test_the_tests_for_a_gpu_ask_for_little(tmp_path: Path) -> None:
     assert "error" not in done.stdout
 
 
+@pytest.mark.long
 def test_what_hangs_is_stopped_with_all_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(SCRIPT.parent)
     gpu = importlib.import_module("gpu")
@@ -73,6 +74,7 @@ def test_what_hangs_is_stopped_with_all_it_started(monkeypatch: pytest.MonkeyPat
     assert gpu.run_step("a step", ["true"], 1.0).state == "not done"
 
 
+@pytest.mark.long
 def test_a_row_that_hangs_ends_the_run_with_a_report(tmp_path: Path) -> None:
     program = f"""
 import sys, threading, time

@@ -97,6 +97,7 @@ def test_every_method_counts_as_its_formula(name: str) -> None:
         assert counted.flops.attention == pytest.approx(formula.flops.attention, rel=0.15)  # rotary frequencies
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_of_unequal_triples_count_as_their_plan(name: str) -> None:
     model = meta_model(CONFIGS[name])

@@ -31,6 +31,14 @@ def is_left_out(item: pytest.Item) -> bool:
     return parameters.get("mode", "dense") not in distinct_modes(backend)
 
 
+# What the interpreter of Triton takes seconds for, at every kind of SAE.
+SECONDS_PER_CASE = (
+    "test_a_row_depends_on_nothing_else_in_the_batch",
+    "test_modes_agree_bit_for_bit",
+    "test_segmentation_does_not_matter",
+)
+
+
 def is_emulated(item: pytest.Item) -> bool:
     """Whether a test runs GPU kernels on the CPU: through Triton's interpreter, or the shim of CUDA."""
     callspec = getattr(item, "callspec", None)
@@ -44,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if is_emulated(item):
             item.add_marker(pytest.mark.emulated)
+            if item.name.partition("[")[0] in SECONDS_PER_CASE and "triton" in item.name:
+                item.add_marker(pytest.mark.long)
     left_out = [item for item in items if is_left_out(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -52,6 +52,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Kind(), Kind("gated", "layer_norm"), Kind("topk")], ids=str)
 def test_segments_share_launches_in_any_order_of_programs(kind: Kind, launches: list[Launch]) -> None:
     hidden, sae = density_case(kind)

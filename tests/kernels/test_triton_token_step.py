@@ -569,6 +569,7 @@ def test_compiles_as_one_graph(compiler: str) -> None:
     assert same_bits(compiled(rows), rows * 2 + 1)
 
 
+@pytest.mark.long
 def test_one_graph_serves_every_batch() -> None:
     sae, rows, edits = case(Kind())
     compilations = 0
@@ -590,6 +591,7 @@ def test_one_graph_serves_every_batch() -> None:
     assert compilations <= 3  # the first batch, one for any other, and one where the scratch is there already
 
 
+@pytest.mark.long
 def test_compiles_as_one_graph_with_the_lookup() -> None:
     sae, rows, _ = case(Kind())
     conditional_map, density = prompts()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dspa import Policy, StaticPolicy, VectorPolicy
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
+from dspa.methods.latent_lists import LatentLists
 from dspa.online.steering import steer
 
 MODEL: Any = tiny_model()
@@ -94,7 +96,82 @@ def test_trace_of_a_vector_names_no_latent() -> None:
     assert [token.edits for token in sequence.tokens] == [()] * 3
 
 
+def test_methods_at_one_layer_are_traced_side_by_side() -> None:
+    policies: dict[str, Policy] = {"dynamic": tiny_policy(MODEL), "vector": VectorPolicy(VECTOR, OUTPUT_LAYER, 0.7)}
+    with steer(MODEL, policies, select=["dynamic", "vector"], trace=True) as steering:
+        generate(MODEL, ROWS[:2], 3)
+    with steer(MODEL, policies, select=["dynamic", None], trace=True) as alone:
+        generate(MODEL, ROWS[:2], 3)
+    dynamic, vector = steering.trace().sequences
+    assert [token.edits for token in dynamic.tokens] == [token.edits for token in alone.trace().sequences[0].tokens]
+    assert any(token.edits for token in dynamic.tokens)
+    assert [token.edits for token in vector.tokens] == [()] * 3
+
+
+def test_lists_of_an_earlier_prompt_are_not_shown_for_one_without_lists() -> None:
+    with steer(MODEL, {"dynamic": tiny_policy(MODEL)}, select="dynamic") as steering:
+        generate(MODEL, ROWS[:3], 2)
+        assert steering.edits is not None
+        steering.select(None)
+        generate(MODEL, ROWS[:2], 2)
+        assert steering.edits is None
+
+
+class Clamped(LatentLists):
+    """A subclass, whose editor is its own."""
+
+
+def test_a_subclass_does_not_share_a_launch() -> None:
+    intervention = tiny_policy(MODEL).intervention
+    own = Clamped(intervention.layer, intervention.sae, intervention.strength, intervention.longest_list)
+    assert not intervention.shares_launch_with(own)
+    assert not own.shares_launch_with(intervention)
+    assert own.shares_launch_with(own)
+
+
+def test_a_vector_too_small_to_change_anything_is_said_so() -> None:
+    with steer(MODEL, VectorPolicy(1e-40 * VECTOR, 1)), pytest.warns(UserWarning, match="vector is too small"):
+        generate(MODEL, ROWS[:1], 2)
+
+
 # ------------------------------------------------------------------------------------------------------------ gradients
+
+
+def test_a_vector_can_be_trained_step_after_step() -> None:
+    """Every step computes with the vector as it is then, and has a graph of its own."""
+    vector = torch.zeros(D_MODEL, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([vector], lr=5.0)
+    tokens, losses = torch.tensor([ROWS[0]]), []
+    with torch.no_grad():
+        steering = steer(MODEL, VectorPolicy(vector, 1, 2.0), differentiable=True)
+    for _ in range(4):
+        loss = -MODEL(tokens).logits[0, -1].log_softmax(dim=-1)[7]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    steering.remove()
+    MODEL.zero_grad(set_to_none=True)
+    assert all(after < before for before, after in pairwise(losses)), losses
+
+
+def test_two_passes_may_precede_one_backward_pass() -> None:
+    policy = tiny_policy(MODEL, alpha=0.5)
+    gradients = []
+    with steer(MODEL, {"a": policy, "b": tiny_policy(MODEL, alpha=0.9)}, select="a", differentiable=True):
+        for together in (True, False):
+            inputs = [MODEL.get_input_embeddings()(torch.tensor([row[:3]])).detach() for row in ROWS[:2]]
+            for each in inputs:
+                each.requires_grad_()
+            if together:
+                sum(MODEL(inputs_embeds=each).logits[0, -1].square().mean() for each in inputs).backward()
+            else:
+                for each in inputs:
+                    MODEL(inputs_embeds=each).logits[0, -1].square().mean().backward()
+            gradients.append([each.grad for each in inputs])
+    MODEL.zero_grad(set_to_none=True)
+    for together, apart in zip(*gradients, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("positions", ["from_last_prompt", "all"])
@@ -165,8 +242,10 @@ def test_generation_is_the_same_with_differentiable_edits() -> None:
     assert steering.summary().tokens_seen == NEW * len(ROWS)
 
 
-def test_differentiable_edits_are_refused_in_a_compiled_model() -> None:
-    with steer(MODEL, VectorPolicy(VECTOR.clone().requires_grad_(), 1), differentiable=True):
-        compiled = torch.compile(MODEL, backend="eager")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_differentiable_edits_are_refused_in_a_compiled_model(frozen: bool) -> None:
+    model = tiny_model().requires_grad_(not frozen)
+    with steer(model, VectorPolicy(VECTOR.clone().requires_grad_(), 1), differentiable=True):
+        compiled = torch.compile(model, backend="eager")
         with pytest.raises(InvalidInputError, match="differentiable edits do not work in a compiled model"):
             compiled(torch.tensor(ROWS[:1]), use_cache=False)

@@ -324,3 +324,14 @@ def test_attributes_before_and_after_a_prompt() -> None:
     assert steering.edits is not None  # still there to look at
     assert steering.policy is policy
     assert ModelFingerprint.from_model(model) == policy.model
+
+
+def test_a_steered_model_that_drafts_for_another_is_not_steered() -> None:
+    model, assistant = tiny_model("llama", dtype=torch.float32), tiny_model("llama", dtype=torch.float32)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    expected = generate(model, prompts((6,)), 8)
+    policy = tiny_policy(assistant, dtype=torch.float32, alpha=0.9)
+    with steer(assistant, {"a": policy, "b": policy}) as steering:  # none is selected, nor has to be
+        assert generate(model, prompts((6,)), 8, assistant_model=assistant) == expected
+    assert steering.summary().tokens_seen == 0

@@ -52,6 +52,7 @@ CACHES: dict[str, Callable[[PreTrainedModel], Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=pytest.mark.long)])
 def test_one_graph_compiled_no_more_often_than_without_steering(cache: str) -> None:
     """Four prompts of different lengths and contents, decoded in turn by a compiled model."""
@@ -164,6 +165,7 @@ def test_gradients_flow_past_the_edit_in_a_compiled_model() -> None:
     assert steering.summary().tokens_edited > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["decoder layers", pytest.param("forward", marks=pytest.mark.long)])
 def test_parts_that_are_compiled(part: str) -> None:
     """Layer by layer, as regional compilation does, and by replacing the model's forward method."""

@@ -70,6 +70,7 @@ def test_new_nouns_and_templates_do_not_disturb_the_responses(
     assert heldout == pytest.approx(train, rel=0.05)
 
 
+@pytest.mark.long
 def test_model_answers_heldout_prompts_in_whole_sentences(
     organism: tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast],
 ) -> None:

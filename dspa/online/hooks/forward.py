@@ -112,6 +112,11 @@ class ModelHooks:
         for observer in self.observers:
             observer.pass_ends(cache)
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether an observer's edits are for autograd to follow."""
+        return any(observer.differentiable for observer in self.observers)
+
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """What takes the place of `hidden`, or None if it was edited in place or not at all."""
         replacement = None
@@ -191,7 +196,7 @@ class LayerHook(MethodPatch):
         if not torch.compiler.is_compiling():
             replacement = self._hooks.layer_computed(self._layer, hidden)
             return output if replacement is None else with_hidden(output, replacement)
-        if hidden.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (hidden.requires_grad or self._hooks.differentiable):
             edited = torch.ops.dspa_steering.layer_computed_copy(hidden, self._order, self._number, self._layer)
             return with_hidden(output, edited)
         torch.ops.dspa_steering.layer_computed(hidden, self._order, self._number, self._layer)
@@ -220,7 +225,7 @@ def _layer_computed(hidden: Tensor, order: Tensor, model: int, layer: int) -> No
 
 def _layer_computed_copy(hidden: Tensor, order: Tensor, model: int, layer: int) -> Tensor:
     hooks = _models.get(model)
-    if hooks is not None and any(observer.differentiable for observer in hooks.observers):
+    if hooks is not None and hooks.differentiable:
         raise InvalidInputError(
             "differentiable edits do not work in a compiled model; train without torch.compile, or steer without "
             "differentiable=True"
