@@ -41,7 +41,7 @@ class LatentLists:
         check_sae_fits(self.sae, "output", self.layer, model)
 
     def shares_launch_with(self, other: Intervention) -> bool:
-        if type(self) is not type(other):  # a subclass may edit in another way
+        if not isinstance(other, LatentLists) or type(self) is not type(other):  # a subclass may edit in another way
             return False
         return self.layer == other.layer and encode_alike(self.sae, other.sae)
 

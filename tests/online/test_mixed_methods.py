@@ -164,7 +164,9 @@ def test_two_passes_may_precede_one_backward_pass() -> None:
             for each in inputs:
                 each.requires_grad_()
             if together:
-                sum(MODEL(inputs_embeds=each).logits[0, -1].square().mean() for each in inputs).backward()
+                torch.stack(
+                    [MODEL(inputs_embeds=each).logits[0, -1].square().mean() for each in inputs]
+                ).sum().backward()
             else:
                 for each in inputs:
                     MODEL(inputs_embeds=each).logits[0, -1].square().mean().backward()
