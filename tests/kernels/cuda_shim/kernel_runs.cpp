@@ -10,7 +10,6 @@
 
 namespace {
 
-namespace cpu = dspa::cpu;
 namespace cuda = dspa::cuda;
 
 int failures = 0;
