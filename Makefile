@@ -34,9 +34,9 @@ test: $(READY)
 test-all: test
 	$(PYTEST) --remaining-cases
 
-# What compilers make of the GPU kernels, for GPUs that are not here and under sanitizers: minutes of compiling.
+# The GPU kernels, compiled for GPUs that are not here and under sanitizers: minutes. A file's tests share what is compiled.
 test-compilers: $(READY)
-	$(PYTEST) -m 'compilers and not slow'
+	$(PYTEST) --dist loadfile --timeout 1200 -m 'compilers and not slow'
 
 # Builds the wheel and the sdist, and installs the wheel where there is no compiler.
 test-packaging: $(READY)
