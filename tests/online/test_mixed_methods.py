@@ -255,7 +255,7 @@ def test_generation_is_the_same_with_differentiable_edits() -> None:
     assert steering.summary().tokens_seen == NEW * len(ROWS)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.long), True])
 def test_differentiable_edits_are_refused_in_a_compiled_model(frozen: bool) -> None:
     model = tiny_model().requires_grad_(not frozen)
     with steer(model, VectorPolicy(VECTOR.clone().requires_grad_(), 1), differentiable=True):
