@@ -21,4 +21,4 @@ def load() -> Operations:
     from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
 
     devices = ("cpu", "cuda") if INTERPRETED.value else None
-    return Operations(encode_density, lookup, token_step, token_step_with_lookup, devices)
+    return Operations(encode_density, lookup, token_step, token_step_with_lookup, devices=devices)
