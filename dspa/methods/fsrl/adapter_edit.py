@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
-from dspa.kernels import AdapterWeights, EditList, SaeWeights, StepMode, TokenStats, adapter_step
+from dspa.kernels import AdapterMode, AdapterWeights, EditList, SaeWeights, StepMode, TokenStats, adapter_step
 from dspa.kernels.adapter_step.differentiable import differentiable_adapter_step
 from dspa.kernels.adapter_step.equation import clipped, steering_activations
 from dspa.methods.policy import Intervention, LatentChange, TokenEdit
@@ -98,7 +98,7 @@ class AdapterEditor:
         self.device = self.sae.device
         self.latents = self.sae.d_sae
         self._backend = backend
-        self._mode = "dense" if mode == "dense" else None  # "lazy" and "screened" are modes of lists
+        self._mode: AdapterMode | None = None if mode == "lazy" else mode  # an adapter is never lazy
         self._allocated: set[int] = set()
 
     def begin_prompt(self, row_policies: Sequence[str | None]) -> None:
