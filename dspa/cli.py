@@ -316,6 +316,8 @@ def flops(
     fsrl_epochs: Annotated[float, typer.Option(help="FSRL: passes over the data.")] = 1,
     fsrl_d_sae: Annotated[int, typer.Option(help="FSRL: width of its SAE and adapter.")] = 65536,
     fsrl_layer: Annotated[int | None, typer.Option(help="FSRL: its layer; default: the middle.")] = None,
+    fsrl_active: Annotated[float, typer.Option(help="FSRL: latents that fire at a token.")] = 115,
+    fsrl_falling: Annotated[float, typer.Option(help="FSRL: of these, those that are lowered.")] = 57,
     pairs: Annotated[str, typer.Option(help="Attention: square (as counted) or causal (unmasked pairs).")] = "square",
     chunk: Annotated[int, typer.Option(help="Collection: most tokens of a row in a call.")] = 256,
     batch: Annotated[int, typer.Option(help="Inference: rows decoded at once.")] = 1,
@@ -366,7 +368,8 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Model folder or hub id: measure its generated tokens too.")] = None,
     model_dtype: DtypeOption = "auto",
     operation: Annotated[
-        list[str] | None, typer.Option(help="token_step or encode_density; may be repeated. Default: all.")
+        list[str] | None,
+        typer.Option(help="token_step, encode_density or adapter_step; may be repeated. Default: all."),
     ] = None,
     backend: Annotated[str, typer.Option(help="Kernel backend, or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda, cuda:1, ...")] = "cpu",

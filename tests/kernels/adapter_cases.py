@@ -25,6 +25,7 @@ class Version:
         return f"{self.activation}{'-clip' if self.clip else ''}"
 
 
+MODES: tuple[AdapterMode | None, ...] = (None, "dense", "screened")
 VERSIONS = tuple(
     Version(activation, clip) for activation in ("soft_threshold", "relu", "jump_relu") for clip in (True, False)
 )
@@ -75,6 +76,14 @@ def _assemble(
         activation=version.activation,
         clip=version.clip,
     )
+
+
+def untrained_adapter(sae: SaeWeights, dtype: torch.dtype, seed: int) -> AdapterWeights:
+    """As version 3 starts: weights and thresholds of about 1e-6, so that nearly every latent fires."""
+    rng = generator(seed)
+    weight = (torch.rand(sae.d_sae, sae.d_model, generator=rng, dtype=torch.float64) * 2 - 1) * 1e-6
+    zeros = torch.zeros(sae.d_sae)
+    return AdapterWeights(weight=weight.to(dtype), bias=zeros, threshold=zeros + 1e-6)
 
 
 def as_adapter_equations(adapter: AdapterWeights) -> equations.Adapter:

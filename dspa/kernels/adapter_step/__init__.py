@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -51,8 +52,8 @@ def adapter_step(
         backend: a backend's name, or "auto".
 
     Raises:
-        InvalidInputError: if a shape does not fit, or a latent fires that has no row in `W_dec` (GPU kernels ignore
-            such a latent: the device cannot raise an error).
+        InvalidInputError: if a shape does not fit, or, on the CPU, a latent that is not masked has no row in `W_dec`
+            (on other devices such a latent is ignored: they cannot raise an error).
         BackendUnavailableError: if a backend named explicitly cannot serve the call. A topk SAE with the clip, and
             `steering_fraction`, rank all latents; only the reference does that.
     """
@@ -84,6 +85,12 @@ def _check(
             f"the adapter's weight is {tuple(adapter.weight.shape)}; "
             f"expected [d_sae, d_model] of the SAE, {tuple(sae.W_enc.shape)}"
         )
+    if sae.decoder_rows is not None and sae.device.type == "cpu" and not torch.compiler.is_compiling():
+        missing = (sae.decoder_rows < 0) & (adapter.threshold < math.inf)
+        if bool(missing.any()):
+            raise InvalidInputError(
+                f"latent {int(missing.nonzero()[0])} may fire, but has no row in W_dec; mask it by a threshold of Inf"
+            )
     if enabled is not None and (enabled.shape != (batch,) or enabled.dtype != torch.bool):
         raise InvalidInputError(f"enabled is {tuple(enabled.shape)} {enabled.dtype}; expected [B = {batch}] bool")
     if stats is not None and (stats.seen.shape != (batch,) or stats.latent_edits.shape != (sae.d_sae,)):

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from dspa.errors import InvalidInputError
 from dspa.kernels.adapter_step.equation import clipped, steering_activations
 from dspa.kernels.adapter_weights import AdapterWeights
 from dspa.kernels.backends.interface import AdapterMode
@@ -57,7 +56,9 @@ def adapter_step(
             coefficient = coefficient / sae.decoder_norm[latents]
         if scale is not None:
             coefficient = coefficient * scale[row]
-        decoded = coefficient @ sae.W_dec[_decoder_rows(sae, latents)].to(x.dtype)
+        decoder_row = latents if sae.decoder_rows is None else sae.decoder_rows[latents].long()
+        coefficient = torch.where(decoder_row >= 0, coefficient, 0)
+        decoded = coefficient @ sae.W_dec[decoder_row].to(x.dtype)
         hidden[row] = (hidden[row].to(x.dtype) + decoded).to(hidden.dtype)
 
     if stats is not None:
@@ -79,14 +80,3 @@ def _strongest(v: Tensor, fraction: float) -> Tensor:
     kept = max(1, int(v.shape[-1] * fraction))
     order = v.abs().sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     return torch.zeros_like(v).scatter(-1, order, v.gather(-1, order))
-
-
-def _decoder_rows(sae: SaeWeights, latents: Tensor) -> Tensor:
-    if sae.decoder_rows is None:
-        return latents
-    rows = sae.decoder_rows[latents].long()
-    if bool((rows < 0).any()):
-        raise InvalidInputError(
-            f"latent {int(latents[rows < 0][0])} fires, but has no row in W_dec; mask it by a threshold of Inf"
-        )
-    return rows
