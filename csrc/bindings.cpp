@@ -2,6 +2,7 @@
 #include "schemas.h"
 #include "tensor_views.h"
 
+#include "cpu/adapter_step.h"
 #include "cpu/encode_density.h"
 #include "cpu/lookup.h"
 #include "cpu/row_kernels.h"
@@ -88,6 +89,35 @@ void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, Opt
   cpu::token_step(step, torch_threads());
 }
 
+constexpr int64_t adapter_work_counters = 6;
+
+void adapter_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
+                  OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
+                  std::string activation, int64_t k, std::string normalization, Tensor W_dec,
+                  OptionalTensor decoder_rows, Tensor weight, Tensor bias, Tensor adapter_threshold,
+                  std::string adapter_activation, bool clip, OptionalTensor enabled, OptionalTensor seen,
+                  OptionalTensor edited, OptionalTensor nonfinite, OptionalTensor latent_edits, OptionalTensor codes,
+                  OptionalTensor code_factors, OptionalTensor work) {
+  cpu::AdapterStep step;
+  step.hidden = strided_matrix(hidden, "hidden");
+  step.sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias, activation, k,
+                     normalization);
+  step.sae.W_dec = matrix(W_dec, "W_dec");
+  const int64_t batch = step.hidden.rows, d_sae = step.sae.d_sae();
+  STD_TORCH_CHECK(step.hidden.columns == step.sae.d_model() && step.sae.W_dec.columns == step.sae.d_model(),
+                  "hidden, W_enc and W_dec must have as many columns");
+  step.sae.decoder_rows = elements<int32_t>(decoder_rows, d_sae, "decoder_rows");
+  STD_TORCH_CHECK(decoder_rows.has_value() || step.sae.W_dec.rows == d_sae,
+                  "W_dec must have a row for each latent, or decoder_rows");
+  step.adapter = adapter_of(weight, bias, adapter_threshold, adapter_activation, clip, step.sae);
+  step.enabled = elements<bool>(enabled, batch, "enabled");
+  step.stats = adapter_stats_of(seen, edited, nonfinite, latent_edits, batch, d_sae);
+  if (codes.has_value()) step.codes = quantized_encoder_of(*codes, code_factors, step.adapter.weight);
+  if (int64_t* counters = elements<int64_t>(work, adapter_work_counters, "work"))
+    step.work = {counters, counters + 1, counters + 2, counters + 3, counters + 4, counters + 5};
+  cpu::adapter_step(step, torch_threads());
+}
+
 void encode_density(Tensor hidden, Tensor offsets, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                     OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
                     std::string activation, int64_t k, std::string normalization, Tensor counts) {
@@ -149,6 +179,7 @@ std::string cpu_capability() { return cpu::row_kernels().name; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dspa, library) {
   library.def(DSPA_TOKEN_STEP_SCHEMA);
+  library.def(DSPA_ADAPTER_STEP_SCHEMA);
   library.def(DSPA_ENCODE_DENSITY_SCHEMA);
   library.def(DSPA_LOOKUP_SCHEMA);
   library.def("quantize_rows(Tensor W, Tensor(a!) codes, Tensor(b!) code_factors) -> ()");
@@ -158,6 +189,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dspa, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(dspa, CPU, library) {
   library.impl("token_step", TORCH_BOX(&token_step));
+  library.impl("adapter_step", TORCH_BOX(&adapter_step));
   library.impl("encode_density", TORCH_BOX(&encode_density));
   library.impl("lookup", TORCH_BOX(&lookup));
   library.impl("quantize_rows", TORCH_BOX(&quantize_rows));
@@ -170,6 +202,7 @@ STABLE_TORCH_LIBRARY_IMPL(dspa, CompositeExplicitAutograd, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(dspa, Meta, library) {
   library.impl("token_step", TORCH_BOX(&decltype(fake_of(&token_step))::call));
+  library.impl("adapter_step", TORCH_BOX(&decltype(fake_of(&adapter_step))::call));
   library.impl("encode_density", TORCH_BOX(&decltype(fake_of(&encode_density))::call));
   library.impl("lookup", TORCH_BOX(&decltype(fake_of(&lookup))::call));
   library.impl("quantize_rows", TORCH_BOX(&decltype(fake_of(&quantize_rows))::call));

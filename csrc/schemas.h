@@ -14,6 +14,12 @@
   "Tensor(e!)? maximum, Tensor(f!)? maximum_sum, Tensor(g!)? maximum_known, Tensor(h!)? latent_edits, "           \
   "Tensor(i!)? recent_argmax, Tensor? codes, Tensor? code_factors, Tensor(j!)? work, str step_mode) -> ()"
 
+#define DSPA_ADAPTER_STEP_SCHEMA                                                                                \
+  "adapter_step(Tensor(a!) hidden, " DSPA_ENCODER_SCHEMA                                                        \
+  ", Tensor W_dec, Tensor? decoder_rows, Tensor weight, Tensor bias, Tensor adapter_threshold, "                 \
+  "str adapter_activation, bool clip, Tensor? enabled, Tensor(b!)? seen, Tensor(c!)? edited, "                   \
+  "Tensor(d!)? nonfinite, Tensor(e!)? latent_edits, Tensor? codes, Tensor? code_factors, Tensor(f!)? work) -> ()"
+
 #define DSPA_ENCODE_DENSITY_SCHEMA \
   "encode_density(Tensor hidden, Tensor offsets, " DSPA_ENCODER_SCHEMA ", Tensor(a!) counts) -> ()"
 

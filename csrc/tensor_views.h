@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "common/adapter.h"
 #include "common/edit_lists.h"
 #include "common/sae.h"
 
@@ -112,6 +113,32 @@ inline Sae encoder(const Tensor& W_enc, const Tensor& b_enc, const Tensor& thres
                   "a gated SAE needs magnitude_scale and magnitude_bias");
   STD_TORCH_CHECK(sae.activation != Activation::topk || k >= 1, "a topk SAE needs k");
   return sae;
+}
+
+inline Adapter adapter_of(const Tensor& weight, const Tensor& bias, const Tensor& threshold,
+                          const std::string& activation, bool clip, const Sae& sae) {
+  Adapter adapter;
+  adapter.weight = matrix(weight, "weight");
+  STD_TORCH_CHECK(adapter.weight.rows == sae.d_sae() && adapter.weight.columns == sae.d_model(),
+                  "the adapter's weight and W_enc must have the same shape");
+  adapter.bias = elements<float>(bias, sae.d_sae(), "bias");
+  adapter.threshold = elements<float>(threshold, sae.d_sae(), "adapter_threshold");
+  const bool one_sided = activation == "relu" || activation == "jump_relu";
+  STD_TORCH_CHECK(one_sided || activation == "soft_threshold", "adapter activation ", activation, " is not known");
+  adapter.activation = one_sided ? AdapterActivation::one_sided : AdapterActivation::soft_threshold;
+  adapter.clip = clip;
+  STD_TORCH_CHECK(!clip || sae.activation != Activation::topk, "a topk SAE with the clip is not served");
+  return adapter;
+}
+
+// All counters, or none.
+inline AdapterStats adapter_stats_of(const OptionalTensor& seen, const OptionalTensor& edited,
+                                     const OptionalTensor& nonfinite, const OptionalTensor& latent_edits,
+                                     int64_t batch, int64_t d_sae) {
+  if (!seen.has_value()) return {};
+  STD_TORCH_CHECK(edited.has_value() && nonfinite.has_value() && latent_edits.has_value(), "all counters or none");
+  return {elements<int64_t>(seen, batch, "seen"), elements<int64_t>(edited, batch, "edited"),
+          elements<int64_t>(nonfinite, batch, "nonfinite"), elements<int64_t>(latent_edits, d_sae, "latent_edits")};
 }
 
 inline Edits edits_of(const Tensor& latents, const Tensor& signs, const Tensor& counts, int64_t batch) {

@@ -19,7 +19,9 @@ from dspa.errors import (
 
 if TYPE_CHECKING:
     from dspa import kernels
+    from dspa.kernels import AdapterWeights
     from dspa.methods.conditional_map import ConditionalDifferenceMap
+    from dspa.methods.fsrl.policy import FsrlPolicy
     from dspa.methods.policy import Policy
     from dspa.methods.static_policy import StaticPolicy
     from dspa.methods.steering_policy import SteeringPolicy
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "kernels": "dspa.kernels",
+    "AdapterWeights": "dspa.kernels",
+    "FsrlPolicy": "dspa.methods.fsrl.policy",
     "collect": "dspa.offline.collection",
     "ConditionalDifferenceMap": "dspa.methods.conditional_map",
     "DensityStore": "dspa.offline.density_store",
@@ -54,11 +58,13 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "AdapterWeights",
     "BackendUnavailableError",
     "ConditionalDifferenceMap",
     "CorruptFileError",
     "DensityStore",
     "DspaError",
+    "FsrlPolicy",
     "InvalidInputError",
     "MismatchError",
     "Policy",

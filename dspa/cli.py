@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+fsrl_app = typer.Typer(help="FSRL: a trained adapter.", no_args_is_help=True)
+app.add_typer(fsrl_app, name="fsrl")
+
 ModelOption = Annotated[str, typer.Option(help="Model folder or hub id.")]
 DtypeOption = Annotated[str, typer.Option(help="Model dtype: auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
@@ -207,12 +210,11 @@ def generate(
     """Generate with a policy, and say what was edited."""
     import torch
 
-    from dspa.methods.steering_policy import SteeringPolicy
+    from dspa.methods.saved_policy import load_policy
     from dspa.online.steering import steer
 
     language_model, tokenizer = _load_model(model, dtype, device)
-    changed = {} if alpha is None else {"alpha": alpha}
-    steering_policy = SteeringPolicy.from_pretrained(policy, **changed)
+    steering_policy = load_policy(policy, **({} if alpha is None else {"alpha": alpha}))
 
     def respond(text: str) -> str:
         if chat and tokenizer.chat_template:
@@ -244,6 +246,47 @@ def generate(
         typer.echo()
 
 
+@fsrl_app.command("train")
+def fsrl_train(
+    model: ModelOption,
+    preferences: Annotated[str, typer.Option(help="JSON Lines or parquet file, dataset folder, or hub name.")],
+    sae: Annotated[str, typer.Option(help=f"SAE of the edited layer, {SaeHelp}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the policy; an interrupted run goes on there.")],
+    layer: Annotated[int | None, typer.Option(help="Layer of the SAE; by default, as it says.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Other preferences, on which the best margin is kept.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most so many triples.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the context.")] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out bad rows, and count them, instead of stopping.")] = False,
+    activation: Annotated[str, typer.Option(help="soft_threshold, relu or jump_relu.")] = "soft_threshold",
+    clip: Annotated[bool, typer.Option(help="Keep activations from falling below 0, as version 3 does.")] = True,
+    l1: Annotated[float, typer.Option(help="Weight of the l1 penalty.")] = 0.1,
+    l1_over: Annotated[str, typer.Option(help="tokens, or padded as in the original code.")] = "tokens",
+    epochs: Annotated[int, typer.Option(help="Passes over the triples.")] = 10,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 5e-4,
+    pairs_per_step: Annotated[int, typer.Option(help="Pairs in a step, of all processes together.")] = 32,
+    pairs_at_once: Annotated[int, typer.Option(help="Pairs run at once, at most.")] = 8,
+    edit_positions: Annotated[str, typer.Option(help="all, from_last_prompt or generated.")] = "all",
+    edit_bos: Annotated[bool, typer.Option(help="Edit the beginning-of-sequence token too.")] = True,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: only at the end.")] = 0,
+    patience: Annotated[int, typer.Option(help="Evaluations without a new best before stopping; 0: never.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights and order.")] = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Train an FSRL adapter on preferences. Processes of torchrun or accelerate launch share the pairs of a step."""
+    options: dict[str, Any] = dict(locals())
+    from dspa.methods.fsrl.command import run_training
+    from dspa.offline.distributed import device_of_process, is_first_process
+
+    language_model, tokenizer = _load_model(model, dtype, device_of_process(device))
+    progress = not as_json and is_first_process()
+    record = run_training(language_model, tokenizer, _load_sae(sae), options, progress=progress)
+    if is_first_process():
+        _print_record(record, as_json)
+
+
 @app.command()
 def flops(
     model: Annotated[
@@ -273,6 +316,8 @@ def flops(
     fsrl_epochs: Annotated[float, typer.Option(help="FSRL: passes over the data.")] = 1,
     fsrl_d_sae: Annotated[int, typer.Option(help="FSRL: width of its SAE and adapter.")] = 65536,
     fsrl_layer: Annotated[int | None, typer.Option(help="FSRL: its layer; default: the middle.")] = None,
+    fsrl_active: Annotated[float, typer.Option(help="FSRL: latents that fire at a token.")] = 115,
+    fsrl_falling: Annotated[float, typer.Option(help="FSRL: of these, those that are lowered.")] = 57,
     pairs: Annotated[str, typer.Option(help="Attention: square (as counted) or causal (unmasked pairs).")] = "square",
     chunk: Annotated[int, typer.Option(help="Collection: most tokens of a row in a call.")] = 256,
     batch: Annotated[int, typer.Option(help="Inference: rows decoded at once.")] = 1,
@@ -323,7 +368,8 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Model folder or hub id: measure its generated tokens too.")] = None,
     model_dtype: DtypeOption = "auto",
     operation: Annotated[
-        list[str] | None, typer.Option(help="token_step or encode_density; may be repeated. Default: all.")
+        list[str] | None,
+        typer.Option(help="token_step, encode_density or adapter_step; may be repeated. Default: all."),
     ] = None,
     backend: Annotated[str, typer.Option(help="Kernel backend, or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda, cuda:1, ...")] = "cpu",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dspa.kernels import SaeWeights
+from dspa.methods.fsrl.policy import FsrlPolicy
 from dspa.methods.static_policy import StaticPolicy
 from dspa.methods.steering_policy import SteeringPolicy
 
@@ -93,7 +94,39 @@ def naive_lists(model: nn.Module, policy: SteeringPolicy, prompt: list[int]) -> 
     return S_augment if policy.edit != "ablate" else [], S_ablate if policy.edit != "augment" else []
 
 
-def naive_positions(policy: SteeringPolicy | StaticPolicy, prompt: list[int], length: int) -> list[int]:
+def fsrl_edited(h: Tensor, policy: FsrlPolicy) -> Tensor:
+    """h after the edit of section 6, `[T, d_model]`: decode(u) plus the error term of the clean path."""
+    sae, adapter = policy.sae, policy.adapter
+    assert sae.W_dec is not None
+    assert sae.b_dec is not None
+    assert adapter.activation == "soft_threshold"
+    x = h.double() - sae.b_dec.double() if sae.subtract_b_dec else h.double()
+    y = x @ adapter.weight.double().T + adapter.bias.double()
+    v = policy.scale * y.sign() * (y.abs() - adapter.threshold.double()).relu()
+    f = latents(h, sae)
+    u = (f + v).relu() if adapter.clip else f + v
+    reconstructed = u @ sae.W_dec.double() + sae.b_dec.double()
+    error = h.double() - (f @ sae.W_dec.double() + sae.b_dec.double())
+    return (reconstructed + error).to(h.dtype)
+
+
+@torch.no_grad()
+def naive_fsrl_logits(model: nn.Module, policy: FsrlPolicy, prompt: list[int], tokens: list[int]) -> Tensor:
+    """Logits `[T, vocab]` of the whole sequence `tokens`, which begins with the prompt."""
+    positions = naive_positions(policy, prompt, len(tokens))
+
+    def edit(module: nn.Module, args: Any, output: Any) -> Any:
+        h = (output if isinstance(output, Tensor) else output[0]).clone()
+        h[0, positions] = fsrl_edited(h[0, positions], policy)
+        return h if isinstance(output, Tensor) else (h, *output[1:])
+
+    hook = layer_of(model, policy.layer).register_forward_hook(edit)
+    logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    hook.remove()
+    return logits
+
+
+def naive_positions(policy: SteeringPolicy | StaticPolicy | FsrlPolicy, prompt: list[int], length: int) -> list[int]:
     """Which of the tokens 0 to `length` are edited (section 4)."""
     generated = list(range(len(prompt), length))
     if policy.edit_positions == "generated":
@@ -121,8 +154,12 @@ def naive_logits(
     return logits
 
 
-def naive_next(model: nn.Module, policy: SteeringPolicy, prompt: list[int], new: list[int], lists: Lists) -> Tensor:
+def naive_next(
+    model: nn.Module, policy: SteeringPolicy | FsrlPolicy, prompt: list[int], new: list[int], lists: Lists
+) -> Tensor:
     """Logits `[vocab]` of the token after prompt + new, computed without a cache; float32 as `generate` takes them."""
+    if isinstance(policy, FsrlPolicy):
+        return naive_fsrl_logits(model, policy, prompt, prompt + new)[-1].float()
     return naive_logits(model, policy, prompt, prompt + new, lists)[-1].float()
 
 
@@ -136,7 +173,7 @@ def at_random(logits: Tensor) -> list[int]:
 
 def naive_generate(
     model: nn.Module,
-    policy: SteeringPolicy,
+    policy: SteeringPolicy | FsrlPolicy,
     rows: list[list[int]],
     count: int = NEW_TOKENS,
     choose: Choose = greedily,
@@ -171,10 +208,16 @@ def naive_beam_search(
 class NaiveForward:
     """A forward method by the naive loop, whatever it is asked to keep or to continue."""
 
-    def __init__(self, model: nn.Module, policies: list[SteeringPolicy | None], prompts: list[list[int]]) -> None:
+    def __init__(
+        self, model: nn.Module, policies: Sequence[SteeringPolicy | FsrlPolicy | None], prompts: list[list[int]]
+    ) -> None:
         self.model, self.policies, self.prompts = model, policies, prompts
         self.lists = [
-            None if policy is None else naive_lists(model, policy, prompt)
+            None
+            if policy is None
+            else ([], [])
+            if isinstance(policy, FsrlPolicy)
+            else naive_lists(model, policy, prompt)
             for policy, prompt in zip(policies, prompts, strict=True)
         ]
 
@@ -186,7 +229,9 @@ class NaiveForward:
         return naive_next(self.model, policy, prompt, tokens[len(prompt) :], lists)
 
 
-def naive_model(model: nn.Module, policies: list[SteeringPolicy | None], prompts: list[list[int]]) -> Any:
+def naive_model(
+    model: nn.Module, policies: Sequence[SteeringPolicy | FsrlPolicy | None], prompts: list[list[int]]
+) -> Any:
     """A model whose `generate`, called with a left-padded batch of these prompts, is the naive loop, each prompt under
     its own policy. Every forward call starts from token ids."""
     naive = NaiveForward(model, policies, prompts)

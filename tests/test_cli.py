@@ -156,3 +156,30 @@ def assert_one_line(text: str, message: str) -> None:
     assert lines[-1].startswith("error: ")
     assert message in lines[-1]
     assert "Traceback" not in text
+
+
+@pytest.mark.long
+def test_fsrl_train_then_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", MODEL, "--preferences", str(triples_file()), "--sae", str(sae_folder("output")), "--limit", "8"]
+    words += ["--out", str(tmp_path), "--epochs", "2", "--pairs-per-step", "4", "--no-edit-bos", "--json"]
+    assert run(monkeypatch, "fsrl", "train", *words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["triples"], record["steps"], record["best_step"]) == (8, 4, 4)
+    words = ["--model", MODEL, "--policy", str(tmp_path), "--prompt", PROMPT, "--max-new-tokens", "4", "--json"]
+    assert run(monkeypatch, "generate", *words) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["summary"]["tokens_edited"] > 4
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("activation", "gelu"), ("l1-over", "rows"), ("edit-positions", "some"), ("epochs", "0")]
+)
+def test_fsrl_train_refuses_bad_options(
+    option: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", MODEL, "--preferences", str(triples_file()), "--sae", str(sae_folder("output")), "--limit", "2"]
+    assert run(monkeypatch, "fsrl", "train", *words, "--out", str(tmp_path), f"--{option}", value) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error:")]
+    assert f"{option.replace('-', '_')} is" in line

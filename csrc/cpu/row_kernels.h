@@ -39,8 +39,11 @@ struct RowKernels {
   void (*code_products)(const int8_t* codes, int64_t row_size, int64_t count, const int8_t* upcoming,
                         const int16_t* const* tokens, int64_t token_count, float* out, int64_t out_stride);
 
-  // sum += coefficient * row, elementwise; sum packed.
-  void (*add_row)(const Matrix& W, int64_t row, float coefficient, float* sum);
+  // sum[c] += coefficients[i] * W[rows[i]][first_column + c] for c < columns, i = 0 .. count - 1 in this order; sum
+  // packed. `first_column` is a multiple of a chunk. Every element is a chain of its own: it does not matter to it
+  // which columns, or how many rows, a call adds.
+  void (*add_rows)(const Matrix& W, const int32_t* rows, const float* coefficients, int64_t count, int64_t first_column,
+                   int64_t columns, float* sum);
 
   // Products to scores, in place: the activation f, or z for topk, where f depends on the ranks.
   void (*scores)(const Sae& sae, int64_t first, int64_t count, float* products);

@@ -207,26 +207,62 @@ void gathered_products_of(const Matrix& W, const int32_t* latents, int64_t count
   }
 }
 
-template <class Element>
-DSPA_INLINE void add_chunk(const char* from, const Lanes& factor, float* sum) {
-  Lanes first, second;
-  Element::widen(from, first, second);
-  store(sum, multiply_add(factor, first, load(sum)));
-  store(sum + chunk / 2, multiply_add(factor, second, load(sum + chunk / 2)));
+// One chunk of R rows, added one after the other.
+template <class Element, int R>
+DSPA_INLINE void add_chunk(const char* const (&from)[R], const Lanes (&factors)[R], float* sum) {
+  Lanes even = load(sum), odd = load(sum + chunk / 2);
+  unrolled<R>(DSPA_EACH(r) {
+    Lanes first, second;
+    Element::widen(from[r], first, second);
+    even = multiply_add(factors[r], first, even);
+    odd = multiply_add(factors[r], second, odd);
+  });
+  store(sum, even);
+  store(sum + chunk / 2, odd);
+}
+
+// R rows from `column` on, fetching the same columns of the rows `ahead` into the cache if it is not null.
+template <class Element, int R>
+DSPA_INLINE void add_rows_tile(const Matrix& W, const int32_t* rows, const int32_t* ahead, const float* coefficients,
+                               int64_t column, int64_t columns, float* sum) {
+  Lanes factors[R];
+  const char* from[R];
+  const char* next[R];
+  const char* chunks[R];
+  for (int r = 0; r < R; ++r) {
+    factors[r] = broadcast(coefficients[r]);
+    from[r] = W.row(rows[r]) + column * Element::bytes;
+    next[r] = ahead == nullptr ? nullptr : W.row(ahead[r]) + column * Element::bytes;
+  }
+  int64_t at = 0;
+  for (; at + chunk <= columns; at += chunk) {
+    unrolled<R>(DSPA_EACH(r) { chunks[r] = from[r] + at * Element::bytes; });
+    if (ahead != nullptr)
+      for (int r = 0; r < R; ++r)
+        for (int64_t line = 0; line < chunk * Element::bytes; line += 64)
+          __builtin_prefetch(next[r] + at * Element::bytes + line);
+    add_chunk<Element, R>(chunks, factors, sum + at);
+  }
+  if (at < columns) {
+    alignas(64) char tails[R][chunk * Element::bytes] = {};
+    unrolled<R>(DSPA_EACH(r) {
+      std::memcpy(tails[r], from[r] + at * Element::bytes, static_cast<size_t>((columns - at) * Element::bytes));
+      chunks[r] = tails[r];
+    });
+    add_chunk<Element, R>(chunks, factors, sum + at);
+  }
 }
 
 template <class Element>
-void add_row_of(const Matrix& W, int64_t index, float coefficient, float* sum) {
-  const Lanes factor = broadcast(coefficient);
-  const char* row = W.row(index);
-  int64_t column = 0;
-  for (; column + chunk <= W.columns; column += chunk)
-    add_chunk<Element>(row + column * Element::bytes, factor, sum + column);
-  if (column < W.columns) {
-    alignas(64) char tail[chunk * Element::bytes] = {};
-    std::memcpy(tail, row + column * Element::bytes, static_cast<size_t>((W.columns - column) * Element::bytes));
-    add_chunk<Element>(tail, factor, sum + column);
+void add_rows_of(const Matrix& W, const int32_t* rows, const float* coefficients, int64_t count, int64_t first_column,
+                 int64_t columns, float* sum) {
+  constexpr int R = 4;
+  int64_t i = 0;
+  for (; i + R <= count; i += R) {
+    const int32_t* ahead = i + 2 * R <= count ? rows + i + R : nullptr;
+    add_rows_tile<Element, R>(W, rows + i, ahead, coefficients + i, first_column, columns, sum);
   }
+  for (; i < count; ++i) add_rows_tile<Element, 1>(W, rows + i, nullptr, coefficients + i, first_column, columns, sum);
 }
 
 void products(const Matrix& W, int64_t first, int64_t count, const char* upcoming, const float* const* tokens,
@@ -246,11 +282,12 @@ void gathered_products(const Matrix& W, const int32_t* latents, int64_t count, c
   }
 }
 
-void add_row(const Matrix& W, int64_t row, float coefficient, float* sum) {
+void add_rows(const Matrix& W, const int32_t* rows, const float* coefficients, int64_t count, int64_t first_column,
+              int64_t columns, float* sum) {
   switch (W.dtype) {
-    case Dtype::float32: return add_row_of<Float32>(W, row, coefficient, sum);
-    case Dtype::bfloat16: return add_row_of<BFloat16>(W, row, coefficient, sum);
-    case Dtype::float16: return add_row_of<Float16>(W, row, coefficient, sum);
+    case Dtype::float32: return add_rows_of<Float32>(W, rows, coefficients, count, first_column, columns, sum);
+    case Dtype::bfloat16: return add_rows_of<BFloat16>(W, rows, coefficients, count, first_column, columns, sum);
+    case Dtype::float16: return add_rows_of<Float16>(W, rows, coefficients, count, first_column, columns, sum);
   }
 }
 
@@ -331,7 +368,7 @@ const RowKernels DSPA_KERNELS{
     DSPA_ISA::products,
     DSPA_ISA::gathered_products,
     DSPA_ISA::code_products,
-    DSPA_ISA::add_row,
+    DSPA_ISA::add_rows,
     DSPA_ISA::scores,
     DSPA_ISA::maximum,
     DSPA_ISA::count_above,

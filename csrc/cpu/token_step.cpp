@@ -10,6 +10,7 @@
 #include "aligned_buffer.h"
 #include "encoder_input.h"
 #include "encoder_pass.h"
+#include "hidden_row.h"
 #include "row_kernels.h"
 
 namespace dspa::cpu {
@@ -129,8 +130,8 @@ void edit(const TokenStep& step, int64_t index, Row& row) {
     return;
   }
   const float shift = token.alpha * maximum;
-  AlignedBuffer<float> decoded(packed_size(sae.d_model()));
-  std::fill_n(decoded.data(), packed_size(sae.d_model()), 0.0f);
+  std::vector<int32_t> decoder_rows;
+  std::vector<float> coefficients;
   for (const Candidate& candidate : token.candidates) {
     float moved = 0.0f;
     if (row.maximum_needed) {
@@ -142,18 +143,17 @@ void edit(const TokenStep& step, int64_t index, Row& row) {
     row.latents_changed.push_back(candidate.latent);
     if (sae.decoder_norm != nullptr) difference /= sae.decoder_norm[candidate.latent];
     if (sae.normalization != Normalization::none) difference *= row.input.scale;
-    const int64_t decoder_row = sae.decoder_rows == nullptr ? candidate.latent : sae.decoder_rows[candidate.latent];
-    row_kernels().add_row(sae.W_dec, decoder_row, difference, decoded.data());
+    decoder_rows.push_back(sae.decoder_rows == nullptr ? candidate.latent : sae.decoder_rows[candidate.latent]);
+    coefficients.push_back(difference);
   }
   row.edited = !row.latents_changed.empty();
   if (!row.edited) return;
 
-  char* to = step.hidden.row(index);
-  for (int64_t i = 0; i < sae.d_model(); ++i) {
-    const int64_t position = i * step.hidden.column_stride;
-    const float value = load_element(to, step.hidden.dtype, position) + decoded[packed_position(sae.W_dec.dtype, i)];
-    store_element(to, step.hidden.dtype, position, value);
-  }
+  AlignedBuffer<float> decoded(packed_size(sae.d_model()));
+  std::fill_n(decoded.data(), packed_size(sae.d_model()), 0.0f);
+  row_kernels().add_rows(sae.W_dec, decoder_rows.data(), coefficients.data(),
+                         static_cast<int64_t>(coefficients.size()), 0, sae.d_model(), decoded.data());
+  add_to_row(step.hidden, index, sae.W_dec.dtype, 0, sae.d_model(), decoded.data());
 }
 
 void count(const TokenStep& step, const std::vector<Row>& rows) {

@@ -98,12 +98,12 @@ class Case:
         rng = torch.Generator().manual_seed(0)
         case.hidden = torch.cat([case._edited_state(rng) for _ in range(batch)])
         case.lists = case._lists()
-        case.slack = _products_error(case.hidden, sae) * (1 + alpha) * K_DIFF * _decoder_size(sae)
+        case.slack = _products_error(case.hidden, sae) * (1 + alpha) * K_DIFF * decoder_size(sae)
         return case
 
     def _edited_state(self, rng: torch.Generator) -> Tensor:
         """`[1, d_model]`: noise, and more and more of a latent's direction."""
-        decodable = _decodable(self.sae)
+        decodable = decodable_latents(self.sae)
         choices = decodable.nonzero().flatten()
         for attempt in range(TRIES if len(choices) else 0):
             latent = int(choices[int(torch.randint(len(choices), (), generator=rng))])
@@ -121,7 +121,7 @@ class Case:
     def _lists(self) -> dict[str, EditList]:
         """Ablated latents, none of them near a threshold or near `alpha * M_t`."""
         encoder = _in_compute_dtype(self.sae)
-        rows = [_kinds(row, encoder, _decodable(self.sae), self.alpha) for row in self.hidden.split(1)]
+        rows = [_kinds(row, encoder, decodable_latents(self.sae), self.alpha) for row in self.hidden.split(1)]
         found = {name: [row[name].nonzero()[:, 1][:K_DIFF].tolist() for row in rows] for name in LISTS}
         empty: list[list[int]] = [[]] * self.shape.batch
         return {
@@ -203,7 +203,7 @@ def _in_compute_dtype(sae: SaeWeights) -> SaeWeights:
     return replace(sae, W_enc=sae.W_enc.to(compute_dtype(sae.W_enc)), W_dec=None, decoder_rows=None)
 
 
-def _decodable(sae: SaeWeights) -> Tensor:
+def decodable_latents(sae: SaeWeights) -> Tensor:
     """`[d_sae]` bool: the latents with a decoder row."""
     if sae.decoder_rows is None:
         return torch.ones(sae.d_sae, dtype=torch.bool, device=sae.device)
@@ -219,7 +219,8 @@ def _products_error(hidden: Tensor, sae: SaeWeights) -> float:
     return ROUNDINGS * torch.finfo(torch.float32).eps * norm * float(sae.W_enc.float().norm(dim=1).max()) * gain
 
 
-def _decoder_size(sae: SaeWeights) -> float:
+def decoder_size(sae: SaeWeights) -> float:
+    """The largest entry by which a unit of activation is decoded, at most."""
     assert sae.W_dec is not None
     smallest = 1.0 if sae.decoder_norm is None else float(sae.decoder_norm.min())
     return float(sae.W_dec.abs().max()) / smallest

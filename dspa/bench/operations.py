@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dspa.bench.adapter import AdapterCase, adapter_ways, eager_way
 from dspa.bench.cases import LISTS, NEEDS_MAXIMUM, Case
 from dspa.bench.density_check import check_counts
 from dspa.bench.eager import EncoderDecoder, as_delta, plain_sae, with_error_term
@@ -19,6 +20,7 @@ from dspa.kernels import SaeWeights, StepMode, available, encode_density
 from dspa.kernels.token_step import work_of
 
 READ = "read W_enc"
+READ_ADAPTER = "read W_a"
 EAGER = "eager with error term"
 DELTA = "eager delta"
 PRODUCT = "matrix product alone"
@@ -87,12 +89,12 @@ def measure_token_step(subject: Subject) -> Row:
         return failed_row(name, "token_step", failure)
 
 
-def read_way(W_enc: Tensor) -> Way:
-    """Only streams the encoder: what a pass over it cannot beat."""
-    if W_enc.device.type == "cpu" and available()["cpu"] == "available":
-        return Way(READ, lambda: torch.ops.dspa.stream_read(W_enc), W_enc.nbytes)
-    words = W_enc.view(torch.int32).view(-1) if W_enc.nbytes % 4 == 0 else W_enc.view(-1)
-    return Way(READ, lambda: words.max(), W_enc.nbytes)
+def read_way(weights: Tensor, name: str = READ) -> Way:
+    """Only streams a matrix: what a pass over it cannot beat."""
+    if weights.device.type == "cpu" and available()["cpu"] == "available":
+        return Way(name, lambda: torch.ops.dspa.stream_read(weights), weights.nbytes)
+    words = weights.view(torch.int32).view(-1) if weights.nbytes % 4 == 0 else weights.view(-1)
+    return Way(name, lambda: words.max(), weights.nbytes)
 
 
 def our_ways(case: Case) -> list[Way]:
@@ -108,17 +110,21 @@ def eager_ways(case: Case) -> list[Way]:
     """The eager edit with error term and as a delta, on a CPU in float32 as well where the weights have 16 bits:
     without matrix units for them that is faster. None for an SAE that normalizes its input."""
     latents = padded_latents(case, NEEDS_MAXIMUM)
-    dtypes = [case.shape.dtype]
-    if case.hidden.device.type == "cpu" and case.shape.dtype.itemsize == 2:
-        dtypes.append(torch.float32)
     ways = []
-    for dtype in dtypes:
+    for dtype in _eager_dtypes(case):
         sae = plain_sae(in_dtype(case.sae, dtype))
         if sae is None:
             return []
         suffix = "" if dtype == case.shape.dtype else f", {str(dtype).removeprefix('torch.')}"
         ways += _eager_pair(sae, case.hidden.to(dtype), latents, case.alpha, suffix)
     return ways
+
+
+def _eager_dtypes(case: Case) -> list[torch.dtype]:
+    dtypes = [case.shape.dtype]
+    if case.hidden.device.type == "cpu" and case.shape.dtype.itemsize == 2:
+        dtypes.append(torch.float32)
+    return dtypes
 
 
 def _eager_pair(sae: EncoderDecoder, hidden: Tensor, latents: Tensor, alpha: float, suffix: str) -> list[Way]:
@@ -153,6 +159,35 @@ def bytes_read(case: Case, lists: str, mode: StepMode) -> int | None:
     if after.tokens > before.tokens:
         return after.encoder_bytes - before.encoder_bytes
     return case.sae.W_enc.nbytes if lists == NEEDS_MAXIMUM else None
+
+
+# --- adapter_step -----------------------------------------------------------------------------------------------------
+
+
+def measure_adapter_step(subject: Subject) -> Row:
+    """`adapter_step` of FSRL by mode, beside the eager form and the bare reading of the adapter's weight."""
+    adapters = AdapterCase(subject.case)
+    name = str(subject.case.shape)
+    try:
+        adapters.check()
+        eager = eager_adapter_ways(adapters)
+        ways = [read_way(adapters.adapter.weight, READ_ADAPTER), *eager, *adapter_ways(adapters)]
+        reference = eager[0].name if eager else "dense"
+        return Row(name, "adapter_step", subject.timed(ways, reference), reference)
+    except AssertionError as failure:
+        return failed_row(name, "adapter_step", failure)
+
+
+def eager_adapter_ways(adapters: AdapterCase) -> list[Way]:
+    """The eager form, on a CPU in float32 as well where the weights have 16 bits. None for an SAE that normalizes its
+    input."""
+    case, ways = adapters.case, []
+    for dtype in _eager_dtypes(case):
+        sae = plain_sae(in_dtype(case.sae, dtype))
+        if sae is None:
+            return []
+        ways.append(eager_way(sae, adapters, dtype))
+    return ways
 
 
 # --- encode_density ---------------------------------------------------------------------------------------------------
@@ -196,7 +231,11 @@ def _density_pair(sae: SaeWeights, hidden: Tensor, offsets: Tensor, suffix: str)
 
 # --- the list ---------------------------------------------------------------------------------------------------------
 
-OPERATIONS = (Operation("token_step", measure_token_step), Operation("encode_density", measure_encode_density))
+OPERATIONS = (
+    Operation("token_step", measure_token_step),
+    Operation("encode_density", measure_encode_density),
+    Operation("adapter_step", measure_adapter_step),
+)
 
 
 def chosen_operations(names: list[str] | None) -> tuple[Operation, ...]:

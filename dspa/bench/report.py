@@ -70,12 +70,12 @@ def read_bandwidth(rows: tuple[Row, ...]) -> float | None:
 
 
 def token_costs(rows: tuple[Row, ...], bandwidth: float | None) -> tuple[TokenCost, ...]:
-    """Of every column that reads a known number of bytes of the encoder, the bare reading aside."""
+    """Of every column of `token_step` that reads a known number of bytes of the encoder, the bare reading aside."""
     return tuple(
         TokenCost(column.name, column.bytes_read, column.bytes_read / bandwidth / 1e6, column.measured.value)
         for row in rows
         for column in row.columns
-        if bandwidth and column.bytes_read is not None and column.name != READ
+        if bandwidth and row.group == "token_step" and column.bytes_read is not None and column.name != READ
     )
 
 

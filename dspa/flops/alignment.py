@@ -40,6 +40,8 @@ class AlignmentAssumptions:
         fsrl_epochs: passes over the data.
         fsrl_d_sae: width of FSRL's SAE and adapter.
         fsrl_layer: where it sits; None for the middle of the model.
+        fsrl_active: latents that its adapter fires at a token, once trained (version 3 on Gemma-2-2B).
+        fsrl_falling: of these, those with a negative `v`.
         pairs: which pairs of query and key attention counts.
         chunk: most tokens of a row in one call when densities are collected.
 
@@ -62,6 +64,8 @@ class AlignmentAssumptions:
     fsrl_epochs: float = 1
     fsrl_d_sae: int = 65536
     fsrl_layer: int | None = None
+    fsrl_active: float = 115
+    fsrl_falling: float = 57
     pairs: AttentionPairs = "square"
     chunk: int = BatchLimits().chunk
 

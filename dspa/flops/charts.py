@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dspa.flops.inference import fsrl_token, steer_token
+from dspa.flops.fsrl import fsrl_token
+from dspa.flops.inference import steer_token
 from dspa.flops.quantities import COLLECTED, FSRL, MODES
 from dspa.flops.report import FlopsReport, ModelReport
 from dspa.flops.tables import number

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dspa.errors import InvalidInputError
-from dspa.flops.alignment import AlignmentAssumptions
 from dspa.flops.quantities import MethodCost, Mode, Work
 from dspa.flops.shapes import ModelShape, SteeringShape
 
@@ -115,11 +114,6 @@ def steer_prompt(shape: ModelShape, steering: SteeringShape, i: InferenceAssumpt
     hidden = d_model * i.sae_bytes * i.prompt_tokens
     encoder = d_sae * (d_model * i.sae_bytes + 8) / i.batch
     return Work(flops, encoder + hidden + i.k_prompt * i.map_entries * 8)
-
-
-def fsrl_token(shape: ModelShape, a: AlignmentAssumptions) -> float:
-    """FLOPs that FSRL adds to a generated token: encode, adapter, decode."""
-    return 6.0 * shape.d_model * a.fsrl_d_sae
 
 
 def break_even_tokens(

@@ -17,11 +17,11 @@ from dspa.flops.alignment import (
     published_figures,
     ratio,
 )
+from dspa.flops.fsrl import FsrlToken, FsrlTraining, fsrl_token, fsrl_tokens, fsrl_training
 from dspa.flops.inference import (
     InferenceAssumptions,
     break_even_tokens,
     decode_step,
-    fsrl_token,
     prefill,
     steer_prompt,
     steer_token,
@@ -83,6 +83,8 @@ class ModelReport:
     prompt: Work
     tokens: tuple[TokenRow, ...]
     break_even: tuple[BreakEven, ...]
+    fsrl_tokens: tuple[FsrlToken, ...]
+    fsrl_training: tuple[FsrlTraining, ...]
 
     @classmethod
     def from_measurements(
@@ -132,6 +134,8 @@ class ModelReport:
                 if name not in (COLLECTED, PUBLISHED)
                 for mode, w in work.items()
             ),
+            fsrl_tokens=fsrl_tokens(shape, a, i),
+            fsrl_training=fsrl_training(shape, a, i),
         )
 
 

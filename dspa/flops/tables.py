@@ -109,6 +109,24 @@ def inference_table(report: FlopsReport, model: ModelReport) -> Table:
     return Table(f"{model.shape.name}: inference", note, columns, tuple(rows))
 
 
+def fsrl_table(report: FlopsReport, model: ModelReport) -> Table:
+    a = report.options.alignment
+    own = model.decode.bytes
+    rows = [
+        (row.form, row.reads, number(row.work.flops), f"{row.work.bytes / 1e6:.4g}", percent(row.work.bytes / own))
+        for row in model.fsrl_tokens
+    ]
+    training = "; ".join(
+        f"{row.form} {number(row.flops)} FLOPs, {number(row.kept_bytes)} bytes kept" for row in model.fsrl_training
+    )
+    note = (
+        f"FSRL's adapter at one generated token: an SAE {a.fsrl_d_sae} wide, A = {a.fsrl_active:g} latents fire, "
+        f"A- = {a.fsrl_falling:g} of them with v < 0. A token of training, SAE and adapter alone: {training}."
+    )
+    columns = ("form", "reads", "FLOPs", "MB", "of the model's bytes")
+    return Table(f"{model.shape.name}: FSRL at a token", note, columns, tuple(rows), ("form", "reads"))
+
+
 def break_even_table(report: FlopsReport, model: ModelReport) -> Table:
     methods = dict.fromkeys(row.method for row in model.break_even)
     tokens = {(row.method, row.mode): row.tokens for row in model.break_even}
@@ -148,6 +166,7 @@ def model_tables(report: FlopsReport, model: ModelReport) -> Iterator[Table]:
     yield alignment_table(report, model)
     yield ratio_table(model)
     yield inference_table(report, model)
+    yield fsrl_table(report, model)
     yield break_even_table(report, model)
 
 

@@ -1,11 +1,13 @@
-"""Pure functions on tensors: the three operations of the method and their backends.
+"""Pure functions on tensors: the operations of the methods and their backends.
 
 Depends on no model and no file. `available()` lists the backends, and why one is not available.
 """
 
 from __future__ import annotations
 
-from dspa.kernels.backends.interface import Backend, Operations, Serves, StepMode
+from dspa.kernels.adapter_step import adapter_step
+from dspa.kernels.adapter_weights import AdapterActivation, AdapterWeights
+from dspa.kernels.backends.interface import AdapterMode, Backend, Operations, Serves, StepMode
 from dspa.kernels.backends.registry import available, register_backend
 from dspa.kernels.backends.table import BACKENDS
 from dspa.kernels.encode_density import encode_density
@@ -16,6 +18,9 @@ from dspa.sae.weights import Activation, InputNormalization, SaeWeights
 
 __all__ = [
     "Activation",
+    "AdapterActivation",
+    "AdapterMode",
+    "AdapterWeights",
     "Backend",
     "CsrMap",
     "EditKind",
@@ -26,6 +31,7 @@ __all__ = [
     "Serves",
     "StepMode",
     "TokenStats",
+    "adapter_step",
     "available",
     "encode_density",
     "lookup",

@@ -35,13 +35,29 @@ class EditCounts(Protocol):
     def latents(self) -> Sequence[EditedLatent]: ...
 
 
-def model_card(repo_id: str, settings: Mapping[str, object], audit: str) -> str:
+DSPA_INTRODUCTION = (
+    "A steering policy of DSPA (Dynamic SAE Steering for Preference Alignment, arXiv 2603.21461): per prompt it "
+    "selects latents of a sparse autoencoder, and edits those of them that are active on a token while a frozen model "
+    "generates."
+)
+
+
+def model_card(
+    repo_id: str,
+    settings: Mapping[str, object],
+    audit: str,
+    *,
+    policy_class: str = "SteeringPolicy",
+    introduction: str = DSPA_INTRODUCTION,
+) -> str:
     """Markdown with the header the hub reads.
 
     Args:
         repo_id: where the policy will be found, for the example.
         settings: names and values for the table of the configuration.
         audit: the section on edited latents.
+        policy_class: the name in `dspa` that reads it.
+        introduction: what the method is.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return f"""---
@@ -55,13 +71,11 @@ tags:
 
 # {repo_id}
 
-A steering policy of DSPA (Dynamic SAE Steering for Preference Alignment, arXiv 2603.21461): per prompt it selects
-latents of a sparse autoencoder, and edits those of them that are active on a token while a frozen model generates. It
-holds no language model; bring the one below.
+{introduction} It holds no language model; bring the one below.
 
 ```python
 import dspa
-policy = dspa.SteeringPolicy.from_pretrained("{repo_id}")
+policy = dspa.{policy_class}.from_pretrained("{repo_id}")
 with dspa.steer(model, policy) as steering:
     out = model.generate(**inputs)
 print(steering.summary())

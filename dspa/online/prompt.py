@@ -94,9 +94,12 @@ class Prompt:
         return finished_rows
 
     def check_read(self, editor: LayerEditor, known_after: int) -> None:
-        """Raises InvalidInputError if a token is to be edited whose prompt has not been read as far as needed."""
+        """Raises InvalidInputError if a token is to be edited whose prompt has not been read as far as needed. Policies
+        without an observation need nothing of it."""
         positions_read = [
-            reader.positions_read for reader in self.unread if set(reader.group.names) & set(editor.group.names)
+            reader.positions_read
+            for reader in self.unread
+            if reader.group.sae is not None and set(reader.group.names) & set(editor.group.names)
         ]
         if positions_read and min(positions_read) < known_after:
             raise InvalidInputError(

@@ -59,12 +59,12 @@ def warn_of_no_edit(
     if not seen:
         reason = "no token was computed at a position that edit_positions names"
     elif all(policy.intervention.strength == 0 for policy in steering):
-        reason = "alpha is 0"
+        reason = f"{'scale' if all(edits is None for edits in lists) else 'alpha'} is 0"
     elif all(edits is not None and not bool(edits.counts.any()) for edits in lists):
         counted = bool(prompt.mask.counted.any())
         reason = "the policy selected no latent" if counted else "the prompt has no token that counts"
     elif all(edits is None for edits in lists):
-        reason = f"the vector is too small to change a hidden state after {layer}"
+        reason = f"the adapter or vector is too small to change a hidden state after {layer}"
     else:
         reason = (
             f"none of the selected latents was active on the {seen} tokens seen after {layer}; if that happens "

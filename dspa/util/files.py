@@ -102,6 +102,18 @@ def read_tensor_folder(folder: str | Path, kind: str, version: int) -> tuple[dic
         raise CorruptFileError(f"{file} is not a safetensors file ({error}); copy or make it again") from error
 
 
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        CorruptFileError: if it cannot be read.
+    """
+    try:
+        return safetensors.torch.load(file.read_bytes())
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise CorruptFileError(f"{file} is not a safetensors file ({error}); copy or make it again") from error
+
+
 def _in_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, contiguous, and none of them in the memory of another, which safetensors refuses."""
     taken: set[int] = set()

@@ -12,17 +12,18 @@ import torch
 from tiny_models import SaeKind, tiny_model, tiny_policy
 from typer.testing import CliRunner
 
-from dspa.bench import cases, operations
+from dspa.bench import adapter, cases, operations
+from dspa.bench.adapter import ADAPTER_MODES, EAGER_ADAPTER, UNTRAINED, AdapterCase, adapter_ways, eager_fsrl
 from dspa.bench.cases import LISTS, NEEDS_MAXIMUM, Case, Shape
 from dspa.bench.command import BenchOptions, run_bench
 from dspa.bench.density_check import check_counts
 from dspa.bench.eager import as_delta, plain_sae, with_error_term
 from dspa.bench.measurements import Column, Interval, Row
-from dspa.bench.operations import EAGER, OURS, READ, padded_latents
+from dspa.bench.operations import EAGER, OURS, READ, READ_ADAPTER, padded_latents
 from dspa.bench.report import read_bandwidth, token_costs
 from dspa.cli import app
 from dspa.errors import InvalidInputError, MismatchError
-from dspa.kernels import SaeWeights, StepMode, available, encode_density, token_step
+from dspa.kernels import AdapterMode, SaeWeights, StepMode, adapter_step, available, encode_density, token_step
 
 TOY = ["--d-model", "48", "--d-sae", "256", "--tokens", "8", "--seconds", "0.01"]
 SHAPE = Shape(48, 256, torch.bfloat16, 1)
@@ -57,10 +58,12 @@ def test_the_record_holds_every_field() -> None:
     record = json.loads(output)
     assert code == 0
     assert set(record) == FIELDS
-    assert [row["group"] for row in record["rows"]] == ["token_step", "encode_density"]
+    assert [row["group"] for row in record["rows"]] == ["token_step", "encode_density", "adapter_step"]
     step = {column["name"]: column for column in record["rows"][0]["columns"]}
     assert set(step) >= {READ, EAGER, f"{EAGER}, float32", *(name for name, _, _ in OURS)}
     assert all(column["measured"]["value"] > 0 for column in step.values())
+    columns = {column["name"] for column in record["rows"][2]["columns"]}
+    assert columns == {READ_ADAPTER, EAGER_ADAPTER, f"{EAGER_ADAPTER}, float32", *ADAPTER_MODES, UNTRAINED}
     assert step[EAGER]["relative"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert {cost["name"] for cost in record["token_costs"]} <= {name for name, _, _ in OURS}
     assert record["read_bandwidth"] > 0
@@ -85,7 +88,7 @@ def test_a_policy_and_its_model(folder: Path) -> None:
     assert report.generation.steps == 4 * 8
     assert report.generation.bytes_per_token > 0
     text = page.read_text()
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3
     assert "A generated token of model" in text
     assert "<script" not in text
     assert len(text) < 300_000
@@ -124,6 +127,20 @@ def test_sae_kinds(kind: SaeKind) -> None:
         torch.testing.assert_close(edit(plain, case.hidden, latents, 0.2), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_of_a_case(kind: SaeKind) -> None:
+    """It passes its own check, and the eager form computes the same in float64."""
+    policy = tiny_policy(tiny_model("llama"), kind, dtype=torch.float64)
+    adapters = AdapterCase(Case.from_sae(policy.output_sae, 2, 0.2, "reference"))
+    adapters.check()
+    plain = plain_sae(adapters.case.sae)
+    assert plain is not None
+    sae, weight = adapters.case.sae, adapters.adapter.weight.T
+    b_dec = sae.b_dec if sae.subtract_b_dec else None
+    written = eager_fsrl(plain, weight, adapters.adapter, adapters.case.hidden, b_dec)
+    torch.testing.assert_close(written, adapters.step("dense"), rtol=1e-12, atol=1e-12)
+
+
 def test_an_sae_that_normalizes_has_no_eager_form() -> None:
     assert plain_sae(replace(Case(SHAPE, "auto").sae, normalization="layer_norm")) is None
 
@@ -159,10 +176,17 @@ def broken_density(*arguments: Any, **options: Any) -> torch.Tensor:
     return encode_density(*arguments, **options) + 1
 
 
+def broken_adapter(hidden: torch.Tensor, *arguments: Any, mode: AdapterMode | None = None, **options: Any) -> None:
+    adapter_step(hidden, *arguments, mode=mode, **options)
+    if mode == "screened":
+        hidden += 1
+
+
 @pytest.mark.parametrize(
     ("module", "name", "broken", "group", "words"),
     [
         (cases, "token_step", broken_step, "token_step", "lazy differs from dense"),
+        (adapter, "adapter_step", broken_adapter, "adapter_step", "screened differs from dense"),
         (operations, "encode_density", broken_density, "encode_density", "counts differ by more than rounding"),
     ],
 )
@@ -197,6 +221,10 @@ def test_bytes_are_counted() -> None:
     whole = case.sae.W_enc.nbytes
     assert (operations.bytes_read(case, NEEDS_MAXIMUM, "dense") or 0) >= whole
     assert 0 < (operations.bytes_read(case, "none active", "lazy") or 0) < whole
+    dense, screened, untrained = (way.bytes_read for way in adapter_ways(AdapterCase(case)))
+    assert dense == untrained == whole
+    assert screened is not None
+    assert screened < whole
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from dspa.flops.alignment import (
     published_figures,
     ratio,
 )
+from dspa.flops.fsrl import AUTOGRAD, DELTA, DENSE, REPOSITORY, SCREENED, SPARSE, fsrl_token, fsrl_tokens, fsrl_training
 from dspa.flops.inference import (
     InferenceAssumptions,
     break_even_tokens,
     decode_step,
-    fsrl_token,
     prefill,
     steer_prompt,
     steer_token,
@@ -217,6 +217,24 @@ def test_break_even_is_where_the_sums_meet() -> None:
     assert break_even_tokens(costs[COLLECTED], costs[PUBLISHED], triples, token, prompt, i) == 0
     added = fsrl_token(GEMMA_2B, AlignmentAssumptions())
     assert break_even_tokens(costs[RAHF], costs[COLLECTED], triples, token, prompt, i, added) is None
+
+
+def test_fsrl_at_a_token() -> None:
+    """65k wide on Gemma-2-2B: a matrix is 302 MB and 0.302 GFLOP, a row 4608 bytes."""
+    a, i = AlignmentAssumptions(fsrl_active=115, fsrl_falling=57), InferenceAssumptions()
+    work = {token.form: token.work for token in fsrl_tokens(GEMMA_2B, a, i)}
+    matrix, row, small = 2 * 2304 * 65536, 2 * 2304, 8 * 65536  # small: bias and threshold
+    assert work[REPOSITORY] == Work(4 * matrix, 4 * (matrix + small))
+    assert work[DENSE] == Work(2 * matrix + 115 * row, 2 * (matrix + small) + 115 * row)
+    assert work[DELTA] == Work(matrix + 172 * row, matrix + small + 172 * row)
+    assert work[SCREENED].bytes == pytest.approx(matrix / 2 + 20 * 65536 + 172 * row + 0.02 * matrix)
+    assert fsrl_token(GEMMA_2B, a) == work[DELTA].flops
+    shared = {token.form: token.work for token in fsrl_tokens(GEMMA_2B, a, replace(i, batch=4))}
+    assert shared[DELTA] == Work(work[DELTA].flops, (matrix + small) / 4 + 172 * row)
+    training = {form.form: form for form in fsrl_training(GEMMA_2B, a, i)}
+    assert training[AUTOGRAD].flops == 5 * matrix
+    assert training[SPARSE].flops == matrix + (172 + 230) * row
+    assert training[AUTOGRAD].kept_bytes > 100 * training[SPARSE].kept_bytes
 
 
 def test_the_roofline_is_the_slower_of_two() -> None:

@@ -121,7 +121,7 @@ def test_the_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
     assert "@import" not in text
     assert "url(http" not in text
     assert page.tags.count("svg") == 4
-    assert page.tags.count("table") == 5
+    assert page.tags.count("table") == 6
     assert "script" not in page.tags
 
 
@@ -141,7 +141,7 @@ def test_markdown_tables_are_rectangular(folder: Path) -> None:
         elif tables[-1]:
             tables.append([])
     assert all(len(set(table)) <= 1 for table in tables)
-    assert len([table for table in tables if table]) == 5
+    assert len([table for table in tables if table]) == 6
 
 
 def test_measured_counts_stand_beside_the_formulas(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The three operations in float64, one vector and one latent at a time, from the equations of method.md.
+"""The operations in float64, one vector and one latent at a time, from the equations of method.md.
 
 Written from the equations alone: it imports nothing of the package, so that agreement means something.
 """
@@ -40,6 +40,17 @@ class SaeInput:
     x: Vector
     scale: float
     shift: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An FSRL adapter in float64."""
+
+    W_a: Matrix
+    b_a: Vector
+    theta: Vector
+    activation: str
+    clip: bool
 
 
 @dataclass(frozen=True)
@@ -184,3 +195,38 @@ def token_step(h: Vector, sae: Sae, augment: list[int], ablate: list[int], alpha
         norm = 1.0 if sae.decoder_norm is None else sae.decoder_norm[j]
         row = row + (edited[j] - f[j]) / norm * given.scale * sae.W_dec[j]
     return Step(row, True, f, edited, maximum, changed)
+
+
+def steering(y: Vector, adapter: Adapter) -> Vector:
+    """v (section 6); a latent with an infinite theta is masked."""
+    v = np.zeros(len(y))
+    for j in range(len(y)):
+        theta = max(adapter.theta[j], 0.0)
+        if math.isinf(theta):
+            continue
+        if adapter.activation == "soft_threshold":
+            v[j] = math.copysign(max(abs(y[j]) - theta, 0.0), y[j])
+        elif y[j] > theta:
+            v[j] = y[j]
+    return v
+
+
+def strongest(v: Vector, fraction: float) -> Vector:
+    """v with all but the largest in size set to 0."""
+    kept = take(np.abs(v), max(1, int(len(v) * fraction)), 1)
+    return np.array([v[j] if j in kept else 0.0 for j in range(len(v))])
+
+
+def adapter_step(h: Vector, sae: Sae, adapter: Adapter, fraction: float | None = None) -> Step:
+    """FSRL's edit of one token (section 6), in the form with both reconstructions: decode(u) + (h - decode(f))."""
+    given = sae_input(h, sae)
+    nothing = np.zeros(len(sae.b_enc))
+    if not np.isfinite(given.x).all():
+        return Step(h.copy(), False, nothing, nothing, math.nan)
+    f = activate(products(given.x, sae), sae)
+    v = steering(np.array([dot(row, given.x) for row in adapter.W_a]) + adapter.b_a, adapter)
+    if fraction is not None:
+        v = strongest(v, fraction)
+    u = np.maximum(f + v, 0.0) if adapter.clip else f + v
+    row = decode(u, h, sae) + (h - decode(f, h, sae))
+    return Step(row, True, f, u, math.nan, [j for j in range(len(f)) if v[j] > 0 or (v[j] < 0 and u[j] != f[j])])

@@ -59,11 +59,10 @@ def half_spacing(value: Vector, dtype: torch.dtype) -> Vector:
     return 2.0 ** (exponent - bits)
 
 
-def latent_bounds(h: Vector, sae: Sae, u: float) -> LatentBounds:
-    """Bounds for one finite token."""
+def input_bounds(h: Vector, sae: Sae, u: float) -> tuple[equations.SaeInput, Vector, float]:
+    """The exact input of the encoder, what a computed one may be off by, entry by entry, and the same of the scale."""
     n = len(h)
     given = equations.sae_input(h, sae)
-    # What the normalised input may be off by, entry by entry, and the scale.
     x_error, scale_error = np.zeros(n), 0.0
     if sae.normalization == "constant_norm_rescale":
         scale_error = gamma(n + 4, u) * given.scale
@@ -77,9 +76,19 @@ def latent_bounds(h: Vector, sae: Sae, u: float) -> LatentBounds:
         x_error = deviation * (scale_error / divisor + gamma(4, u)) + mean_error / divisor
     if sae.subtract_b_dec:
         x_error = x_error * (1 + u) + u * np.abs(given.x)
+    return given, x_error, scale_error
+
+
+def products_error(weight: Matrix, x: Vector, x_error: Vector, u: float) -> Vector:
+    """What the products of a matrix with a computed input may be off by."""
+    return np.abs(weight) @ (x_error + gamma(len(x) + 1, u) * (np.abs(x) + x_error))
+
+
+def latent_bounds(h: Vector, sae: Sae, u: float) -> LatentBounds:
+    """Bounds for one finite token."""
+    given, x_error, scale_error = input_bounds(h, sae, u)
     product = equations.products(given.x, sae)
-    weight = np.abs(sae.W_enc)
-    product_error = weight @ (x_error + gamma(n + 1, u) * (np.abs(given.x) + x_error))
+    product_error = products_error(sae.W_enc, given.x, x_error, u)
 
     z = equations.pre_activation(product, sae)
     norm = 1.0 if sae.decoder_norm is None else sae.decoder_norm
@@ -180,13 +189,25 @@ def _edited_row(
     if alpha == 0 or not signs:
         return h, np.zeros(len(h)), frozenset()
     step, step_radius = alpha * maximum, alpha * maximum_radius
-    decoded, radius, magnitude = np.zeros(len(h)), np.zeros(len(h)), np.zeros(len(h))
+    changes: dict[int, tuple[float, float]] = {}
     for j, sign in signs.items():
         f, error = max(float(bounds.value[j]), 0.0), float(bounds.error[j])
         # alpha rounded, alpha * M_t rounded, the sum rounded, the difference rounded.
         off = 4 * u * (f + error + step + step_radius)
         difference = step if sign > 0 else -min(f, step)
         off += step_radius if sign > 0 else max(error, step_radius)
+        changes[j] = (difference, off)
+    row, radius = decoded_row(h, sae, bounds, changes, u, dtype)
+    return row, radius, frozenset(signs)
+
+
+def decoded_row(
+    h: Vector, sae: Sae, bounds: LatentBounds, changes: dict[int, tuple[float, float]], u: float, dtype: torch.dtype
+) -> tuple[Vector, Vector]:
+    """The row that latents make that change by so much, give or take so much, and its radius."""
+    assert sae.W_dec is not None
+    decoded, radius, magnitude = np.zeros(len(h)), np.zeros(len(h)), np.zeros(len(h))
+    for j, (difference, off) in changes.items():
         norm = 1.0 if sae.decoder_norm is None else float(sae.decoder_norm[j])
         coefficient = difference * bounds.scale / norm
         coefficient_radius = (off * (bounds.scale + bounds.scale_error) + abs(difference) * bounds.scale_error) / norm
@@ -194,12 +215,46 @@ def _edited_row(
         decoded += coefficient * sae.W_dec[j]
         radius += coefficient_radius * np.abs(sae.W_dec[j])
         magnitude += (abs(coefficient) + coefficient_radius) * np.abs(sae.W_dec[j])
-    radius = radius + gamma(len(signs) + 1, u) * magnitude
+    radius = radius + gamma(len(changes) + 1, u) * magnitude
     row = h + decoded
     radius = radius + u * (np.abs(row) + radius)
     if FORMATS[dtype][0] < -math.log2(u):
         radius = radius + half_spacing(np.abs(row) + radius, dtype)
-    return row, radius, frozenset(signs)
+    return row, radius
+
+
+def adapter_worlds(h: Vector, sae: Sae, adapter: equations.Adapter, u: float, dtype: torch.dtype) -> list[World]:
+    """Every row that a correct adapter_step may write, for a token whose SAE input is finite."""
+    bounds = latent_bounds(h, sae, u)
+    given, x_error, _ = input_bounds(h, sae, u)
+    y = np.array([equations.dot(row, given.x) for row in adapter.W_a]) + adapter.b_a
+    error = products_error(adapter.W_a, given.x, x_error, u)
+    error = error + 2 * u * (np.abs(y) + error)
+    v = equations.steering(y, adapter)
+    theta = np.maximum(adapter.theta, 0.0)
+    fires = compare(np.abs(y) if adapter.activation == "soft_threshold" else y, error, theta)
+    either: list[list[tuple[int, tuple[float, float] | None]]] = []  # by latent: how it may change, None for not at all
+    for j in np.flatnonzero(fires != OFF):
+        value = v[j] if adapter.activation == "soft_threshold" else y[j]
+        off = error[j] + 2 * u * (abs(y[j]) + error[j])
+        changes: list[tuple[float, float] | None] = [(value, off)]
+        if adapter.clip and value - off < 0:
+            falls = []
+            if bounds.gate[j] != OFF:
+                falls.append((max(value, -bounds.value[j]), max(off, bounds.error[j])))
+            if bounds.gate[j] != ON:
+                falls.append(None)
+            changes = falls if value + off < 0 else [*changes, *falls]
+        if fires[j] == EITHER and None not in changes:
+            changes.append(None)
+        either.append([(int(j), change) for change in changes])
+    assert math.prod(len(changes) for changes in either) <= MOST_WORLDS, "too many undecided gates; choose others"
+    found = []
+    for chosen in itertools.product(*either):
+        changed = {j: change for j, change in chosen if change is not None}
+        row, radius = decoded_row(h, sae, bounds, changed, u, dtype) if changed else (h, np.zeros(len(h)))
+        found.append(World(row, radius, frozenset(changed), math.nan, 0.0))
+    return found
 
 
 def matches(world: World, h: Vector, written: Vector, maximum: float) -> bool:

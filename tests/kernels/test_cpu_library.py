@@ -17,8 +17,9 @@ import dspa.kernels.native as native
 from dspa.errors import BackendUnavailableError
 from dspa.kernels import CsrMap, EditList, SaeWeights, TokenStats, available, encode_density, lookup, token_step
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.quantized_rows import quantize_rows
 from dspa.kernels.token_step.arguments import counter_arguments
-from dspa.kernels.token_step.cpu import StepScratch, quantize_encoder
+from dspa.kernels.token_step.cpu import StepScratch
 
 pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}")
 
@@ -28,7 +29,7 @@ KINDS = (Kind(), Kind("gated", "layer_norm"), Kind("topk", subtract_b_dec=True, 
 def step_arguments(sae: SaeWeights, optional: bool) -> tuple[object, ...]:
     rows = normal(generator(1), 3, sae.d_model).bfloat16()
     edits = edit_list(*random_lists(sae, 3, 8, 2), 8)
-    scratch, codes = StepScratch(), quantize_encoder(sae.W_enc)
+    scratch, codes = StepScratch(), quantize_rows(sae.W_enc)
     return (
         rows,
         *encoder_arguments(sae),

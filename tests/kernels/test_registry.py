@@ -110,6 +110,24 @@ def test_a_named_backend_that_refuses_says_why() -> None:
         owner("fast", torch.float64)
 
 
+def test_a_backend_without_adapter_step_is_passed_over() -> None:
+    """It is optional: a backend of one's own need not have it."""
+    register_backend(Backend("fast", ("cpu",), lambda: operations("fast")))
+    assert operations_for("auto", "adapter_step", (HIDDEN,)).adapter_step is not None
+    with pytest.raises(BackendUnavailableError, match="'fast' does not serve this adapter_step: it does not have"):
+        operations_for("fast", "adapter_step", (HIDDEN,))
+
+
+def test_a_backend_that_does_not_rank_is_passed_over() -> None:
+    call = Named("fast")
+    own = Operations(call, call, call, adapter_step=call)  # pyright: ignore[reportArgumentType]
+    register_backend(Backend("fast", ("cpu",), lambda: own, Serves(adapter_ranks=False)))
+    assert operations_for("auto", "adapter_step", (HIDDEN,)) is own
+    assert operations_for("auto", "adapter_step", (HIDDEN,), ranks_all=True) is not own
+    with pytest.raises(BackendUnavailableError, match="it has to rank all latents of a row"):
+        operations_for("fast", "adapter_step", (HIDDEN,), ranks_all=True)
+
+
 def test_a_missing_backend_says_why() -> None:
     register_backend(Backend("fast", ("cpu",), missing))
     assert available() == {"reference": "available", "fast": "no compiler was found"}

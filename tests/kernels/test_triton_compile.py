@@ -27,7 +27,9 @@ from dspa.kernels.triton_common.table import Tile, listed_architecture, tile_of
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # of a program
 FEWEST_REGISTERS = 16
 TUNING = Path(__file__).parents[2] / "benchmarks" / "tune_triton.py"
-KERNELS = {"token_step_kernel", "count_gates", "write_scores", "count_largest", "lookup_kernel"}
+KERNELS = {
+    "token_step_kernel", "count_gates", "write_scores", "count_largest", "lookup_kernel", "fire", "change", "decode",
+}  # fmt: skip
 
 
 def compiled(*options: str) -> list[dict[str, object]]:

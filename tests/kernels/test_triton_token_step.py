@@ -49,11 +49,11 @@ from dspa.kernels.lookup.triton_row import map_arguments
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.triton import scratch_of
-from dspa.kernels.token_step.triton_kernel.prepare import bound_by_recent_argmax, products_of
-from dspa.kernels.token_step.triton_kernel.rows import as_scalar
-from dspa.kernels.token_step.triton_kernel.structures import RECENT, ROW, Hidden, Scratch
+from dspa.kernels.token_step.triton_kernel.prepare import bound_by_recent_argmax
+from dspa.kernels.token_step.triton_kernel.structures import RECENT, Scratch
 from dspa.kernels.triton_common import launch as triton_launch
 from dspa.kernels.triton_common.launch import Launch
+from dspa.kernels.triton_common.rows import ROW, Hidden, as_scalar, products_of
 from dspa.kernels.triton_common.table import INTERPRETER, blocks, tile_of
 from dspa.kernels.triton_common.tiles import INTERPRETED, Encoder, normalizer, scores
 from dspa.sae.encode import encode, encoder_input

@@ -29,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from dspa.kernels.adapter_step.triton import adapter_step
+from dspa.kernels.adapter_weights import AdapterActivation, AdapterWeights
 from dspa.kernels.encode_density.triton import encode_density
 from dspa.kernels.lookup.triton import lookup
 from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
@@ -48,6 +50,11 @@ ACTIVATIONS: tuple[Activation, ...] = ("jumprelu", "gated", "topk")  # those tha
 NORMALIZATIONS: tuple[InputNormalization, ...] = get_args(InputNormalization)
 LOW_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
 MODES = ("dense", "lazy", "lookup")
+ADAPTERS: dict[str, tuple[AdapterActivation, bool]] = {  # with the mode: activation and clip
+    "dense": ("soft_threshold", True),
+    "lazy": ("soft_threshold", False),
+    "lookup": ("jump_relu", True),
+}
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -58,7 +65,8 @@ class Case:
     Attributes:
         activation, normalization, subtract_b_dec: of the SAE.
         hidden, weights: dtypes.
-        mode: of `token_step`: "dense", "lazy", or "lookup" for lazy with the lookup in the same launch.
+        mode: of `token_step`: "dense", "lazy", or "lookup" for lazy with the lookup in the same launch. The version of
+            the adapter goes with it, see `ADAPTERS`.
         optional: whether there are flags, counters, an alpha for each row, a compact decoder and decoder norms.
         shape: d_model and d_sae.
     """
@@ -149,7 +157,7 @@ def spanning_cases(architecture: str) -> Iterator[Case]:
 
 
 def launches_of(case: Case, architecture: str) -> list[Launch]:
-    """The launches of the three operations, on tensors without data."""
+    """The launches of the operations, on tensors without data."""
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -189,6 +197,15 @@ def launches_of(case: Case, architecture: str) -> list[Launch]:
             mode = "dense" if case.mode == "dense" else "lazy"
             token_step(hidden, sae, edits, alpha, enabled, stats, mode)
         encode_density(hidden, tensor(3, dtype=torch.int64), sae)
+        activation, clip = ADAPTERS[case.mode]
+        adapter = AdapterWeights(
+            weight=tensor(d_sae, d_model, dtype=case.weights),
+            bias=tensor(d_sae),
+            threshold=tensor(d_sae),
+            activation=activation,
+            clip=clip and case.activation != "topk",
+        )
+        adapter_step(hidden, sae, adapter, enabled, stats, None, None)
     return made
 
 

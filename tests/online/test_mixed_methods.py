@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from naive_generation import edited, generate, greedily, naive_generate, naive_logits
+from fsrl_cases import tiny_fsrl_policy
+from naive_generation import edited, fsrl_edited, generate, greedily, naive_generate, naive_logits
 from tiny_models import D_MODEL, OUTPUT_LAYER, layer_of, prompts, tiny_model, tiny_policy
 from torch import Tensor, nn
 
-from dspa import Policy, StaticPolicy, VectorPolicy
+from dspa import FsrlPolicy, Policy, StaticPolicy, VectorPolicy
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
 from dspa.methods.latent_lists import LatentLists
 from dspa.online.steering import steer
 
 MODEL: Any = tiny_model()
-ROWS = prompts((6, 4, 5, 3))
+ROWS = prompts((6, 4, 5, 3, 5))
 VECTOR = torch.randn(D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 NEW = 6
 
@@ -58,28 +60,30 @@ def naive_vector(prompt: list[int], layer: int, scale: float) -> list[int]:
 
 
 @pytest.mark.parametrize("layer", [OUTPUT_LAYER, 0])
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (2, 4, 0, 3, 1), (3, 2, 1, 0, 4)], ids=str)
 def test_each_row_follows_its_method(layer: int, order: Sequence[int]) -> None:
     dynamic = tiny_policy(MODEL)
     policies: dict[str, Policy] = {
         "dynamic": dynamic,
         "static": static_policy(),
         "vector": VectorPolicy(VECTOR, layer, 0.7),
+        "fsrl": tiny_fsrl_policy(layer=layer),
     }
-    names = ["dynamic", "static", "vector", None]
+    names = ["dynamic", "static", "vector", None, "fsrl"]
     expected = [
         naive_generate(MODEL, dynamic, [ROWS[0]], NEW)[0],
         naive_static(ROWS[1]),
         naive_vector(ROWS[2], layer, 0.7),
         generate(MODEL, [ROWS[3]], NEW)[0],
+        naive_generate(MODEL, tiny_fsrl_policy(layer=layer), [ROWS[4]], NEW)[0],
     ]
     plain = generate(MODEL, ROWS, NEW)
     with steer(MODEL, policies, select=[names[index] for index in order]) as steering:
         assert generate(MODEL, [ROWS[index] for index in order], NEW) == [expected[index] for index in order]
-    assert all(expected[index] != plain[index] for index in range(3))
+    assert all(expected[index] != plain[index] for index in (0, 1, 2, 4))
     summary = steering.summary()
-    assert summary.prompts == 3
-    assert summary.tokens_seen == 3 * NEW
+    assert summary.prompts == 4
+    assert summary.tokens_seen == 3 * NEW + len(ROWS[4]) + NEW - 1
 
 
 def test_two_vectors_at_one_layer_share_an_editor() -> None:
@@ -88,6 +92,39 @@ def test_two_vectors_at_one_layer_share_an_editor() -> None:
         steered = generate(MODEL, ROWS[:2], NEW)
         assert steering.counters(2).seen.tolist() == [NEW, NEW]
     assert steered == [naive_vector(ROWS[0], 1, 0.7), naive_vector(ROWS[1], 1, -0.7)]
+
+
+def test_an_adapter_is_traced_latent_by_latent() -> None:
+    policy = tiny_fsrl_policy(edit_positions="generated")
+    with steer(MODEL, policy, trace=True) as steering:
+        generate(MODEL, ROWS[:1], 3)
+    (sequence,) = steering.trace().sequences
+    assert [len(token.edits) > 5 for token in sequence.tokens] == [True] * len(sequence.tokens)
+    assert {edit.latent for edit in steering.summary().latents} == {
+        change.latent for token in sequence.tokens for change in token.edits
+    }
+
+
+def test_two_policies_of_one_adapter_share_an_editor_and_of_two_do_not() -> None:
+    one, other = tiny_fsrl_policy(), tiny_fsrl_policy(seed=1)
+    assert one.intervention.shares_launch_with(one.intervention)
+    assert not one.intervention.shares_launch_with(other.intervention)
+    assert not one.intervention.shares_launch_with(VectorPolicy(VECTOR, OUTPUT_LAYER).intervention)
+    rows, names = ROWS[:4], ["one", "other", "one", None]
+    with steer(MODEL, {"one": one, "other": other}, select=names):
+        steered = generate(MODEL, rows, NEW)
+    assert steered[:3] == [
+        naive_generate(MODEL, policy, [row], NEW)[0] for policy, row in zip((one, other, one), rows, strict=False)
+    ]
+
+
+def test_an_adapter_edits_all_positions_of_a_prompt_in_chunks() -> None:
+    """It depends on no other token, so that nothing of the prompt has to be read first."""
+    policy = tiny_fsrl_policy()
+    expected = naive_generate(MODEL, policy, ROWS[:2], NEW)
+    for chunk in (1, 2):
+        with steer(MODEL, policy):
+            assert generate(MODEL, ROWS[:2], NEW, prefill_chunk_size=chunk) == expected
 
 
 def test_trace_of_a_vector_names_no_latent() -> None:
@@ -164,6 +201,45 @@ def test_a_vector_of_another_dtype_has_gradients_of_its_own() -> None:
     assert vector.grad is not None
     assert vector.grad.dtype == torch.float64
     assert vector.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("positions", ["from_last_prompt", "all"])
+def test_gradients_reach_an_adapter_as_through_the_equations_written_out(positions: Any) -> None:
+    """Also where the layers below are trained: their gradient passes through f and the adapter."""
+    tokens, prompt_tokens = torch.tensor([ROWS[0]]), 3
+    embedded = [MODEL.get_input_embeddings()(tokens).detach().requires_grad_() for _ in range(2)]
+    weights = [tiny_fsrl_policy().adapter for _ in range(2)]
+    policies = []
+    for each in weights:
+        adapter = replace(
+            each, **{n: getattr(each, n).clone().requires_grad_() for n in ("weight", "bias", "threshold")}
+        )
+        policies.append(FsrlPolicy(adapter, tiny_fsrl_policy().sae, OUTPUT_LAYER, edit_positions=positions))
+
+    def score(inputs: Tensor) -> Tensor:
+        return MODEL(inputs_embeds=inputs).logits.log_softmax(dim=-1)[0, :-1].gather(1, tokens[0, 1:, None]).sum()
+
+    with steer(MODEL, policies[0], differentiable=True) as steering, steering.scoring(prompt_tokens=prompt_tokens):
+        steered = score(embedded[0])
+    steered.backward()
+    first = 0 if positions == "all" else prompt_tokens - 1
+
+    def edit(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = torch.cat([hidden[:, :first], fsrl_edited(hidden[0, first:], policies[1])[None]], dim=1)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    hook = layer_of(MODEL, OUTPUT_LAYER).register_forward_hook(edit)
+    expected = score(embedded[1])
+    expected.backward()
+    hook.remove()
+    MODEL.zero_grad(set_to_none=True)
+    torch.testing.assert_close(steered, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(embedded[0].grad, embedded[1].grad, rtol=1e-8, atol=1e-10)
+    for name in ("weight", "bias", "threshold"):
+        found, wanted = (getattr(policy.adapter, name).grad for policy in policies)
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
 def test_two_passes_may_precede_one_backward_pass() -> None:

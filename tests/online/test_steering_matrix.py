@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsrl_cases import tiny_fsrl_policy
 from naive_generation import edited, generate, generate_from, naive_generate, naive_lists, naive_model
 from quanto_on_cpu import quanto_without_compiling
 from tiny_models import (
@@ -47,6 +48,8 @@ from transformers import (
 
 from dspa.errors import InvalidInputError
 from dspa.kernels import available, token_step
+from dspa.methods.fsrl.policy import FsrlPolicy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import steer
 
 COUNT = 8
@@ -144,6 +147,11 @@ CACHES: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static"},
 }
 
+METHODS: dict[str, Callable[[PreTrainedModel], SteeringPolicy | FsrlPolicy]] = {
+    "dspa": lambda model: tiny_policy(model, dtype=torch.float32),
+    "fsrl": lambda model: tiny_fsrl_policy(dtype=torch.float32, scale=0.3),
+}
+
 CELLS = [
     pytest.param(way, cache, lengths, id=f"{way}-{cache}-batch {len(lengths)}")
     for way, row in WAYS.items()
@@ -154,14 +162,15 @@ CELLS = [
 
 
 @pytest.mark.product
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("way", "cache", "lengths"), CELLS)
-def test_way_by_cache(way: str, cache: str, lengths: tuple[int, ...]) -> None:
+def test_way_by_cache(way: str, cache: str, lengths: tuple[int, ...], method: str) -> None:
     """In float32, by the C++ kernels where they are built; the loop computes its edits in float64."""
     row, rows = WAYS[way], prompts(lengths)
     if way == "prompt lookup":
         rows = [rows[0] + rows[0][1:]]  # a prompt that repeats itself
     model = tiny_model("llama", dtype=torch.float32)
-    policy = tiny_policy(model, dtype=torch.float32)
+    policy = METHODS[method](model)
     naive = naive_model(model, [policy] * len(rows), rows)
     options = {"max_new_tokens": COUNT, **row.options}
 
@@ -172,7 +181,7 @@ def test_way_by_cache(way: str, cache: str, lengths: tuple[int, ...]) -> None:
     expected, unsteered = run(naive, use_cache=False), run(model)
     widths: list[int] = []
     hook = layer_of(model, 0).register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
-    with steer(model, policy, backend=BACKEND) as steering:
+    with steer(model, policy, backend=BACKEND if method == "dspa" else "auto") as steering:
         steered = run(model, **CACHES[cache], **row.steered())
     hook.remove()
     if row.drafted:  # each pass reads what is known, and candidates; one more token than it accepts is chosen by it
@@ -201,6 +210,19 @@ def test_model_by_cache(family: Family, cache: str) -> None:
     assert steered == expected
     assert steered != unsteered
     assert steering.summary().tokens_seen == 2 * COUNT
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_model_with_an_adapter(family: Family) -> None:
+    """Every position of a left-padded batch but its padding, in every family."""
+    model, rows = tiny_model(family), prompts((9, 4))
+    policy = tiny_fsrl_policy(dtype=model.dtype)
+    expected, unsteered = naive_generate(model, policy, rows, COUNT), generate(model, rows, COUNT)
+    with steer(model, policy) as steering:
+        steered = generate(model, rows, COUNT)
+    assert steered == expected
+    assert steered != unsteered
+    assert steering.summary().tokens_seen == 9 + 4 + 2 * (COUNT - 1)
 
 
 QUANTIZED = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 4}
@@ -331,6 +353,18 @@ def test_edited_positions(positions: Any, lengths: tuple[int, ...]) -> None:
     """Prompts of one token included; where BOS counts, also one of BOS alone."""
     model, rows = tiny_model("gemma3"), prompts(lengths)
     policy = tiny_policy(model, edit_positions=positions, uncounted_token_ids=())
+    expected, unsteered = naive_generate(model, policy, rows, COUNT), generate(model, rows, COUNT)
+    with steer(model, policy):
+        assert generate(model, rows, COUNT) == expected
+    assert expected != unsteered
+
+
+@pytest.mark.parametrize("uncounted", [(), (BOS,)], ids=["with BOS", "without BOS"])
+@pytest.mark.parametrize("positions", ["from_last_prompt", "generated", "all"])
+@pytest.mark.parametrize("lengths", [ONE, FOUR, (1, 4)], ids=str)
+def test_positions_edited_by_an_adapter(positions: Any, lengths: tuple[int, ...], uncounted: tuple[int, ...]) -> None:
+    model, rows = tiny_model("gemma3"), prompts(lengths)
+    policy = tiny_fsrl_policy(edit_positions=positions, uncounted_token_ids=uncounted)
     expected, unsteered = naive_generate(model, policy, rows, COUNT), generate(model, rows, COUNT)
     with steer(model, policy):
         assert generate(model, rows, COUNT) == expected

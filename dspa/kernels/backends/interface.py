@@ -9,11 +9,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from dspa.kernels.adapter_weights import AdapterWeights
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
-OperationName = Literal["encode_density", "lookup", "token_step", "token_step_with_lookup"]
+OperationName = Literal["encode_density", "lookup", "token_step", "token_step_with_lookup", "adapter_step"]
 StepMode = Literal["dense", "lazy", "screened"]
+AdapterMode = Literal["dense", "screened"]
 
 
 class EncodeDensity(Protocol):
@@ -57,13 +59,28 @@ class TokenStepWithLookup(Protocol):
     ) -> EditList: ...
 
 
+class AdapterStep(Protocol):
+    def __call__(
+        self,
+        hidden: Tensor,
+        sae: SaeWeights,
+        adapter: AdapterWeights,
+        enabled: Tensor | None,
+        stats: TokenStats | None,
+        steering_fraction: float | None,
+        mode: AdapterMode | None,
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class Serves:
     """The calls that a backend serves; None stands for no restriction.
 
     Attributes:
         devices: types of the devices on which all tensors of a call must be; with it, they must be on one device.
-        encode_density, lookup, token_step, token_step_with_lookup: the dtypes of tensors that each operation takes.
+        encode_density, lookup, token_step, token_step_with_lookup, adapter_step: the dtypes of tensors that each
+            operation takes.
+        adapter_ranks: whether its adapter step can rank all latents of a row.
     """
 
     devices: tuple[str, ...] | None = None
@@ -71,10 +88,17 @@ class Serves:
     lookup: tuple[torch.dtype, ...] | None = None
     token_step: tuple[torch.dtype, ...] | None = None
     token_step_with_lookup: tuple[torch.dtype, ...] | None = None
+    adapter_step: tuple[torch.dtype, ...] | None = None
+    adapter_ranks: bool = True
 
 
 def refusal(
-    serves: Serves, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None
+    serves: Serves,
+    operation: OperationName,
+    tensors: tuple[Tensor, ...],
+    sae: SaeWeights | None,
+    *,
+    ranks_all: bool = False,
 ) -> str | None:
     """Why a backend cannot serve a call, in a few words, or None if it can.
 
@@ -83,7 +107,10 @@ def refusal(
         operation: the operation to call.
         tensors: the tensors of the call whose device and dtype matter.
         sae: the SAE of the call, where there is one; its `W_enc` counts as another tensor.
+        ranks_all: whether an adapter step has to rank all latents of a row.
     """
+    if ranks_all and not serves.adapter_ranks:
+        return "it has to rank all latents of a row"
     dtypes: tuple[torch.dtype, ...] | None = getattr(serves, operation)
     for tensor in tensors if sae is None else (*tensors, sae.W_enc):
         if serves.devices is not None:
@@ -101,8 +128,9 @@ class Operations:
     """The operations of one backend, once it is loaded.
 
     Attributes:
-        encode_density, lookup, token_step: the three operations.
+        encode_density, lookup, token_step: the three operations of DSPA.
         token_step_with_lookup: both in one step, where the backend has that.
+        adapter_step: the operation of FSRL, where the backend has that.
         devices: replaces `Serves.devices` where only loading decides (Triton's interpreter runs on the CPU).
     """
 
@@ -110,6 +138,7 @@ class Operations:
     lookup: Lookup
     token_step: TokenStep
     token_step_with_lookup: TokenStepWithLookup | None = None
+    adapter_step: AdapterStep | None = None
     devices: tuple[str, ...] | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dspa.kernels.adapter_step.reference import adapter_step
 from dspa.kernels.backends.interface import Operations
 from dspa.kernels.encode_density.reference import encode_density
 from dspa.kernels.lookup.reference import lookup
@@ -10,4 +11,4 @@ from dspa.kernels.token_step.reference import token_step
 
 def load() -> Operations:
     """The operations."""
-    return Operations(encode_density, lookup, token_step)
+    return Operations(encode_density, lookup, token_step, adapter_step=adapter_step)

@@ -37,7 +37,12 @@ def available() -> dict[str, str]:
 
 
 def operations_for(
-    backend: str, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None = None
+    backend: str,
+    operation: OperationName,
+    tensors: tuple[Tensor, ...],
+    sae: SaeWeights | None = None,
+    *,
+    ranks_all: bool = False,
 ) -> Operations:
     """The operations of the backend that serves a call. Warns once if "auto" finds only the reference, because
     the others are missing.
@@ -48,11 +53,12 @@ def operations_for(
         operation: the operation to call.
         tensors: the tensors whose device and dtype decide; the device of the first is that of the call.
         sae: the SAE of the call, where there is one.
+        ranks_all: whether an adapter step has to rank all latents of a row.
 
     Raises:
         BackendUnavailableError: if a backend named explicitly is unknown, not available, or does not serve the call.
     """
-    return _choose(backend, operation, tensors, sae)[1]
+    return _choose(backend, operation, tensors, sae, ranks_all)[1]
 
 
 def step_with_lookup_for(
@@ -68,12 +74,16 @@ def step_with_lookup_for(
 
 
 def _choose(
-    backend: str, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None
+    backend: str,
+    operation: OperationName,
+    tensors: tuple[Tensor, ...],
+    sae: SaeWeights | None,
+    ranks_all: bool = False,
 ) -> tuple[str, Operations]:
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if backend != "auto":
-        return backend, _named(backend, operation, tensors, sae)
+        return backend, _named(backend, operation, tensors, sae, ranks_all)
     device = tensors[0].device
     fastest, order = measured_fastest(operation, device, sae), list(reversed(_backends))
     if fastest in _backends:
@@ -85,7 +95,7 @@ def _choose(
             found = _try_load(name)
             if isinstance(found, BackendUnavailableError):
                 missing.append(f"{name}: {found}")
-            elif refusal(_backends[name].serves, operation, tensors, sae) is not None:
+            elif _reason(name, found, operation, tensors, sae, ranks_all) is not None:
                 refused = True
             else:
                 if name == "reference" and missing and not refused:
@@ -94,16 +104,32 @@ def _choose(
     raise BackendUnavailableError(f"no backend serves {operation} on {device.type}; the reference is not registered")
 
 
-def _named(name: str, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None) -> Operations:
+def _named(
+    name: str, operation: OperationName, tensors: tuple[Tensor, ...], sae: SaeWeights | None, ranks_all: bool
+) -> Operations:
     if name not in _backends:
         raise BackendUnavailableError(f"backend {name!r} is not known; expected auto, {', '.join(_backends)}")
     found = _try_load(name)
     if isinstance(found, BackendUnavailableError):
         raise BackendUnavailableError(f"backend {name!r} is not available: {found}")
-    reason = refusal(_backends[name].serves, operation, tensors, sae)
+    reason = _reason(name, found, operation, tensors, sae, ranks_all)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} does not serve this {operation}: {reason}; use backend='auto'")
     return found
+
+
+def _reason(
+    name: str,
+    found: Operations,
+    operation: OperationName,
+    tensors: tuple[Tensor, ...],
+    sae: SaeWeights | None,
+    ranks_all: bool,
+) -> str | None:
+    """Why a loaded backend does not serve a call, or None if it does."""
+    if operation == "adapter_step" and found.adapter_step is None:
+        return "it does not have this operation"
+    return refusal(_backends[name].serves, operation, tensors, sae, ranks_all=ranks_all)
 
 
 def _warn_once(message: str) -> None:

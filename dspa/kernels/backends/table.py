@@ -20,6 +20,8 @@ BACKENDS = (
             lookup=LOW_PRECISION,
             token_step=LOW_PRECISION,
             token_step_with_lookup=LOW_PRECISION,
+            adapter_step=LOW_PRECISION,
+            adapter_ranks=False,
         ),
     ),
     Backend(
@@ -37,7 +39,13 @@ BACKENDS = (
         name="cpu",
         device_types=("cpu",),
         load=cpu.load,
-        serves=Serves(devices=("cpu",), encode_density=LOW_PRECISION, token_step=LOW_PRECISION),
+        serves=Serves(
+            devices=("cpu",),
+            encode_density=LOW_PRECISION,
+            token_step=LOW_PRECISION,
+            adapter_step=LOW_PRECISION,
+            adapter_ranks=False,
+        ),
     ),
     Backend(name="reference", device_types=("cpu", "cuda"), load=reference.load),
 )

@@ -1,4 +1,4 @@
-"""The Triton backend: the three operations on a GPU, or anywhere through Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The Triton backend: the operations on a GPU, or anywhere through Triton's interpreter (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def load() -> Operations:
     from dspa.kernels.triton_common.tiles import INTERPRETED
 
     check_available()
+    from dspa.kernels.adapter_step.triton import adapter_step
     from dspa.kernels.encode_density.triton import encode_density
     from dspa.kernels.lookup.triton import lookup
     from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
 
     devices = ("cpu", "cuda") if INTERPRETED.value else None
-    return Operations(encode_density, lookup, token_step, token_step_with_lookup, devices)
+    return Operations(encode_density, lookup, token_step, token_step_with_lookup, adapter_step, devices)

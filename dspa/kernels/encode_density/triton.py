@@ -20,7 +20,7 @@ from dspa.kernels.native import encoder_arguments
 from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
 from dspa.kernels.triton_common.select import SCAN, are_selected, keys_at, kth_best
 from dspa.kernels.triton_common.table import blocks
-from dspa.kernels.triton_common.tiles import Encoder, add_products, encoder_input, is_finite, normalizer, scores
+from dspa.kernels.triton_common.tiles import Encoder, dirty_inputs, is_finite, normalizer, scores, tile_products
 from dspa.sae.weights import SaeWeights
 
 MOST_SCORES = 16 << 20  # held at a time for topk: 64 MiB
@@ -41,31 +41,18 @@ def tile_scores(
         `[latents, tokens]` float32.
     """
     begin = hidden + rows.to(tl.int64)[:, None] * row_stride
-    weights = encoder.W_enc + latents.to(tl.int64)[:, None] * d_model
     shift, factor, _ = normalizer(begin, column_stride, d_model, is_token[:, None], NORMALIZATION, MODEL)
-    product = tl.zeros([latents.shape[0], rows.shape[0]], tl.float32)
-    rest = tl.zeros([latents.shape[0], rows.shape[0]], tl.float32)
-    for first in tl.range(0, d_model, MODEL):
-        columns = (first + tl.arange(0, MODEL))[None, :]
-        within = columns < d_model
-        valid = is_token[:, None] & within
-        w = tl.load(weights + columns, mask=is_latent[:, None] & within, other=0.0)
-        h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
-        x = encoder_input(h, shift, factor, encoder.b_dec, columns, within, valid, NORMALIZATION)
-        product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
-    product += rest
+    product = tile_products(
+        encoder.W_enc, latents, is_latent, begin, column_stride, is_token, shift, factor, encoder.b_dec, d_model,
+        NORMALIZATION, X_PARTS, MODEL,
+    )  # fmt: skip
     score = scores(product, encoder, latents[:, None], is_latent[:, None], ACTIVATION)
 
     # An input that is not finite leaves no product of its token finite, so it is looked for only where one is not.
     if tl.max((~is_finite(product)).to(tl.int32)) != 0:
-        dirty = tl.zeros([rows.shape[0]], tl.int32)
-        for first in range(0, d_model, MODEL):
-            columns = (first + tl.arange(0, MODEL))[None, :]
-            within = columns < d_model
-            valid = is_token[:, None] & within
-            h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
-            x = encoder_input(h, shift, factor, encoder.b_dec, columns, within, valid, NORMALIZATION)
-            dirty |= tl.max((~is_finite(x)).to(tl.int32), axis=1)
+        dirty = dirty_inputs(
+            begin, column_stride, is_token, shift, factor, encoder.b_dec, d_model, NORMALIZATION, MODEL
+        )  # fmt: skip
         score = tl.where(dirty[None, :] != 0, float("nan"), score)
     return score
 

@@ -10,27 +10,13 @@ from torch import Tensor
 
 from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.quantized_rows import WIDEST_QUANTIZED_MODEL, QuantizedRows, quantize_rows
 from dspa.kernels.token_step.arguments import strength_arguments
 from dspa.kernels.types import EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
 RECENT = 16  # reading this many rows costs a thousandth of a pass over a 16k encoder
 DEFAULT_MODE: StepMode = "screened"  # the fastest at every measured shape, see benchmarks/
-WIDEST_QUANTIZED_MODEL = 16384
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedEncoder:
-    """`W_enc` in 8 bits per weight, by which `screened` rules rows out (`csrc/cpu/quantized_encoder.h`).
-
-    Attributes:
-        values: `[d_sae, d_model rounded up]` int8.
-        factors: `[3, d_sae]` float32: each row's scale, the norm of its quantization error, and its scale times the
-            norm of its codes.
-    """
-
-    values: Tensor
-    factors: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +57,7 @@ class StepWork:
 
 
 _scratch: WeakKeyDictionary[SaeWeights, StepScratch] = WeakKeyDictionary()
-_quantized: WeakKeyDictionary[SaeWeights, QuantizedEncoder | None] = WeakKeyDictionary()
+_quantized: WeakKeyDictionary[SaeWeights, QuantizedRows | None] = WeakKeyDictionary()
 
 
 def scratch_of(sae: SaeWeights) -> StepScratch:
@@ -82,19 +68,11 @@ def scratch_of(sae: SaeWeights) -> StepScratch:
     return scratch
 
 
-def quantize_encoder(W_enc: Tensor) -> QuantizedEncoder:
-    """`[d_sae, d_model]` weights, bfloat16, float16 or float32, in 8 bits each."""
-    d_sae, d_model = W_enc.shape
-    quantized = QuantizedEncoder(torch.empty(d_sae, -(-d_model // 32) * 32, dtype=torch.int8), torch.empty(3, d_sae))
-    torch.ops.dspa.quantize_rows(W_enc, quantized.values, quantized.factors)
-    return quantized
-
-
-def quantized_encoder_of(sae: SaeWeights) -> QuantizedEncoder | None:
+def quantized_encoder_of(sae: SaeWeights) -> QuantizedRows | None:
     """The quantized encoder of this SAE, made at its first step outside a compiled graph; None where there is none yet,
     or where it would prove nothing. `W_enc` must not be written afterwards."""
     if sae not in _quantized and not torch.compiler.is_compiling():
-        _quantized[sae] = quantize_encoder(sae.W_enc) if _can_be_screened(sae) else None
+        _quantized[sae] = quantize_rows(sae.W_enc) if _can_be_screened(sae) else None
     return _quantized.get(sae)
 
 

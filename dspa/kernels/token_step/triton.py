@@ -19,15 +19,13 @@ from dspa.kernels.token_step.triton_kernel.kernel import token_step_kernel
 from dspa.kernels.token_step.triton_kernel.structures import (
     NUMBERS,
     RECENT,
-    TOKENS,
-    Decoder,
     Edits,
-    Hidden,
     Scratch,
     Stats,
     Strength,
 )
 from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
+from dspa.kernels.triton_common.rows import TOKENS, Decoder, Hidden
 from dspa.kernels.triton_common.table import blocks
 from dspa.kernels.triton_common.tiles import Encoder
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats

@@ -178,6 +178,53 @@ def add_part(w, x, main, rest, LEADING: tl.constexpr, X_PARTS: tl.constexpr):
 
 
 @triton.jit
+def tile_products(
+    matrix, latents, is_latent, begin, column_stride, is_token, shift, factor, b_dec, d_model,
+    NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr, MODEL: tl.constexpr,
+):  # fmt: skip
+    """Products of some rows of a matrix with the encoder inputs of some tokens.
+
+    Args:
+        matrix: `[d_sae, d_model]`.
+        latents, is_latent: `[latents]`, which rows of it, and whether there is such a row.
+        begin: `[tokens, 1]`, where each row of the hidden states begins.
+        is_token: `[tokens]`, which tokens to read.
+        shift, factor: of `normalizer`.
+
+    Returns:
+        `[latents, tokens]` float32.
+    """
+    weights = matrix + latents.to(tl.int64)[:, None] * d_model
+    product = tl.zeros([latents.shape[0], is_token.shape[0]], tl.float32)
+    rest = tl.zeros([latents.shape[0], is_token.shape[0]], tl.float32)
+    for first in tl.range(0, d_model, MODEL):
+        columns = (first + tl.arange(0, MODEL))[None, :]
+        within = columns < d_model
+        valid = is_token[:, None] & within
+        w = tl.load(weights + columns, mask=is_latent[:, None] & within, other=0.0)
+        h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
+        x = encoder_input(h, shift, factor, b_dec, columns, within, valid, NORMALIZATION)
+        product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
+    return product + rest
+
+
+@triton.jit
+def dirty_inputs(
+    begin, column_stride, is_token, shift, factor, b_dec, d_model, NORMALIZATION: tl.constexpr, MODEL: tl.constexpr
+):  # fmt: skip
+    """`[tokens]` int32, 1 where the encoder input of a token is not finite; arguments as for `tile_products`."""
+    dirty = tl.zeros([is_token.shape[0]], tl.int32)
+    for first in range(0, d_model, MODEL):
+        columns = (first + tl.arange(0, MODEL))[None, :]
+        within = columns < d_model
+        valid = is_token[:, None] & within
+        h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
+        x = encoder_input(h, shift, factor, b_dec, columns, within, valid, NORMALIZATION)
+        dirty |= tl.max((~is_finite(x)).to(tl.int32), axis=1)
+    return dirty
+
+
+@triton.jit
 def scores(product, encoder, latents, valid, ACTIVATION: tl.constexpr):
     """The values that the selection compares: the activation, or for topk the pre-activation, from `W_enc h'`.
 

@@ -16,8 +16,8 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     OPEN,
     PREPARED,
     SHIFT,
-    TOKENS,
 )
+from dspa.kernels.triton_common.rows import TOKENS
 from dspa.kernels.triton_common.tiles import add_products, encoder_input, scores, wait_for
 
 

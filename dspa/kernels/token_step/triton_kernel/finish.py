@@ -12,23 +12,17 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     DISABLED,
     FINISHED,
     LARGEST,
-    LISTED,
     NONFINITE,
     NUMBERS,
     OPEN,
     PASSED,
     PREPARED,
     RECENT,
-    ROW,
     SCALE,
     SETTLED,
 )
+from dspa.kernels.triton_common.rows import LISTED, ROW, add_to
 from dspa.kernels.triton_common.tiles import announce, is_finite, narrow, wait_for, widen
-
-
-@triton.jit
-def add_to(counter, number):
-    tl.store(counter, tl.load(counter) + number)
 
 
 @triton.jit

@@ -24,7 +24,8 @@ import triton.language as tl
 from dspa.kernels.token_step.triton_kernel.encoder_pass import pass_tile
 from dspa.kernels.token_step.triton_kernel.finish import finish
 from dspa.kernels.token_step.triton_kernel.prepare import prepare
-from dspa.kernels.token_step.triton_kernel.structures import PASSED, PREPARED, STARTED, TOKENS
+from dspa.kernels.token_step.triton_kernel.structures import PASSED, PREPARED, STARTED
+from dspa.kernels.triton_common.rows import TOKENS
 from dspa.kernels.triton_common.tiles import announce
 
 

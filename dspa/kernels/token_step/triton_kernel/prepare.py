@@ -8,46 +8,22 @@ import triton
 import triton.language as tl
 
 from dspa.kernels.lookup.triton_row import lookup_row
-from dspa.kernels.token_step.triton_kernel.rows import alpha_of, as_scalar, count_of, entries_of, is_enabled
+from dspa.kernels.token_step.triton_kernel.rows import alpha_of, count_of, entries_of, is_enabled
 from dspa.kernels.token_step.triton_kernel.structures import (
     BAR,
     DISABLED,
     FACTOR,
     LARGEST,
-    LISTED,
     NONFINITE,
     NUMBERS,
     OPEN,
     RECENT,
-    ROW,
     SCALE,
     SETTLED,
     SHIFT,
 )
-from dspa.kernels.triton_common.tiles import encoder_input, is_finite, normalizer, scores, widen
-
-
-@triton.jit
-def products_of(
-    latents, valid, begin, column_stride, encoder, shift, factor, d_model, NORMALIZATION: tl.constexpr
-):  # fmt: skip
-    """`W_enc h'` of some latents, the same with absolute values, and whether all of `h'` is finite."""
-    columns = tl.arange(0, ROW)
-    weights = encoder.W_enc + latents.to(tl.int64)[:, None] * d_model
-    product = tl.zeros([latents.shape[0], ROW], tl.float32)
-    magnitude = tl.zeros([latents.shape[0], ROW], tl.float32)
-    dirty = tl.zeros([ROW], tl.int32)
-    for first in range(0, d_model, ROW):
-        at = first + columns
-        inside = at < d_model
-        h = tl.load(begin + at * column_stride, mask=inside, other=0.0)
-        x = encoder_input(h, shift, factor, encoder.b_dec, at, inside, inside, NORMALIZATION)
-        dirty |= (~is_finite(x)).to(tl.int32)
-        w = widen(tl.load(weights + at[None, :], mask=valid[:, None] & inside[None, :], other=0.0))
-        product = tl.fma(w, tl.broadcast_to(x[None, :], w.shape), product)
-        magnitude = tl.fma(tl.abs(w), tl.broadcast_to(tl.abs(x)[None, :], w.shape), magnitude)
-    clean = tl.sum(dirty, axis=0) == 0
-    return tl.where(valid, tl.sum(product, axis=1), 0.0), tl.sum(magnitude, axis=1), clean
+from dspa.kernels.triton_common.rows import LISTED, ROW, as_scalar, products_of
+from dspa.kernels.triton_common.tiles import is_finite, normalizer, scores
 
 
 @triton.jit

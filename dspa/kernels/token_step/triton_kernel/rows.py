@@ -7,13 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dspa.kernels.token_step.triton_kernel.structures import LISTED
-
-
-@triton.jit
-def as_scalar(x):
-    """The only element of `[1, 1]`."""
-    return tl.sum(tl.sum(x, axis=1), axis=0)
+from dspa.kernels.triton_common.rows import LISTED
 
 
 @triton.jit

@@ -8,9 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 RECENT = tl.constexpr(16)  # argmax latents kept for a row
-LISTED = tl.constexpr(16)  # entries of a list that are handled at a time
-TOKENS = tl.constexpr(16)  # rows of a batch that share a pass; fixed, so that their number changes no bit
-ROW = tl.constexpr(256)  # columns of the model that are prepared and edited at a time
 
 # Counters of a launch.
 STARTED, PREPARED, PASSED, FINISHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -25,21 +22,6 @@ SHIFT, FACTOR, SCALE, LARGEST, BAR = (
     tl.constexpr(4),
 )
 NUMBERS = tl.constexpr(5)
-
-
-class Hidden(NamedTuple):
-    """Hidden states `[B, d_model]` and their strides in elements."""
-
-    rows: Tensor
-    row_stride: int
-    column_stride: int
-
-
-class Decoder(NamedTuple):
-    """`W_dec` and, where it is compact, `decoder_rows` of `SaeWeights`."""
-
-    W_dec: Tensor
-    rows: Tensor | None
 
 
 class Edits(NamedTuple):
