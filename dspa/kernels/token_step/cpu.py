@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.operands import Versions, refusals_of_the_library, versions_of
 from dspa.kernels.token_step.arguments import strength_arguments
 from dspa.kernels.types import EditList, TokenStats
 from dspa.sae.weights import SaeWeights
@@ -71,7 +72,7 @@ class StepWork:
 
 
 _scratch: WeakKeyDictionary[SaeWeights, StepScratch] = WeakKeyDictionary()
-_quantized: WeakKeyDictionary[SaeWeights, QuantizedEncoder | None] = WeakKeyDictionary()
+_quantized: WeakKeyDictionary[SaeWeights, tuple[Versions, QuantizedEncoder | None]] = WeakKeyDictionary()
 
 
 def scratch_of(sae: SaeWeights) -> StepScratch:
@@ -91,11 +92,19 @@ def quantize_encoder(W_enc: Tensor) -> QuantizedEncoder:
 
 
 def quantized_encoder_of(sae: SaeWeights) -> QuantizedEncoder | None:
-    """The quantized encoder of this SAE, made at its first step outside a compiled graph; None where there is none yet,
-    or where it would prove nothing. `W_enc` must not be written afterwards."""
-    if sae not in _quantized and not torch.compiler.is_compiling():
-        _quantized[sae] = quantize_encoder(sae.W_enc) if _can_be_screened(sae) else None
-    return _quantized.get(sae)
+    """The quantized encoder of this SAE, made at its first step outside a compiled graph, and again when the weights
+    were written in place since; None where there is none yet, where it would prove nothing, and for weights of
+    inference mode, which do not tell that they were written."""
+    if torch.compiler.is_compiling():
+        return None if sae not in _quantized else _quantized[sae][1]
+    factors = (factor for factor in (sae.decoder_norm, sae.magnitude_scale) if factor is not None)
+    versions = versions_of(sae.W_enc, *factors)
+    if versions is None:
+        return None
+    known = _quantized.get(sae)
+    if known is None or known[0] != versions:
+        known = _quantized[sae] = (versions, quantize_encoder(sae.W_enc) if _can_be_screened(sae) else None)
+    return known[1]
 
 
 def _can_be_screened(sae: SaeWeights) -> bool:
@@ -121,18 +130,19 @@ def token_step(
     """See `dspa.kernels.token_step`."""
     scratch, mode = scratch_of(sae), mode or DEFAULT_MODE
     quantized = quantized_encoder_of(sae) if mode == "screened" else None
-    torch.ops.dspa.token_step(
-        hidden,
-        *encoder_arguments(sae),
-        sae.W_dec,
-        sae.decoder_rows,
-        edits.latents.contiguous(),
-        edits.signs.contiguous(),
-        edits.counts.contiguous(),
-        *strength_arguments(alpha, enabled, stats),
-        scratch.recent_argmax,
-        None if quantized is None else quantized.values,
-        None if quantized is None else quantized.factors,
-        scratch.counters,
-        mode,
-    )
+    with refusals_of_the_library():
+        torch.ops.dspa.token_step(
+            hidden,
+            *encoder_arguments(sae),
+            sae.W_dec,
+            sae.decoder_rows,
+            edits.latents.contiguous(),
+            edits.signs.contiguous(),
+            edits.counts.contiguous(),
+            *strength_arguments(alpha, enabled, stats),
+            scratch.recent_argmax,
+            None if quantized is None else quantized.values,
+            None if quantized is None else quantized.factors,
+            scratch.counters,
+            mode,
+        )
