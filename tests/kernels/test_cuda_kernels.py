@@ -467,6 +467,7 @@ def test_warpgroups_count_exactly(
         assert (count(rows, offsets, sae, backend).numpy() == expected).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), PIECES, ids=test_token_step.name)
 @pytest.mark.parametrize("kind", [Kind(), *(kind for kind in KINDS if kind.normalization != "none")], ids=str)
 def test_warpgroups_count_within_rounding(
@@ -551,6 +552,7 @@ def test_token_step_says_which_call_failed(backend: Backend, dtype: torch.dtype)
     assert calls_that_fail(run, bulk_copies=True) == [1, 2, *range(4, 11)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk")], ids=str)
 def test_encode_density_says_which_call_failed(backend: Backend, kind: Kind) -> None:
     sae = make_sae(kind, 40, 61, torch.bfloat16, seed=0)
