@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+PerLayer = int | tuple[int | None, ...] | None  # of all layers, or of each; None where there is no such field
+
+
 @dataclass(frozen=True)
 class ModelFingerprint:
     """The fields of a model's configuration that decide whether a policy belongs to it. A fine-tuned model has the
@@ -24,11 +27,11 @@ class ModelFingerprint:
     model_type: str
     hidden_size: int
     num_hidden_layers: int
-    num_attention_heads: int
+    num_attention_heads: PerLayer
     vocab_size: int
-    intermediate_size: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    intermediate_size: PerLayer = None
+    num_key_value_heads: PerLayer = None
+    head_dim: PerLayer = None
 
     @classmethod
     def from_model(cls, model: nn.Module) -> ModelFingerprint:
@@ -38,7 +41,10 @@ class ModelFingerprint:
             InvalidInputError: if the model has no configuration that says how wide and deep it is.
         """
         config = text_config(model)
-        values: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in fields(cls)}
+        found: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in fields(cls)}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
+        }
         missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if values[name] is None]
         if missing:
             raise InvalidInputError(f"the model's configuration has no {', '.join(missing)}; expected a language model")

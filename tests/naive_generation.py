@@ -126,6 +126,11 @@ def naive_fsrl_logits(model: nn.Module, policy: FsrlPolicy, prompt: list[int], t
     return logits
 
 
+def lists_if_any(model: nn.Module, policy: SteeringPolicy | FsrlPolicy, prompt: list[int]) -> Lists:
+    """The lists of a method that has lists, else empty ones."""
+    return ([], []) if isinstance(policy, FsrlPolicy) else naive_lists(model, policy, prompt)
+
+
 def naive_positions(policy: SteeringPolicy | StaticPolicy | FsrlPolicy, prompt: list[int], length: int) -> list[int]:
     """Which of the tokens 0 to `length` are edited (section 4)."""
     generated = list(range(len(prompt), length))
@@ -179,7 +184,7 @@ def naive_generate(
     choose: Choose = greedily,
 ) -> list[list[int]]:
     """New tokens of each row."""
-    lists = [naive_lists(model, policy, row) for row in rows]
+    lists = [lists_if_any(model, policy, row) for row in rows]
     new: list[list[int]] = [[] for _ in rows]
     for _ in range(count):
         logits = torch.stack(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from altered_records import tensors_file
 
 from dspa import __version__, cli
 from dspa.organism import DATA, sae_folder, triples_file
@@ -130,9 +131,10 @@ def test_altered_policy_ends_with_one_line(
 ) -> None:
     for file in folders[1].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    content = bytearray((tmp_path / "policy.safetensors").read_bytes())
+    file = tensors_file(tmp_path)
+    content = bytearray(file.read_bytes())
     content[-1] ^= 1
-    (tmp_path / "policy.safetensors").write_bytes(content)
+    file.write_bytes(content)
     words = ["--model", MODEL, "--policy", str(tmp_path), "--prompt", PROMPT]
     assert run(monkeypatch, "generate", *words) == 2
     assert_one_line(capsys.readouterr().err, "altered")

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dspa.errors import CorruptFileError, InvalidInputError
+from dspa.kernels.operands import Versions, can_be_read, check_is_tensor, check_same_device, versions_of
+from dspa.sae.weights import SaeWeights
 
 EditKind = Literal["ablate", "augment", "both"]
+
+
+def offsets_rise(offsets: Tensor, entries: int) -> bool:
+    """Whether offsets `[n + 1]` int64 of compressed rows rise from 0 to the number of entries. The bound is looked at
+    before the differences, which could wrap around."""
+    bounded = bool(((offsets >= 0) & (offsets <= entries)).all())
+    return bounded and int(offsets[0]) == 0 and int(offsets[-1]) == entries and bool((offsets.diff() >= 0).all())
 
 
 @dataclass(frozen=True, eq=False)
 class CsrMap:
     """The conditional-difference map `A`, `[d_sae_in, d_sae_out]`, by compressed rows (docs/method.md, section 2).
+
+    The operations check a map when they first see it, and again when one of its tensors was written in place since.
 
     Attributes:
         row_offsets: `[d_sae_in + 1]` int64; row i holds entries `row_offsets[i]` to `row_offsets[i + 1]`.
@@ -28,6 +39,7 @@ class CsrMap:
     columns: Tensor
     values: Tensor
     d_sae_out: int
+    _checked: list[Versions] = field(default_factory=list, init=False, repr=False)  # those that passed, one at most
 
     @property
     def d_sae_in(self) -> int:
@@ -40,7 +52,10 @@ class CsrMap:
     def to(self, device: torch.device | str) -> CsrMap:
         if self.values.device == torch.device(device):
             return self
-        return CsrMap(self.row_offsets.to(device), self.columns.to(device), self.values.to(device), self.d_sae_out)
+        moved = CsrMap(self.row_offsets.to(device), self.columns.to(device), self.values.to(device), self.d_sae_out)
+        if self._is_checked():
+            moved._remember_check()
+        return moved
 
     def to_dense(self) -> Tensor:
         """`[d_sae_in, d_sae_out]`, dtype of the values."""
@@ -54,22 +69,26 @@ class CsrMap:
         Raises:
             CorruptFileError: naming the first violation.
         """
+        if self._is_checked():
+            return self
         offsets, columns, values = self.row_offsets, self.columns, self.values
+        for name, tensor in (("row_offsets", offsets), ("columns", columns), ("values", values)):
+            check_is_tensor(name, tensor)
+            if tensor.device != values.device or not tensor.is_contiguous():
+                raise CorruptFileError(f"map tensor {name} is not contiguous, or not on {values.device} as the values")
         value_types = (torch.float32, torch.float64)
         if (offsets.dtype, columns.dtype) != (torch.int64, torch.int32) or values.dtype not in value_types:
             raise CorruptFileError(
                 f"map tensors are {offsets.dtype}, {columns.dtype}, {values.dtype}; expected int64, int32, float32"
             )
-        if self.d_sae_out < 1:
-            raise CorruptFileError(f"the map has {self.d_sae_out} columns; expected at least 1")
+        if type(self.d_sae_out) is not int or not 1 <= self.d_sae_out < 2**31:
+            raise CorruptFileError(f"the map has {self.d_sae_out} columns; expected at least 1, below 2**31")
         if offsets.ndim != 1 or columns.ndim != 1 or columns.shape != values.shape or self.d_sae_in < 1:
             raise CorruptFileError(
                 f"map tensors have shapes {tuple(offsets.shape)}, {tuple(columns.shape)}, {tuple(values.shape)}; "
                 "expected [d_sae_in + 1], [nonzeros], [nonzeros]"
             )
-        # The bound comes before the differences, which could wrap around.
-        bounded = bool(((offsets >= 0) & (offsets <= self.nonzeros)).all())
-        if offsets[0] != 0 or offsets[-1] != self.nonzeros or not bounded or bool((offsets.diff() < 0).any()):
+        if not offsets_rise(offsets, self.nonzeros):
             raise CorruptFileError(f"map row offsets do not rise from 0 to the {self.nonzeros} entries; fit it again")
         if self.nonzeros and not (int(columns.min()) >= 0 and int(columns.max()) < self.d_sae_out):
             raise CorruptFileError(
@@ -80,7 +99,16 @@ class CsrMap:
             raise CorruptFileError("map columns are not strictly ascending within a row; fit it again")
         if not bool(values.isfinite().all()):
             raise CorruptFileError("map values contain NaN or Inf; fit it again")
+        self._remember_check()
         return self
+
+    def _is_checked(self) -> bool:
+        versions = versions_of(self.row_offsets, self.columns, self.values) if self._checked else None
+        return versions is not None and versions in self._checked
+
+    def _remember_check(self) -> None:
+        versions = versions_of(self.row_offsets, self.columns, self.values)
+        self._checked[:] = [] if versions is None else [versions]
 
     def _row_of_entry(self) -> Tensor:
         rows = torch.arange(self.d_sae_in, device=self.row_offsets.device)
@@ -103,9 +131,13 @@ class EditList:
     latents: Tensor
     signs: Tensor
     counts: Tensor
+    _checked: list[object] = field(default_factory=list, init=False, repr=False)  # what passed `check`, one at most
 
     def __post_init__(self) -> None:
         latents, signs, counts = self.latents, self.signs, self.counts
+        for name in ("latents", "signs", "counts"):
+            check_is_tensor(name, getattr(self, name))
+        check_same_device(latents.device, signs=signs, counts=counts)
         if (latents.dtype, signs.dtype, counts.dtype) != (torch.int32, torch.int8, torch.int32):
             raise InvalidInputError(
                 f"edit lists are {latents.dtype}, {signs.dtype}, {counts.dtype}; expected int32, int8, int32"
@@ -144,6 +176,33 @@ class EditList:
             edits.signs[row, len(up) : count] = -1
             edits.counts[row] = count
         return edits.to(device)
+
+    def check(self, sae: SaeWeights) -> None:
+        """Refuses lists that name what an SAE does not have. On the CPU, once, and again when they were written to;
+        a GPU would have to be waited for.
+
+        Raises:
+            InvalidInputError: for a length beyond the list, a latent out of range, or one without a decoder row.
+        """
+        if not can_be_read(self.latents):
+            return
+        versions = versions_of(self.latents, self.signs, self.counts)
+        rows = sae.d_sae if sae.W_dec is None else sae.W_dec.shape[0]
+        known = (versions, sae.d_sae, rows, id(sae.decoder_rows))
+        if versions is not None and known in self._checked:
+            return
+        if self.batch and not 0 <= int(self.counts.min()) <= int(self.counts.max()) <= self.k:
+            raise InvalidInputError(f"edit lists have {self.counts.tolist()[:8]} entries; expected 0 to {self.k}")
+        listed = self.latents[self.valid()].long()
+        if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < sae.d_sae:
+            raise InvalidInputError(
+                f"edit lists name latents {int(listed.min())} to {int(listed.max())}; expected 0 to {sae.d_sae - 1}"
+            )
+        if listed.numel() and sae.decoder_rows is not None:
+            found = sae.decoder_rows[listed]
+            if not 0 <= int(found.min()) <= int(found.max()) < rows:
+                raise InvalidInputError("edit lists name latents without a decoder row in this SAE; pass the whole SAE")
+        self._checked[:] = [known]
 
     @property
     def batch(self) -> int:
@@ -213,6 +272,19 @@ class TokenStats:
     maximum_sum: Tensor
     maximum_known: Tensor
     latent_edits: Tensor
+
+    def __post_init__(self) -> None:
+        for counter in fields(self):
+            tensor = getattr(self, counter.name)
+            check_is_tensor(counter.name, tensor)
+            dtype = torch.float64 if counter.name in ("maximum", "maximum_sum") else torch.int64
+            alike = counter.name == "latent_edits" or tensor.shape == self.seen.shape
+            if tensor.ndim != 1 or tensor.dtype != dtype or not tensor.is_contiguous() or not alike:
+                raise InvalidInputError(
+                    f"counter {counter.name} is {tuple(tensor.shape)} {tensor.dtype}; expected {dtype}, contiguous, "
+                    "[d_sae] for latent_edits and [B] for the others"
+                )
+            check_same_device(self.seen.device, **{counter.name: tensor})
 
     @classmethod
     def zeros(cls, batch: int, d_sae: int, device: torch.device | str = "cpu") -> TokenStats:

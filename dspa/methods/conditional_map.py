@@ -18,14 +18,13 @@ from torch import Tensor
 from dspa.errors import CorruptFileError, InvalidInputError
 from dspa.kernels import CsrMap
 from dspa.offline.density_store import CollectionRun, DensityStore, SparseCounts
-from dspa.util.files import read_tensor_folder, write_tensor_folder
+from dspa.util.files import TensorFolder
 from dspa.util.progress import track
+from dspa.util.scalars import check_integer, check_number
 
 GateRule = Literal["ge", "positive_ge"]
 Sparsification = Literal["per_row", "global_tau", "none"]
 
-KIND = "conditional_map"
-FORMAT_VERSION = 1
 BLOCK_BYTES = 256 * 2**20  # what one dense block may take in memory while fitting
 GRID = 2.0**48  # A is rounded to multiples of 1 / GRID, far below what densities resolve and above what sums lose
 
@@ -48,16 +47,25 @@ class FitOptions:
     entries_per_side: int = 16
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gate_percentile <= 100:
-            raise InvalidInputError(f"gate_percentile is {self.gate_percentile}; expected 0 to 100")
+        check_number("gate_percentile", self.gate_percentile, 0, 100)
         for name, value, known in (
             ("gate_rule", self.gate_rule, get_args(GateRule)),
             ("sparsify", self.sparsify, get_args(Sparsification)),
         ):
             if value not in known:
                 raise InvalidInputError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-        if self.entries_per_side < 1:
-            raise InvalidInputError(f"entries_per_side is {self.entries_per_side}; expected at least 1")
+        check_integer("entries_per_side", self.entries_per_side, 1)
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """What is saved of a map beside its tensors."""
+
+    run: CollectionRun
+    fit: FitOptions
+
+
+FOLDER = TensorFolder("conditional_map", 2, MapConfig, version_without_checksum=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,12 +157,12 @@ class ConditionalDifferenceMap:
         return (2 * torch.exp(-self.gate_counts.double() * epsilon**2 / 2)).clamp(max=1)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the map to a folder: `conditional_map.safetensors` and `config.json`.
+        """Writes the map to a folder: the tensors and `config.json`.
 
         Raises:
             DspaError: if it cannot be written.
         """
-        return write_tensor_folder(folder, KIND, FORMAT_VERSION, self.config(), self.tensors())
+        return FOLDER.write(folder, self.config(), self.tensors())
 
     @classmethod
     def load(cls, folder: str | Path) -> ConditionalDifferenceMap:
@@ -164,11 +172,12 @@ class ConditionalDifferenceMap:
             InvalidInputError: if the folder holds no map.
             CorruptFileError: if it is truncated, altered or out of bounds.
         """
-        return cls.from_tensors(*read_tensor_folder(folder, KIND, FORMAT_VERSION), str(folder))
+        return cls.from_tensors(*FOLDER.read(folder), str(folder))
 
     def config(self) -> dict[str, object]:
         """What is saved as JSON."""
-        return {"run": asdict(self.run), "fit": asdict(self.options)}
+        fit = {**asdict(self.options), "gate_percentile": float(self.options.gate_percentile)}
+        return {"run": asdict(self.run), "fit": fit}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved as tensors."""
@@ -182,19 +191,20 @@ class ConditionalDifferenceMap:
         }
 
     @classmethod
-    def from_tensors(cls, config: dict, tensors: dict[str, Tensor], source: str) -> ConditionalDifferenceMap:
+    def from_tensors(cls, config: MapConfig, tensors: dict[str, Tensor], source: str) -> ConditionalDifferenceMap:
         """From `config()` and `tensors()`; `source` is named in errors.
 
         Raises:
             CorruptFileError: if a field is missing or out of bounds.
         """
         try:
-            run = CollectionRun.from_json(config["run"])
-            options = FitOptions(**config["fit"])
+            run, options = config.run, config.fit
             matrix = CsrMap(tensors["row_offsets"], tensors["columns"], tensors["values"], run.d_sae_out)
             rows = {name: tensors[name] for name in ("gate_counts", "gate_thresholds", "mean_difference")}
-        except (KeyError, TypeError, InvalidInputError) as error:
-            raise CorruptFileError(f"{source} does not hold a whole map ({error}); fit it again") from error
+        except KeyError as error:
+            raise CorruptFileError(f"{source} does not hold a whole map (no tensor {error}); fit it again") from error
+        if surplus := sorted(tensors.keys() - rows.keys() - {"row_offsets", "columns", "values"}):
+            raise CorruptFileError(f"{source} holds a tensor {surplus[0]!r} that is no part of a map; fit it again")
         sizes = {"gate_counts": run.d_sae_in, "gate_thresholds": run.d_sae_in, "mean_difference": run.d_sae_out}
         for name, size in {**sizes, "row_offsets": run.d_sae_in + 1}.items():
             if tuple(tensors[name].shape) != (size,):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from dspa.errors import DspaError, InvalidInputError
-from dspa.util.files import CONFIG, write_atomically
+from dspa.util.files import TensorFolder, write_atomically
 
 
-def local_folder(source: str | Path, kind: str) -> Path:
+def local_folder(source: str | Path, kind: TensorFolder[Any]) -> Path:
     """The folder itself, or a snapshot of the hub repository of that name.
 
     Raises:
@@ -22,12 +23,13 @@ def local_folder(source: str | Path, kind: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, f"{kind}.safetensors"]))
+        return Path(snapshot_download(str(source), allow_patterns=kind.patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidInputError(f"no policy at {source}: no such folder, and the hub says: {_reason(error)}") from error
 
 
 def upload_folder(
+    kind: TensorFolder[Any],
     save: Callable[[Path], object],
     card: str,
     repo_id: str,
@@ -36,9 +38,11 @@ def upload_folder(
     token: str | None,
     commit_message: str,
 ) -> str:
-    """Uploads what `save` writes into an empty folder, with a card, to a repository that is created if missing.
+    """Uploads what `save` writes into an empty folder, with a card, to a repository that is created if missing. The
+    tensors of earlier uploads leave it in the same commit.
 
     Args:
+        kind: of the folder.
         save: writes the policy into the folder it is called with.
         card: Markdown for the repository's README.md.
         repo_id: `user/name`.
@@ -61,7 +65,12 @@ def upload_folder(
         api = HfApi(token=token)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                delete_patterns=kind.patterns,
+            )
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise DspaError(f"the policy cannot be uploaded to {repo_id}: {_reason(error)}") from error
     return commit.commit_url

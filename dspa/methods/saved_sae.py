@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.sae.metadata import SaeMetadata
+from dspa.sae.weights import Activation, InputNormalization
 
-SEMANTICS = ("activation", "k", "subtract_b_dec", "normalization")  # beside the tensors
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """What a policy's `config.json` says of an SAE: its fields beside the tensors."""
+
+    activation: Activation
+    k: int | None
+    subtract_b_dec: bool
+    normalization: InputNormalization
+    metadata: SaeMetadata
 
 
 def sae_config(sae: SparseAutoencoder) -> dict[str, Any]:
-    return {**{name: getattr(sae, name) for name in SEMANTICS}, "metadata": asdict(sae.metadata)}
+    return asdict(SaeConfig(**{field.name: getattr(sae, field.name) for field in fields(SaeConfig)}))
 
 
-def sae_from_config(config: dict[str, Any], tensors: dict[str, Tensor]) -> SparseAutoencoder:
-    semantics: dict[str, Any] = {name: config[name] for name in SEMANTICS}
-    arguments: dict[str, Any] = {**semantics, "metadata": SaeMetadata(**config["metadata"]), **tensors}
-    sae = SparseAutoencoder(**arguments)
+def sae_from_config(config: SaeConfig, tensors: dict[str, Tensor]) -> SparseAutoencoder:
+    """The SAE, its tensors checked; raises ValueError, TypeError or UnsupportedSaeError if they do not fit."""
+    arguments: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
+    if surplus := sorted(arguments.keys() & tensors.keys()):
+        raise ValueError(f"{surplus[0]} is a tensor")
+    sae = SparseAutoencoder(**(arguments | tensors))
     if not sae.d_sae:
         raise ValueError("an SAE has no latents")
     for name, tensor in sae.tensors().items():

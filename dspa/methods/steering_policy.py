@@ -13,7 +13,7 @@ from torch import Tensor
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
 from dspa.kernels import EditKind, EditList, lookup
 from dspa.kernels.lookup import check_lookup_options
-from dspa.methods.conditional_map import ConditionalDifferenceMap
+from dspa.methods.conditional_map import ConditionalDifferenceMap, MapConfig
 from dspa.methods.hub import local_folder, upload_folder
 from dspa.methods.latent_lists import LatentLists
 from dspa.methods.model_card import (
@@ -25,13 +25,12 @@ from dspa.methods.model_card import (
     model_card,
 )
 from dspa.methods.policy import EditPositions, PromptObservation, check_edit_positions
-from dspa.methods.saved_sae import sae_config, sae_from_config
+from dspa.methods.saved_sae import SaeConfig, sae_config, sae_from_config
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.transformers_model import ModelFingerprint
-from dspa.util.files import read_tensor_folder, write_tensor_folder
+from dspa.util.files import TensorFolder
+from dspa.util.scalars import LARGEST_FLOAT32, check_number, check_switch
 
-KIND = "policy"
-FORMAT_VERSION = 1
 OPTIONS = ("k_prompt", "k_diff", "alpha", "edit", "sign_guard", "edit_positions")
 
 
@@ -69,8 +68,8 @@ class SteeringPolicy:
     def __post_init__(self) -> None:
         run = self.conditional_map.run
         check_lookup_options(self.conditional_map.matrix, self.k_prompt, self.k_diff, self.edit)
-        if not 0 <= self.alpha < float("inf"):
-            raise InvalidInputError(f"alpha is {self.alpha}; expected a number >= 0 (edit says in which direction)")
+        check_number("alpha", self.alpha, 0, LARGEST_FLOAT32, " (edit says in which direction)")
+        check_switch("sign_guard", self.sign_guard)
         check_edit_positions(self.edit_positions)
         if self.input_layer > self.output_layer:
             raise InvalidInputError(
@@ -159,7 +158,7 @@ class SteeringPolicy:
         return torch.cat([touched.nonzero().flatten(), untouched]).sort().values
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes the policy to a folder that needs nothing else: `policy.safetensors` and `config.json`.
+        """Writes the policy to a folder that needs nothing else: its tensors and `config.json`.
 
         Of the input SAE its encoder is kept, of the output SAE the encoder and the decoder rows some prompt can select.
 
@@ -168,6 +167,7 @@ class SteeringPolicy:
         """
         config = {
             **{name: getattr(self, name) for name in OPTIONS},
+            "alpha": float(self.alpha),
             "conditional_map": self.conditional_map.config(),
             "input_sae": sae_config(self.input_sae),
             "output_sae": sae_config(self.output_sae),
@@ -178,7 +178,7 @@ class SteeringPolicy:
             "output_sae": self.output_sae.with_decoder_rows(self.selectable_latents()).tensors(),
         }
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-        return write_tensor_folder(folder, KIND, FORMAT_VERSION, config, tensors)
+        return FOLDER.write(folder, config, tensors)
 
     def push_to_hub(
         self,
@@ -206,6 +206,7 @@ class SteeringPolicy:
             DspaError: if it cannot be written, or the hub refuses it.
         """
         return upload_folder(
+            FOLDER,
             self.save_pretrained,
             self.model_card(repo_id, summary),
             repo_id,
@@ -258,24 +259,26 @@ class SteeringPolicy:
             CorruptFileError: if a file is truncated, altered, or holds values out of bounds.
             MismatchError: if an option needs decoder rows that were not saved.
         """
-        config, tensors = read_tensor_folder(local_folder(source, KIND), KIND, FORMAT_VERSION)
+        config, tensors = FOLDER.read(local_folder(source, FOLDER))
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise InvalidInputError(f"option {unknown[0]!r} is not known; expected one of {', '.join(OPTIONS)}")
         parts: dict[str, dict[str, Tensor]] = {"conditional_map": {}, "input_sae": {}, "output_sae": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
-            parts.setdefault(part, {})[name] = tensor
+            if part not in parts:
+                raise CorruptFileError(f"{source} holds a tensor {key!r} that is no part of a policy; make it again")
+            parts[part][name] = tensor
         try:
-            saved = _saved_options(config)
+            saved = {name: getattr(config, name) for name in OPTIONS}
             conditional_map = ConditionalDifferenceMap.from_tensors(
-                config["conditional_map"], parts["conditional_map"], str(source)
+                config.conditional_map, parts["conditional_map"], str(source)
             )
-            input_sae = sae_from_config(config["input_sae"], parts["input_sae"])
-            output_sae = sae_from_config(config["output_sae"], parts["output_sae"])
+            input_sae = sae_from_config(config.input_sae, parts["input_sae"])
+            output_sae = sae_from_config(config.output_sae, parts["output_sae"])
             if output_sae.W_dec is None:
                 raise ValueError("output_sae.W_dec is missing")
-        except (KeyError, TypeError, ValueError, UnsupportedSaeError) as error:
+        except (TypeError, ValueError, UnsupportedSaeError) as error:
             raise CorruptFileError(f"{source} does not hold a whole policy ({error}); make it again") from error
         return cls(conditional_map, input_sae, output_sae, **{**saved, **options})
 
@@ -288,10 +291,19 @@ def html_table(fields: dict[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _saved_options(config: dict[str, Any]) -> dict[str, Any]:
-    """The options in a saved configuration, each of the type of its default."""
-    for name in OPTIONS:
-        expected = (int, float) if name == "alpha" else (type(getattr(SteeringPolicy, name)),)
-        if type(config[name]) not in expected:
-            raise TypeError(f"{name} is {config[name]!r}; expected {expected[-1].__name__}")
-    return {name: config[name] for name in OPTIONS}
+@dataclass(frozen=True)
+class _Config:
+    """`config.json`."""
+
+    k_prompt: int
+    k_diff: int
+    alpha: float
+    edit: EditKind
+    sign_guard: bool
+    edit_positions: EditPositions
+    conditional_map: MapConfig
+    input_sae: SaeConfig
+    output_sae: SaeConfig
+
+
+FOLDER = TensorFolder("policy", 2, _Config, version_without_checksum=1)

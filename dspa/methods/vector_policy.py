@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +14,8 @@ from dspa.kernels import EditList, StepMode, TokenStats
 from dspa.methods.hub import local_folder
 from dspa.methods.policy import EditPositions, Intervention, TokenEdit, check_edit_positions
 from dspa.transformers_model import ModelFingerprint, check_layer_fits
-from dspa.util.files import read_tensor_folder, write_tensor_folder
-
-KIND = "vector_policy"
-FORMAT_VERSION = 1
+from dspa.util.files import TensorFolder
+from dspa.util.scalars import LARGEST_FLOAT32, check_integer, check_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +157,8 @@ class VectorPolicy:
             )
         if not bool(self.vector.isfinite().all()):
             raise InvalidInputError("the vector holds NaN or Inf; expected finite numbers")
-        if not abs(self.scale) < float("inf"):
-            raise InvalidInputError(f"scale is {self.scale}; expected a finite number")
+        check_integer("layer", self.layer, 0)
+        check_number("scale", self.scale, -LARGEST_FLOAT32, LARGEST_FLOAT32)
         check_edit_positions(self.edit_positions)
 
     @property
@@ -178,21 +175,19 @@ class VectorPolicy:
         )
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes the policy to a folder: `vector_policy.safetensors` and `config.json`.
+        """Writes the policy to a folder: the vector and `config.json`.
 
         Raises:
             DspaError: if it cannot be written.
         """
-        from dataclasses import asdict
-
         config = {
             "layer": self.layer,
-            "scale": self.scale,
+            "scale": float(self.scale),
             "edit_positions": self.edit_positions,
             "uncounted_token_ids": list(self.uncounted_token_ids),
             "model": None if self.model is None else asdict(self.model),
         }
-        return write_tensor_folder(folder, KIND, FORMAT_VERSION, config, {"vector": self.vector.detach()})
+        return FOLDER.write(folder, config, {"vector": self.vector.detach()})
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> VectorPolicy:
@@ -202,13 +197,24 @@ class VectorPolicy:
             InvalidInputError: if there is no policy.
             CorruptFileError: if a file is truncated, altered, or holds values out of bounds.
         """
-        config, tensors = read_tensor_folder(local_folder(source, KIND), KIND, FORMAT_VERSION)
+        config, tensors = FOLDER.read(local_folder(source, FOLDER))
         try:
-            fields: dict[str, Any] = {name: config[name] for name in ("layer", "scale", "edit_positions")}
-            if type(fields["layer"]) is not int or type(fields["scale"]) not in (int, float):
-                raise TypeError(f"layer is {fields['layer']!r}, scale {fields['scale']!r}; expected numbers")
-            model = None if config["model"] is None else ModelFingerprint(**config["model"])
-            tokens = tuple(int(token) for token in config["uncounted_token_ids"])
-            return cls(tensors["vector"], **fields, model=model, uncounted_token_ids=tokens)
-        except (KeyError, TypeError, ValueError, InvalidInputError) as error:
+            if tensors.keys() != {"vector"}:
+                raise ValueError(f"its tensors are {', '.join(sorted(tensors)) or 'none'}; expected vector")
+            return cls(tensors["vector"], **vars(config))
+        except (ValueError, InvalidInputError) as error:
             raise CorruptFileError(f"{source} does not hold a whole vector policy ({error}); make it again") from error
+
+
+@dataclass(frozen=True)
+class _Config:
+    """`config.json`."""
+
+    layer: int
+    scale: float
+    edit_positions: EditPositions
+    uncounted_token_ids: tuple[int, ...]
+    model: ModelFingerprint | None
+
+
+FOLDER = TensorFolder("vector_policy", 2, _Config, version_without_checksum=1)

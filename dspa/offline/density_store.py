@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from dspa.errors import CorruptFileError, InvalidInputError, MismatchError
+from dspa.errors import CorruptFileError, DspaError, InvalidInputError, MismatchError
+from dspa.kernels.types import offsets_rise
 from dspa.transformers_model import ModelFingerprint
-from dspa.util.files import TEMPORARY_SUFFIX, make_folder, write_atomically
+from dspa.util.files import TEMPORARY, load_tensors, make_folder, read_file, write_atomically
+from dspa.util.records import check_checksum, encode_record, parse_json, read_json, validated
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+FINISHED = "finished"
+"""The subfolder of shards that the store has not taken over yet; see `dspa.offline.distributed`."""
+LOCK = ".lock"
+"""Held by the process that writes the store. The file stays."""
+NOTES = "dspa"
+SHARD = re.compile(r"densities-\d{5,}\.safetensors")
 PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -56,29 +66,18 @@ class CollectionRun:
 
     def __post_init__(self) -> None:
         sizes = ("triple_count", "triples_per_shard", "triples_per_batch", "tokens_per_batch", "d_sae_in", "d_sae_out")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name, least in (*((size, 1) for size in sizes), ("input_layer", 0), ("output_layer", 0)):
+            value = getattr(self, name)
+            if not least <= value < 2**31:
+                raise InvalidInputError(
+                    f"{name} is {value}; expected at least {least}" + ", below 2**31" * (value > least)
+                )
+        if any(not 0 <= token < 2**31 for token in self.uncounted_token_ids):
+            raise InvalidInputError("uncounted_token_ids are not all from 0 to 2**31 - 1")
 
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> CollectionRun:
-        """From the output of `asdict` after a round trip through JSON.
-
-        Raises:
-            KeyError, TypeError: if a field is missing, unknown, or of another type.
-            InvalidInputError: if a number is out of range.
-        """
-        fields = {
-            **record,
-            "model": ModelFingerprint(**record["model"]),
-            "uncounted_token_ids": tuple(record["uncounted_token_ids"]),
-        }
-        for name, expected in get_type_hints(cls).items():
-            if expected in (int, bool, str) and type(fields.get(name, expected())) is not expected:
-                raise TypeError(f"{name} is {fields[name]!r}; expected {expected.__name__}")
-        if any(type(token) is not int for token in fields["uncounted_token_ids"]):
-            raise TypeError("uncounted_token_ids are not all int")
-        return cls(**fields)
+    def digest(self) -> str:
+        """SHA-256 (hex) of the record; every shard carries that of its run."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def shard_count(self) -> int:
@@ -131,11 +130,14 @@ class SparseCounts:
         return self.counts.double() / self.tokens.double()[self.triple_of_entry]
 
     def check(self, triples: int, d_sae: int, name: str) -> SparseCounts:
-        """Itself if all sizes and indices are in bounds, else CorruptFileError."""
-        rising = len(self.offsets) == triples + 1 and self.offsets[0] == 0 and bool((self.offsets.diff() >= 0).all())
-        sized = len(self.latents) == len(self.counts) == int(self.offsets[-1]) and len(self.tokens) == triples
+        """Itself if all dtypes, sizes and indices are in bounds, else CorruptFileError."""
+        tensors = (self.offsets, self.latents, self.counts, self.tokens)
+        dtypes = (torch.int64, torch.int32, torch.int32, torch.int32)
+        flat = all(tensor.ndim == 1 and tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True))
+        sized = flat and len(self.tokens) == triples and len(self.latents) == len(self.counts)
+        rising = sized and len(self.offsets) == triples + 1 and offsets_rise(self.offsets, len(self.latents))
         bounded = not len(self.latents) or (int(self.latents.min()) >= 0 and int(self.latents.max()) < d_sae)
-        if not (rising and sized and bounded) or bool((self.tokens < 1).any()) or not self._counts_possible():
+        if not (rising and bounded) or bool((self.tokens < 1).any()) or not self._counts_possible():
             raise CorruptFileError(f"{name} holds counts out of their bounds; delete it and collect again")
         return self
 
@@ -164,8 +166,74 @@ class ShardRecord:
     nonfinite_tokens: int
 
 
+@dataclass(frozen=True)
+class _Manifest:
+    """`manifest.json`."""
+
+    format_version: Literal[2]
+    run: CollectionRun
+    shards: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True)
+class _ShardNotes:
+    """What the header of a shard's file says beside its tensors."""
+
+    nonfinite_tokens: int
+    run: str
+
+
 def shard_name(index: int) -> str:
     return f"densities-{index:05d}.safetensors"
+
+
+def encode_shard(shard: DensityShard, nonfinite_tokens: int, run: CollectionRun) -> bytes:
+    """The content of a shard's file, the same whoever writes it."""
+    tensors = {f"{part}_{name}": value.contiguous() for part in PARTS for name, value in vars(shard.part(part)).items()}
+    notes = {"nonfinite_tokens": nonfinite_tokens, "run": run.digest()}
+    return safetensors.torch.save(tensors, {NOTES: json.dumps(notes)})  # several entries would come in any order
+
+
+def decode_shard(content: bytes, index: int, run: CollectionRun, name: str) -> tuple[DensityShard, int]:
+    """A shard and its number of tokens that were not finite.
+
+    Raises:
+        CorruptFileError: if it is not a shard of that number of this run, or a number is out of its bounds.
+    """
+    tensors = load_tensors(content, f"shard {name}")  # so that the header is known to be one
+    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    try:
+        notes = validated(_ShardNotes, parse_json(header.get("__metadata__", {}).get(NOTES, "").encode()))
+    except ValueError as error:
+        raise CorruptFileError(f"shard {name} does not say what it is ({error}); collect again") from error
+    if notes.run != run.digest():
+        raise CorruptFileError(f"shard {name} belongs to another run than the manifest; collect again")
+    fields = ("offsets", "latents", "counts", "tokens")
+    expected = {f"{part}_{field}" for part in PARTS for field in fields}
+    if tensors.keys() != expected or notes.nonfinite_tokens < 0:
+        raise CorruptFileError(f"shard {name} does not hold {len(expected)} tensors of counts; collect again")
+    triples = min(run.triples_per_shard, run.triple_count - index * run.triples_per_shard)
+    widths = {"prompt": run.d_sae_in, "chosen": run.d_sae_out, "rejected": run.d_sae_out}
+    parts = [
+        SparseCounts(*(tensors[f"{part}_{field}"] for field in fields)).check(triples, widths[part], name)
+        for part in PARTS
+    ]
+    return DensityShard(*parts), notes.nonfinite_tokens
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of that name is what a killed run left while it wrote a file of a store."""
+    match = TEMPORARY.fullmatch(name)
+    return match is not None and (match["name"] == MANIFEST or SHARD.fullmatch(match["name"]) is not None)
+
+
+def remove_own_files(folder: Path, *, shards: bool = False) -> None:
+    """Removes what killed runs left in a folder of a store, and with `shards` its shards as well: regular files with
+    names of this package's own, and nothing else."""
+    for entry in list(os.scandir(folder)):
+        owned = is_leftover(entry.name) or (shards and SHARD.fullmatch(entry.name) is not None)
+        if owned and entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
 
 
 @dataclass(frozen=True)
@@ -194,42 +262,53 @@ class DensityStore:
         if not path.is_file():
             raise InvalidInputError(f"no densities in {folder}: {MANIFEST} is missing; run dspa collect first")
         try:
-            record = json.loads(path.read_text())
-            if record["format_version"] != FORMAT_VERSION:
+            record = read_json(path)
+            version = record["format_version"]
+            if version == 1:
                 raise CorruptFileError(
-                    f"{path} has format version {record['format_version']}; this version reads {FORMAT_VERSION}"
+                    f"{path} has format version 1, whose shards do not say which run they belong to; collect again "
+                    "into another folder"
                 )
-            shards = tuple(ShardRecord(**shard) for shard in record["shards"])
-            run = CollectionRun.from_json(record["run"])
-            if [shard.file for shard in shards] != [shard_name(index) for index in range(len(shards))]:
+            if version != FORMAT_VERSION:
+                raise CorruptFileError(
+                    f"{path} has format version {str(version)[:80]}; this version reads {FORMAT_VERSION}"
+                )
+            manifest = validated(_Manifest, check_checksum(record))
+            if [shard.file for shard in manifest.shards] != [shard_name(n) for n in range(len(manifest.shards))]:
                 raise ValueError("the shards are not in order")
-            if len(shards) > run.shard_count:
-                raise ValueError(f"{len(shards)} shards; expected {run.shard_count}")
-            return cls(Path(folder), run, shards)
-        except (OSError, ValueError, KeyError, TypeError, InvalidInputError) as error:
+            if len(manifest.shards) > manifest.run.shard_count:
+                raise ValueError(f"{len(manifest.shards)} shards; expected {manifest.run.shard_count}")
+            return cls(Path(folder), manifest.run, manifest.shards)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{path} cannot be read ({error}); delete the folder and collect again") from error
 
     @classmethod
     def create_or_resume(cls, folder: str | Path, run: CollectionRun) -> DensityStore:
-        """The store for a run: the one that is there if it belongs to the same run, else a new one.
+        """The store for a run: the one that is there if it belongs to the same run, else a new one. Of what is in the
+        folder, only what a killed run left is removed, and only once the manifest says that this is a store.
 
         Raises:
+            InvalidInputError: if the folder is neither empty nor a store.
             MismatchError: if the folder holds another run's densities.
             CorruptFileError: if its manifest cannot be read.
             DspaError: if the folder cannot be written.
         """
-        path = make_folder(folder)
-        for leftover in path.glob(f"*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
-        if not (path / MANIFEST).exists():
+        path = store_folder(folder)
+        if (path / MANIFEST).exists():
+            store = cls.open(path)
+            if store.run != run:
+                mine, theirs = asdict(run), asdict(store.run)
+                names = ", ".join(name for name in mine if mine[name] != theirs[name])
+                raise MismatchError(
+                    f"{folder} holds densities of another run (different {names}); choose another folder"
+                )
+        else:
             store = cls(path, run, ())
             store._write_manifest()
-            return store
-        store = cls.open(path)
-        if store.run != run:
-            mine, theirs = asdict(run), asdict(store.run)
-            names = ", ".join(name for name in mine if mine[name] != theirs[name])
-            raise MismatchError(f"{folder} holds densities of another run (different {names}); choose another folder")
+        try:
+            remove_own_files(path)
+        except OSError as error:
+            raise DspaError(f"{folder} cannot be tidied up: {error.strerror or error}") from error
         return store
 
     @property
@@ -247,10 +326,7 @@ class DensityStore:
         Raises:
             DspaError: if it cannot be written (disk full); the shards before it stay usable.
         """
-        tensors = {
-            f"{part}_{field}": tensor.contiguous() for part in PARTS for field, tensor in vars(shard.part(part)).items()
-        }
-        content = safetensors.torch.save(tensors)
+        content = encode_shard(shard, nonfinite_tokens, self.run)
         name = shard_name(len(self.shards))
         write_atomically(self.folder / name, content)
         record = ShardRecord(name, hashlib.sha256(content).hexdigest(), nonfinite_tokens)
@@ -276,23 +352,13 @@ class DensityStore:
         record = self.shards[index]
         path = self.folder / record.file
         try:
-            content = path.read_bytes()
+            content = read_file(path)
         except OSError as error:
-            raise CorruptFileError(f"shard {path} cannot be read ({error.strerror}); collect again") from error
+            reason = error.strerror or error
+            raise CorruptFileError(f"shard {path} cannot be read ({reason}); collect again") from error
         if hashlib.sha256(content).hexdigest() != record.sha256:
             raise CorruptFileError(f"shard {path} was altered (its checksum differs); collect again")
-        tensors = safetensors.torch.load(content)
-        first = index * self.run.triples_per_shard
-        triples = min(self.run.triples_per_shard, self.run.triple_count - first)
-        widths = {"prompt": self.run.d_sae_in, "chosen": self.run.d_sae_out, "rejected": self.run.d_sae_out}
-        return DensityShard(
-            **{
-                part: SparseCounts(
-                    **{name: tensors[f"{part}_{name}"] for name in ("offsets", "latents", "counts", "tokens")}
-                ).check(triples, width, str(path))
-                for part, width in widths.items()
-            }
-        )
+        return decode_shard(content, index, self.run, str(path))[0]
 
     def without_damaged(self) -> DensityStore:
         """The store up to the first shard that is missing or altered, so that a run can go on from there."""
@@ -309,4 +375,24 @@ class DensityStore:
             "run": asdict(self.run),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        write_atomically(self.folder / MANIFEST, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(self.folder / MANIFEST, encode_record(record))
+
+
+def store_folder(folder: str | Path) -> Path:
+    """The folder of a store, made if it is not there.
+
+    Raises:
+        InvalidInputError: if it is neither empty nor a store; nothing in it was touched.
+        DspaError: if it cannot be made or read.
+    """
+    path = make_folder(folder)
+    try:
+        names = sorted(entry.name for entry in os.scandir(path))
+    except OSError as error:
+        raise DspaError(f"{folder} cannot be used as a folder: {error.strerror or error}") from error
+    foreign = [name for name in names if name != LOCK and not is_leftover(name)]
+    if foreign and MANIFEST not in names:
+        raise InvalidInputError(
+            f"{folder} is neither empty nor a folder of densities (it holds {foreign[0]}); choose another folder"
+        )
+    return path

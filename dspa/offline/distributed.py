@@ -12,26 +12,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch.distributed as distributed
 
-from dspa.errors import DspaError
-from dspa.offline.density_store import PARTS, CollectionRun, DensityShard, DensityStore, SparseCounts, shard_name
-from dspa.util.files import make_folder, write_atomically
+from dspa.errors import CorruptFileError, DspaError
+from dspa.offline.density_store import (
+    FINISHED,
+    LOCK,
+    CollectionRun,
+    DensityShard,
+    DensityStore,
+    decode_shard,
+    encode_shard,
+    remove_own_files,
+    shard_name,
+    store_folder,
+)
+from dspa.util.files import make_folder, read_file, write_atomically
 from dspa.util.progress import track
-
-FINISHED = "finished"
-"""The subfolder of shards that the store has not taken over yet."""
 
 COLLECTIVE_TIMEOUT = timedelta(days=30)
 """How long the first process to finish waits for the others."""
@@ -47,15 +51,13 @@ def fill_store(out: str | Path, run: CollectionRun, read: ReadShard, *, progress
         MismatchError, CorruptFileError: if the folder holds another run, or a manifest that cannot be read.
         DspaError: if a file cannot be written; finished shards stay usable.
     """
-    with _processes() as processes:
-        if processes.count == 1:
-            store = _open(out, run)
-            for index in track(range(len(store.shards), run.shard_count), LABEL, enabled=progress, unit="shards"):
-                store = store.append(*(_read_finished(store, index) or read(index)))
-            _take_over(store)
-        else:
-            store = _fill_together(out, run, read, processes, progress)
-    return store
+    with _processes() as processes, contextlib.ExitStack() as held:
+        if processes.count > 1:
+            return _fill_together(out, run, read, processes, progress, held)
+        store = _open(out, run, held)
+        for index in track(range(len(store.shards), run.shard_count), LABEL, enabled=progress, unit="shards"):
+            store = store.append(*(_read_finished(store, index) or read(index)))
+        return _take_over(store)
 
 
 LABEL = "Collecting densities"
@@ -73,11 +75,16 @@ def is_first_process() -> bool:
 
 
 def _fill_together(
-    out: str | Path, run: CollectionRun, read: ReadShard, processes: _Processes, progress: bool
+    out: str | Path,
+    run: CollectionRun,
+    read: ReadShard,
+    processes: _Processes,
+    progress: bool,
+    held: contextlib.ExitStack,
 ) -> DensityStore:
     def prepare() -> list[int]:
-        store = _take_over(_open(out, run))
-        make_folder(store.folder / FINISHED)
+        store = _take_over(_open(out, run, held))
+        _make_finished_folder(store)
         return [i for i in range(len(store.shards), run.shard_count) if _read_finished(store, i) is None]
 
     missing = processes.first_does(prepare)
@@ -90,47 +97,72 @@ def _fill_together(
     return DensityStore.open(out)
 
 
-def _open(out: str | Path, run: CollectionRun) -> DensityStore:
+def _open(out: str | Path, run: CollectionRun, held: contextlib.ExitStack) -> DensityStore:
+    """The store, locked for as long as `held` is open."""
+    held.enter_context(_sole_writer(store_folder(out)))
     return DensityStore.create_or_resume(out, run).without_damaged()
 
 
+@contextlib.contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other collections out of a folder.
+
+    Raises:
+        DspaError: if one is there already, or the folder cannot be locked.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DspaError(
+            f"another dspa collect is writing to {folder}; wait for its end, or choose another folder"
+        ) from None
+    except OSError as error:
+        raise DspaError(f"{folder} cannot be locked: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _take_over(store: DensityStore) -> DensityStore:
-    """The store with the finished shards that follow its own; the subfolder goes when nothing is left to come."""
+    """The store with the finished shards that follow its own; the subfolder goes when nothing is left to come, unless
+    somebody put something else into it."""
     while not store.complete and (found := _read_finished(store, len(store.shards))) is not None:
         store = store.append(*found)
-    if store.complete:
-        shutil.rmtree(store.folder / FINISHED, ignore_errors=True)
+    folder = store.folder / FINISHED
+    if store.complete and folder.is_dir() and not folder.is_symlink():
+        with contextlib.suppress(OSError):
+            remove_own_files(folder, shards=True)
+            folder.rmdir()
     return store
 
 
+def _make_finished_folder(store: DensityStore) -> None:
+    folder = store.folder / FINISHED
+    if folder.is_symlink():
+        raise DspaError(f"{folder} is a symbolic link; expected a folder of this store: remove the link")
+    make_folder(folder)
+
+
 def _write_finished(store: DensityStore, index: int, shard: DensityShard, nonfinite_tokens: int) -> None:
-    tensors = {f"{part}_{name}": value.contiguous() for part in PARTS for name, value in vars(shard.part(part)).items()}
-    notes = {"run": _digest(store.run), "nonfinite_tokens": str(nonfinite_tokens)}
-    content = safetensors.torch.save(tensors, notes)
+    content = encode_shard(shard, nonfinite_tokens, store.run)
     checksum = hashlib.sha256(content).hexdigest()
     write_atomically(store.folder / FINISHED / shard_name(index), checksum.encode() + content)
 
 
 def _read_finished(store: DensityStore, index: int) -> tuple[DensityShard, int] | None:
     """A shard another process left in the subfolder, or None if it is not there, damaged, or another run's."""
+    path = store.folder / FINISHED / shard_name(index)
     try:
-        content = (store.folder / FINISHED / shard_name(index)).read_bytes()
-    except OSError:
+        content = read_file(path)
+        if hashlib.sha256(content[64:]).hexdigest().encode() != content[:64]:
+            return None
+        return decode_shard(content[64:], index, store.run, str(path))
+    except (OSError, CorruptFileError):
         return None
-    checksum, content = content[:64], content[64:]
-    if hashlib.sha256(content).hexdigest().encode() != checksum:
-        return None
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    if header["run"] != _digest(store.run):
-        return None
-    tensors = safetensors.torch.load(content)
-    fields = ("offsets", "latents", "counts", "tokens")
-    parts = [SparseCounts(*(tensors[f"{part}_{name}"] for name in fields)) for part in PARTS]
-    return DensityShard(*parts), int(header["nonfinite_tokens"])
-
-
-def _digest(run: CollectionRun) -> str:
-    return hashlib.sha256(json.dumps(asdict(run), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

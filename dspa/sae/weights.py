@@ -103,13 +103,14 @@ class SaeWeights:
                 f"SAE input normalization {self.normalization!r} is not known; "
                 f"expected one of {', '.join(get_args(InputNormalization))}"
             )
-        if self.W_enc.ndim != 2 or self.W_enc.dtype not in STORAGE_DTYPES:
+        if self.W_enc.ndim != 2 or self.W_enc.dtype not in STORAGE_DTYPES or self.W_enc.layout != torch.strided:
             raise UnsupportedSaeError(
                 f"W_enc is {tuple(self.W_enc.shape)} {self.W_enc.dtype}; expected a [d_sae, d_model] matrix in "
                 "bfloat16, float16, float32 or float64"
             )
         small = torch.float64 if self.dtype == torch.float64 else torch.float32
-        decoder_rows = self.d_sae if self.W_dec is None or self.decoder_rows is None else self.W_dec.shape[0]
+        own_rows = self.W_dec is not None and self.W_dec.ndim == 2 and self.decoder_rows is not None
+        decoder_rows = self.W_dec.shape[0] if own_rows and self.W_dec is not None else self.d_sae
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "W_enc": ((self.d_sae, self.d_model), self.dtype),
             "W_dec": ((decoder_rows, self.d_model), self.dtype),
@@ -118,6 +119,8 @@ class SaeWeights:
         }
         for name, tensor in self.tensors().items():
             shape, dtype = expected.get(name, ((self.d_sae,), small))
+            if tensor.device != self.device:
+                raise UnsupportedSaeError(f"SAE tensor {name} is on {tensor.device}; expected {self.device} as W_enc")
             if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
                 raise UnsupportedSaeError(
                     f"SAE tensor {name} is {tuple(tensor.shape)} {tensor.dtype}"

@@ -14,7 +14,7 @@ from kernel_cases import Kind, edit_list, generator, make_sae, normal, random_li
 from torch import Tensor
 
 import dspa.kernels.native as native
-from dspa.errors import BackendUnavailableError
+from dspa.errors import BackendUnavailableError, InvalidInputError
 from dspa.kernels import CsrMap, EditList, SaeWeights, TokenStats, available, encode_density, lookup, token_step
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.quantized_rows import quantize_rows
@@ -168,13 +168,13 @@ def test_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 @pytest.mark.parametrize(
     ("latent", "count", "message"),
-    [(64, 1, "names latent 64"), (-1, 1, "names latent -1"), (0, 9, "has 9 entries"), (0, -1, "has -1 entries")],
+    [(64, 1, "name latents 64"), (-1, 1, "name latents -1"), (0, 9, r"have \[9\] entries"), (0, -1, "have")],
 )
 def test_lists_out_of_bounds_are_refused(latent: int, count: int, message: str) -> None:
     sae = make_sae(Kind(), 37, 64, torch.bfloat16, seed=0)
     edits = EditList.empty(1, 8)
     edits.latents[0, 0], edits.counts[0] = latent, count
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         token_step(torch.zeros(1, 37), sae, edits, 0.2, backend="cpu")
 
 
@@ -182,7 +182,7 @@ def test_latents_without_a_decoder_are_refused() -> None:
     sae = make_sae(Kind(compact=True), 37, 64, torch.bfloat16, seed=0)
     assert sae.decoder_rows is not None
     missing = int((sae.decoder_rows < 0).nonzero()[0])
-    with pytest.raises(ValueError, match="no row in W_dec"):
+    with pytest.raises(InvalidInputError, match="without a decoder row"):
         token_step(torch.zeros(1, 37), sae, EditList.from_lists([[]], [[missing]]), 0.2, backend="cpu")
 
 

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import tiny_collection as tiny
 import torch
+from altered_records import change_record, tensors_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_collection import one_thread  # noqa: F401
@@ -25,8 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dspa
 from dspa import ConditionalDifferenceMap
 from dspa.errors import CorruptFileError, DspaError, InvalidInputError
-from dspa.methods.conditional_map import BLOCK_BYTES
-from dspa.util.files import write_tensor_folder
+from dspa.methods.conditional_map import BLOCK_BYTES, FOLDER
 
 GATE_RULES = ("ge", "positive_ge")
 PERCENTILES = (0, 50, 90, 100)
@@ -273,10 +273,8 @@ def test_saved_and_loaded(tmp_path: Path, fitted: ConditionalDifferenceMap) -> N
     for name, tensor in fitted.tensors().items():
         assert loaded.tensors()[name].dtype == tensor.dtype
         assert torch.equal(loaded.tensors()[name], tensor), name
-    assert sorted(path.name for path in (tmp_path / "map").iterdir()) == [
-        "conditional_map.safetensors",
-        "config.json",
-    ]
+    names = sorted(path.name for path in (tmp_path / "map").iterdir())
+    assert names == [tensors_file(tmp_path / "map").name, "config.json"]
     loaded.save(tmp_path / "again")
     assert tiny.folder_bytes(tmp_path / "again") == tiny.folder_bytes(tmp_path / "map")
 
@@ -329,7 +327,7 @@ def test_tensors_out_of_bounds_are_refused_though_the_checksum_is_right(
 ) -> None:
     tensors = fitted.tensors()
     tensors = {k: v for k, v in tensors.items() if k != name} | ({name: change(tensors[name])} if change else {})
-    write_tensor_folder(tmp_path, "conditional_map", 1, fitted.config(), tensors)
+    FOLDER.write(tmp_path, fitted.config(), tensors)
     with pytest.raises(CorruptFileError, match=r"^[^\n]+$"):
         ConditionalDifferenceMap.load(tmp_path)
 
@@ -359,9 +357,7 @@ def test_a_configuration_that_does_not_fit_is_refused(
     tmp_path: Path, fitted: ConditionalDifferenceMap, change: Callable[[dict[str, Any]], object]
 ) -> None:
     fitted.save(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    change(config)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    change_record(tmp_path / "config.json", change)
     with pytest.raises(CorruptFileError, match=r"^[^\n]+$"):
         ConditionalDifferenceMap.load(tmp_path)
 
@@ -369,9 +365,9 @@ def test_a_configuration_that_does_not_fit_is_refused(
 @pytest.mark.parametrize("length", [0, 1, 8, 100, -1])
 def test_a_truncated_map_is_refused(tmp_path: Path, fitted: ConditionalDifferenceMap, length: int) -> None:
     fitted.save(tmp_path)
-    file = tmp_path / "conditional_map.safetensors"
+    file = tensors_file(tmp_path)
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(CorruptFileError, match=r"^\S*conditional_map\.safetensors was truncated or altered[^\n]*$"):
+    with pytest.raises(CorruptFileError, match=r"^\S*conditional_map-\w+\.safetensors was truncated or altered[^\n]*$"):
         ConditionalDifferenceMap.load(tmp_path)
 
 
@@ -382,7 +378,7 @@ def test_no_map_there(tmp_path: Path) -> None:
 
 def test_the_map_file_is_safetensors(tmp_path: Path, fitted: ConditionalDifferenceMap) -> None:
     fitted.save(tmp_path)
-    read = safetensors.torch.load_file(tmp_path / "conditional_map.safetensors")
+    read = safetensors.torch.load_file(tensors_file(tmp_path))
     assert read.keys() == fitted.tensors().keys()
 
 

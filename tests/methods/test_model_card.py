@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from altered_records import tensors_file
 from huggingface_hub.errors import HfHubHTTPError
 from naive_generation import generate
 from tiny_models import prompts, tiny_model, tiny_policy
@@ -41,9 +42,14 @@ class FakeHub:
     def create_repo(self, api: Any, repo_id: str, **options: Any) -> None:
         self.created[repo_id] = {**options, "token": api.token}
 
-    def upload_folder(self, api: Any, *, repo_id: str, folder_path: str, commit_message: str) -> Any:
+    def upload_folder(
+        self, api: Any, *, repo_id: str, folder_path: str, commit_message: str, delete_patterns: list[str]
+    ) -> Any:
         assert repo_id in self.created
-        shutil.copytree(folder_path, self.folder / repo_id)
+        for pattern in delete_patterns:
+            for path in (self.folder / repo_id).glob(pattern):
+                path.unlink()
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1", message=commit_message)
 
 
@@ -59,12 +65,23 @@ def test_what_is_uploaded_comes_back(policy: SteeringPolicy, hub: FakeHub) -> No
     assert policy.push_to_hub("me/mine", private=True, token="t") == "https://hub/me/mine/commit/1"
     assert hub.created == {"me/mine": {"private": True, "exist_ok": True, "token": "t"}}
     folder = hub.folder / "me/mine"
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "policy.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", tensors_file(folder).name]
     loaded = SteeringPolicy.from_pretrained(folder)
     density = torch.rand(3, policy.input_sae.d_sae, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded.select(density).latents, policy.select(density).latents)
     assert loaded.output_sae.metadata.neuronpedia_id == NEURONPEDIA_ID
     assert (folder / "README.md").read_text() == policy.model_card("me/mine")
+
+
+def test_a_second_upload_replaces_the_tensors_of_the_first(policy: SteeringPolicy, hub: FakeHub) -> None:
+    policy.push_to_hub("me/mine")
+    earlier = tensors_file(hub.folder / "me/mine")
+    conditional_map = policy.conditional_map
+    changed = replace(conditional_map, mean_difference=-conditional_map.mean_difference)
+    replace(policy, conditional_map=changed).push_to_hub("me/mine")
+    assert tensors_file(hub.folder / "me/mine") != earlier
+    loaded = SteeringPolicy.from_pretrained(hub.folder / "me/mine").conditional_map
+    assert torch.equal(loaded.mean_difference, changed.mean_difference)
 
 
 def test_a_refusal_of_the_hub_is_one_line(policy: SteeringPolicy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_collection as tiny
 import torch
+from altered_records import change_record, config_fields, tensors_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,8 +27,8 @@ from dspa import ConditionalDifferenceMap, StaticPolicy, SteeringPolicy
 from dspa.errors import CorruptFileError, DspaError, InvalidInputError, MismatchError
 from dspa.kernels import CsrMap, EditKind, EditList, token_step
 from dspa.methods.conditional_map import FitOptions
+from dspa.methods.steering_policy import FOLDER
 from dspa.sae.autoencoder import SparseAutoencoder
-from dspa.util.files import write_tensor_folder
 
 D_IN, D_OUT = 30, 60
 EDITS: tuple[EditKind, ...] = get_args(EditKind)
@@ -138,7 +139,7 @@ def test_nothing_is_selected_that_is_not_selectable(
         ({"k_prompt": -1}, InvalidInputError, "k_prompt is -1; expected 0 to d_sae_in = 30"),
         ({"k_prompt": 31}, InvalidInputError, "k_prompt is 31; expected 0 to d_sae_in = 30"),
         ({"k_diff": 61}, InvalidInputError, "k_diff is 61; expected 0 to d_sae_out = 60"),
-        ({"alpha": -0.1}, InvalidInputError, "alpha is -0.1; expected a number >= 0"),
+        ({"alpha": -0.1}, InvalidInputError, "alpha is -0.1; expected a finite float32 >= 0"),
         ({"alpha": float("nan")}, InvalidInputError, "alpha is nan"),
         ({"alpha": float("inf")}, InvalidInputError, "alpha is inf"),
         ({"edit": "amplify"}, InvalidInputError, "edit is 'amplify'; expected one of ablate, augment, both"),
@@ -193,7 +194,9 @@ def test_saved_and_loaded_it_does_the_same_to_the_last_bit(tmp_path: Path, dtype
 
     density, edited = random_density(32), 0
     hidden = torch.randn(32, tiny.D_MODEL, generator=torch.Generator().manual_seed(1)).to(dtype)
-    for before, after in ((replace(policy, sign_guard=guard), replace(loaded, sign_guard=guard)) for guard in (0, 1)):
+    for before, after in (
+        (replace(policy, sign_guard=guard), replace(loaded, sign_guard=guard)) for guard in (False, True)
+    ):
         lists = before.select(density)
         assert as_lists(after.select(density)) == as_lists(lists)
         expected, found = hidden.clone(), hidden.clone()
@@ -226,10 +229,12 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 def test_the_folder_holds_two_files_and_no_pickle(saved: Path) -> None:
     files = tiny.folder_bytes(saved)
-    assert sorted(files) == ["config.json", "policy.safetensors"]
-    assert json.loads(files["config.json"])["kind"] == "policy"
-    header = int.from_bytes(files["policy.safetensors"][:8], "little")
-    assert all(isinstance(v, dict) for v in json.loads(files["policy.safetensors"][8 : 8 + header]).values())
+    config = json.loads(files["config.json"])
+    name = f"policy-{config['sha256'][:16]}.safetensors"
+    assert sorted(files) == ["config.json", name]
+    assert config["kind"] == "policy"
+    header = int.from_bytes(files[name][:8], "little")
+    assert all(isinstance(v, dict) for v in json.loads(files[name][8 : 8 + header]).values())
     assert not any(content.startswith((b"PK", b"\x80")) for content in files.values())
 
 
@@ -282,9 +287,10 @@ def test_options_refused_at_load(saved: Path, options: dict[str, Any], error: ty
 # --- a folder that is off ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["policy.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["tensors", "config.json"])
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
-def test_a_truncated_file_is_refused(folder: Path, name: str, share: float) -> None:
+def test_a_truncated_file_is_refused(folder: Path, kind: str, share: float) -> None:
+    name = tensors_file(folder).name if kind == "tensors" else kind
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(share * len(content))])
     with pytest.raises(CorruptFileError, match=rf"^\S*{name} [^\n]*$"):
@@ -293,10 +299,11 @@ def test_a_truncated_file_is_refused(folder: Path, name: str, share: float) -> N
 
 @pytest.mark.parametrize("position", [0, 9, 200, -1, -3000])
 def test_an_altered_byte_is_found(folder: Path, position: int) -> None:
-    content = bytearray((folder / "policy.safetensors").read_bytes())
+    file = tensors_file(folder)
+    content = bytearray(file.read_bytes())
     content[position] ^= 4
-    (folder / "policy.safetensors").write_bytes(content)
-    with pytest.raises(CorruptFileError, match=r"^\S*policy\.safetensors was truncated or altered[^\n]*$"):
+    file.write_bytes(content)
+    with pytest.raises(CorruptFileError, match=r"^\S*policy-\w+\.safetensors was truncated or altered[^\n]*$"):
         SteeringPolicy.from_pretrained(folder)
 
 
@@ -357,13 +364,11 @@ NAN, INF = float("nan"), float("inf")
 def test_tensors_that_do_not_fit_are_refused_though_the_checksum_is_right(
     folder: Path, name: str, change: Callable[[Tensor], Tensor] | None, error: type[DspaError]
 ) -> None:
-    tensors = load_file(folder / "policy.safetensors")
+    tensors = load_file(tensors_file(folder))
     given = tensors.pop(name, torch.zeros(1))
     if change is not None:
         tensors[name] = change(given)
-    config = json.loads((folder / "config.json").read_text())
-    rest = {key: value for key, value in config.items() if key not in ("kind", "format_version", "sha256")}
-    write_tensor_folder(folder, "policy", config["format_version"], rest, tensors)
+    FOLDER.write(folder, config_fields(folder), tensors)
     with pytest.raises(error, match=r"^[^\n]+$"):
         SteeringPolicy.from_pretrained(folder)
 
@@ -380,10 +385,13 @@ def test_tensors_that_do_not_fit_are_refused_though_the_checksum_is_right(
         (lambda c: c.update(k_prompt=-1), InvalidInputError),
         (lambda c: c.update(alpha="0.2"), CorruptFileError),
         (lambda c: c.update(alpha=True), CorruptFileError),
-        (lambda c: c.update(alpha=NAN), InvalidInputError),
+        (lambda c: c.update(alpha=-0.1), InvalidInputError),
+        (lambda c: c.update(alpha=1e308), InvalidInputError),
+        (lambda c: c.update(alpha=10**400), InvalidInputError),
+        (lambda c: c.update(k_diff=10**30), InvalidInputError),
         (lambda c: c.update(sign_guard="no"), CorruptFileError),
         (lambda c: c.update(edit=["both"]), CorruptFileError),
-        (lambda c: c.update(edit="none"), InvalidInputError),
+        (lambda c: c.update(edit="none"), CorruptFileError),
         (lambda c: c.pop("conditional_map"), CorruptFileError),
         (lambda c: c.update(conditional_map=[]), CorruptFileError),
         (lambda c: c.update(conditional_map="x"), CorruptFileError),
@@ -411,22 +419,19 @@ def test_tensors_that_do_not_fit_are_refused_though_the_checksum_is_right(
 def test_a_configuration_that_does_not_fit_is_refused(
     folder: Path, change: Callable[[dict[str, Any]], object], error: type[DspaError]
 ) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+    change_record(folder / "config.json", change)
     with pytest.raises(error, match=r"^[^\n]+$"):
         SteeringPolicy.from_pretrained(folder)
 
 
 def test_a_map_wider_than_the_sae_is_refused(folder: Path) -> None:
     """Consistent in itself, so that every check of the map passes."""
-    tensors = load_file(folder / "policy.safetensors")
+    tensors = load_file(tensors_file(folder))
     tensors["conditional_map.mean_difference"] = torch.zeros(D_OUT + 5)
     tensors["conditional_map.columns"][int(tensors["conditional_map.row_offsets"][1]) - 1] = D_OUT + 4
-    config = json.loads((folder / "config.json").read_text())
+    config = config_fields(folder)
     config["conditional_map"]["run"]["d_sae_out"] = D_OUT + 5
-    rest = {key: value for key, value in config.items() if key not in ("kind", "format_version", "sha256")}
-    write_tensor_folder(folder, "policy", config["format_version"], rest, tensors)
+    FOLDER.write(folder, config, tensors)
     with pytest.raises(MismatchError, match="the output SAE has 60 latents; expected 65 as in the map"):
         SteeringPolicy.from_pretrained(folder)
 

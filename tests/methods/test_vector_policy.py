@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from altered_records import change_record
 from tiny_models import D_MODEL, LAYERS, prompts, tiny_model
 from torch import Tensor
 
@@ -84,7 +84,9 @@ def test_latents_are_refused() -> None:
         ({"vector": torch.zeros(2, 3)}, "the vector is (2, 3) torch.float32; expected [d_model] floating point"),
         ({"vector": torch.zeros(3, dtype=torch.int64)}, "torch.int64; expected [d_model] floating point"),
         ({"vector": torch.tensor([0.0, math.nan])}, "the vector holds NaN or Inf"),
-        ({"scale": math.inf}, "scale is inf; expected a finite number"),
+        ({"scale": 1e308}, "scale is 1e+308; expected a finite float32"),
+        ({"layer": 2.0}, "layer is 2.0; expected an integer"),
+        ({"scale": math.inf}, "scale is inf; expected a finite float32"),
         ({"edit_positions": "some"}, "edit_positions is 'some'; expected one of"),
     ],
 )
@@ -124,9 +126,8 @@ def test_a_saved_policy_is_the_same_policy(dtype: torch.dtype, with_model: bool,
 )
 def test_a_spoilt_configuration_is_refused_in_one_line(change: dict[str, Any], tmp_path: Path) -> None:
     VectorPolicy(VECTOR, 2).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(CorruptFileError, match="does not hold a whole vector policy"):
+    change_record(tmp_path / "config.json", lambda config: config.update(change))
+    with pytest.raises(CorruptFileError, match="does not hold a whole vector_policy"):
         VectorPolicy.from_pretrained(tmp_path)
 
 

@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,12 +24,14 @@ import numpy as np
 import pytest
 import tiny_collection as tiny
 import torch
+from altered_records import change_record
 from tiny_collection import one_thread  # noqa: F401
 
 import dspa
 from dspa.errors import CorruptFileError, DspaError, InvalidInputError, MismatchError
 from dspa.offline.density_store import CollectionRun, DensityShard, DensityStore, SparseCounts
 from dspa.transformers_model import decoder_stack
+from dspa.util import files
 
 TRIPLES, PER_SHARD, SHARDS = 8, 3, 3
 STEPS_PER_FILE = 5  # opened, half written, written, on disk, renamed
@@ -61,7 +64,7 @@ def collect(folder: Path) -> DensityStore:
 
 def on_disk_steps(step: Callable[[str], None]) -> None:
     """Calls `step` at each of the moments of writing a file, in the order of STEPS_PER_FILE."""
-    open_file, fsync, move = Path.open, os.fsync, os.replace
+    create_file, fsync, move = files.create_file, os.fsync, os.replace
 
     class Halting:
         def __init__(self, file: Any) -> None:
@@ -82,14 +85,14 @@ def on_disk_steps(step: Callable[[str], None]) -> None:
             step("half written")
             self.file.write(content[len(content) // 2 :])
 
-    def patched_open(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        file = open_file(path, mode, *args, **kwargs)
-        if "w" not in mode:
-            return file
+    def patched_create(path: Path) -> Any:
+        file = create_file(path)
         step("opened")
         return Halting(file)
 
     def patched_fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return
         step("written")
         fsync(descriptor)
         step("on disk")
@@ -98,7 +101,7 @@ def on_disk_steps(step: Callable[[str], None]) -> None:
         move(*args, **kwargs)
         step("renamed")
 
-    Path.open, os.fsync, os.replace = patched_open, patched_fsync, patched_move  # type: ignore[assignment]
+    files.create_file, os.fsync, os.replace = patched_create, patched_fsync, patched_move  # type: ignore[assignment]
 
 
 def on_computing(step: Callable[[str], None]) -> None:
@@ -340,10 +343,7 @@ def test_a_damaged_shard_is_named_and_collected_again(
 
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "manifest.json"
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
+    change_record(folder / "manifest.json", change)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,10 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
         lambda f: change_manifest(f, lambda m: m.pop("run")),
         lambda f: change_manifest(f, lambda m: m.pop("shards")),
         lambda f: change_manifest(f, lambda m: m.pop("format_version")),
-        lambda f: change_manifest(f, lambda m: m.update(format_version=2)),
+        lambda f: change_manifest(f, lambda m: m.update(format_version=1)),
+        lambda f: change_manifest(f, lambda m: m.update(format_version=3)),
+        lambda f: change_manifest(f, lambda m: m["run"].update(d_sae_in=2**31)),
+        lambda f: (f / "manifest.json").write_text("[" * 10**5),
         lambda f: change_manifest(f, lambda m: m["run"].pop("d_sae_in")),
         lambda f: change_manifest(f, lambda m: m["run"].update(surplus=1)),
         lambda f: change_manifest(f, lambda m: m["run"].update(d_sae_in="48")),
@@ -419,7 +422,7 @@ def test_an_incomplete_store_is_not_fitted(folder: Path) -> None:
 
 
 def test_leftovers_of_a_killed_run_are_removed_from_a_finished_store(folder: Path, collected: Path) -> None:
-    for name in ("densities-00001.safetensors.partial", "manifest.json.partial"):
+    for name in (f"densities-00001.safetensors.{'0a' * 8}.partial", f"manifest.json.{'f3' * 8}.partial"):
         (folder / name).write_bytes(b"half")
     collect(folder)
     assert tiny.folder_bytes(folder) == tiny.folder_bytes(collected)
@@ -463,6 +466,7 @@ def test_what_was_appended_is_read(tmp_path: Path) -> None:
     "changes",
     [
         {"offsets": [0, 2, 1, 3]},
+        {"offsets": [0, 2**63 - 1, -2, 3]},  # whose differences wrap around
         {"offsets": [1, 1, 2, 3]},
         {"offsets": [0, 1, 2, 4]},
         {"offsets": [0, 1, 3]},

@@ -154,7 +154,7 @@ def outcome(root: Path) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_one_process_leaves_the_store_and_nothing_else(outcome: dict[str, Any]) -> None:
-    assert outcome["files"] == [*(f"densities-{n:05d}.safetensors" for n in range(SHARDS)), "manifest.json"]
+    assert outcome["files"] == [".lock", *(f"densities-{n:05d}.safetensors" for n in range(SHARDS)), "manifest.json"]
 
 
 @pytest.mark.long

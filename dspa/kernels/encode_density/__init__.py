@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dspa.errors import InvalidInputError
 from dspa.kernels.backends.registry import operations_for
+from dspa.kernels.operands import can_be_read, check_is_tensor, check_same_device
 from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
 
 
@@ -31,6 +32,11 @@ def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, backend:
         InvalidInputError: if a shape does not fit.
         BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
+    check_is_tensor("hidden", hidden)
+    check_is_tensor("offsets", offsets)
+    check_same_device(hidden.device, sae=sae.W_enc)
+    if offsets.device.type != "cpu" or hidden.device.type == "meta":
+        check_same_device(hidden.device, offsets=offsets)
     if hidden.ndim != 2 or hidden.shape[1] != sae.d_model or hidden.dtype not in STORAGE_DTYPES:
         raise InvalidInputError(
             f"hidden is {tuple(hidden.shape)} {hidden.dtype}; expected [N, d_model = {sae.d_model}] floating point"
@@ -38,8 +44,9 @@ def encode_density(hidden: Tensor, offsets: Tensor, sae: SaeWeights, *, backend:
     if offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise InvalidInputError(f"offsets are {tuple(offsets.shape)} {offsets.dtype}; expected [S + 1] int32 or int64")
     # On a device, looking at the values would wait for it; in a compiled graph there are none yet.
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        rising = bool((offsets.diff() >= 0).all()) and int(offsets[0]) >= 0 and int(offsets[-1]) <= hidden.shape[0]
-        if not rising:
+    if can_be_read(offsets):
+        # The bound before the differences, which could wrap around.
+        bounded = bool(((offsets >= 0) & (offsets <= hidden.shape[0])).all())
+        if not bounded or bool((offsets.diff() < 0).any()):
             raise InvalidInputError(f"offsets do not rise within 0 to {hidden.shape[0]}, the rows of hidden")
     return operations_for(backend, "encode_density", (hidden,), sae).encode_density(hidden, offsets, sae)

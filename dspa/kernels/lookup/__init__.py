@@ -10,7 +10,9 @@ from torch import Tensor
 from dspa.errors import InvalidInputError
 from dspa.kernels.backends.registry import operations_for
 from dspa.kernels.lookup.reference import top
+from dspa.kernels.operands import check_is_tensor, check_same_device
 from dspa.kernels.types import CsrMap, EditKind, EditList
+from dspa.util.scalars import check_integer, check_switch
 
 __all__ = ["check_density", "check_lookup_options", "lookup", "top"]
 
@@ -47,16 +49,25 @@ def lookup(
 
     Raises:
         InvalidInputError: if a shape, k_prompt, k_diff or edit is out of range.
+        CorruptFileError: if the map's offsets, columns or values are out of bounds.
         BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
     check_density(density, conditional_map)
     check_lookup_options(conditional_map, k_prompt, k_diff, edit)
+    check_switch("sign_guard", sign_guard)
     operations = operations_for(backend, "lookup", (density, conditional_map.values))
     return operations.lookup(density, conditional_map, k_prompt, k_diff, edit, sign_guard)
 
 
 def check_density(density: Tensor, conditional_map: CsrMap) -> None:
-    """Raises InvalidInputError if prompt features have another shape than the map's rows."""
+    """Raises InvalidInputError if prompt features do not fit the map's rows, and CorruptFileError if the map is out of
+    bounds."""
+    check_is_tensor("density", density)
+    if not torch.compiler.is_compiling():  # a compiled graph has no values to look at yet
+        conditional_map.check()
+    check_same_device(density.device, conditional_map=conditional_map.values)
+    if not density.is_floating_point():
+        raise InvalidInputError(f"density is {density.dtype}; expected floating point")
     if density.ndim != 2 or density.shape[1] != conditional_map.d_sae_in:
         raise InvalidInputError(
             f"density is {tuple(density.shape)}; expected [B, d_sae_in = {conditional_map.d_sae_in}]"
@@ -65,9 +76,7 @@ def check_density(density: Tensor, conditional_map: CsrMap) -> None:
 
 def check_lookup_options(conditional_map: CsrMap, k_prompt: int, k_diff: int, edit: str) -> None:
     """Raises InvalidInputError if the options cannot be used with a map of this size."""
-    if not 0 <= k_prompt <= conditional_map.d_sae_in:
-        raise InvalidInputError(f"k_prompt is {k_prompt}; expected 0 to d_sae_in = {conditional_map.d_sae_in}")
-    if not 0 <= k_diff <= conditional_map.d_sae_out:
-        raise InvalidInputError(f"k_diff is {k_diff}; expected 0 to d_sae_out = {conditional_map.d_sae_out}")
+    check_integer("k_prompt", k_prompt, 0, conditional_map.d_sae_in, "d_sae_in = ")
+    check_integer("k_diff", k_diff, 0, conditional_map.d_sae_out, "d_sae_out = ")
     if edit not in get_args(EditKind):
         raise InvalidInputError(f"edit is {edit!r}; expected one of {', '.join(get_args(EditKind))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import get_args
 
 import torch
@@ -12,9 +11,11 @@ from dspa.errors import InvalidInputError
 from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.backends.registry import operations_for, step_with_lookup_for
 from dspa.kernels.lookup import check_density, check_lookup_options, lookup
+from dspa.kernels.operands import can_be_read, check_is_tensor, check_same_device
 from dspa.kernels.token_step.cpu import StepWork, work_of
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
+from dspa.util.scalars import LARGEST_FLOAT32, check_number, check_switch
 
 __all__ = ["StepWork", "token_step", "token_step_with_lookup", "work_of"]
 
@@ -44,7 +45,7 @@ def token_step(
     Args:
         hidden: `[B, d_model]`, bfloat16, float16, float32 or float64, edited in place; rows may be strided.
         sae: the output SAE, with `W_dec` rows for every listed latent.
-        edits: one list per row; each latent at most once in a list, all of them below `d_sae` (not checked here).
+        edits: one list per row; each latent at most once in a list, all of them below `d_sae` (not checked on a GPU).
         alpha: edit strength, not negative; a number, or `[B]`.
         enabled: `[B]` bool on the device of `hidden`, False for rows to leave alone; None for all.
         stats: counters to add to.
@@ -57,6 +58,8 @@ def token_step(
         BackendUnavailableError: if a backend named explicitly cannot serve the call.
     """
     _check(hidden, sae, edits.batch, alpha, enabled, stats, mode)
+    check_same_device(hidden.device, edits=edits.latents)
+    edits.check(sae)
     operations = operations_for(backend, "token_step", (hidden,), sae)
     operations.token_step(hidden, sae, edits, alpha, enabled, stats, mode)
 
@@ -87,6 +90,8 @@ def token_step_with_lookup(
         raise InvalidInputError(f"the map has {conditional_map.d_sae_out} columns; expected d_sae = {sae.d_sae}")
     check_density(density, conditional_map)
     check_lookup_options(conditional_map, k_prompt, k_diff, edit)
+    check_switch("sign_guard", sign_guard)
+    check_same_device(density.device, hidden=hidden)
     _check(hidden, sae, density.shape[0], alpha, enabled, stats, mode)
     combined = step_with_lookup_for(backend, hidden, density, conditional_map.values, sae)
     if combined is not None:
@@ -107,6 +112,7 @@ def _check(
     stats: TokenStats | None,
     mode: str | None,
 ) -> None:
+    check_is_tensor("hidden", hidden)
     if hidden.ndim != 2 or hidden.shape[1] != sae.d_model or hidden.dtype not in STORAGE_DTYPES:
         raise InvalidInputError(
             f"hidden is {tuple(hidden.shape)} {hidden.dtype}; expected [B, d_model = {sae.d_model}] floating point"
@@ -117,10 +123,14 @@ def _check(
     if lists != batch:
         raise InvalidInputError(f"edit lists are for {lists} rows, hidden has {batch}; expected as many")
     if isinstance(alpha, Tensor):
-        if alpha.shape != (batch,):
-            raise InvalidInputError(f"alpha is {tuple(alpha.shape)}; expected a number or [B = {batch}]")
-    elif not 0 <= alpha < math.inf:
-        raise InvalidInputError(f"alpha is {alpha}; expected a finite number >= 0 (the direction is the edit's sign)")
+        if alpha.shape != (batch,) or not alpha.is_floating_point():
+            raise InvalidInputError(
+                f"alpha is {tuple(alpha.shape)} {alpha.dtype}; expected a number or [B = {batch}] floating point"
+            )
+        if batch and can_be_read(alpha) and not 0 <= float(alpha.min()) <= float(alpha.max()) <= LARGEST_FLOAT32:
+            raise InvalidInputError(f"alpha holds {alpha.tolist()[:8]}; expected finite numbers >= 0")
+    else:
+        check_number("alpha", alpha, 0, LARGEST_FLOAT32, " (the direction is the edit's sign)")
     if enabled is not None and (enabled.shape != (batch,) or enabled.dtype != torch.bool):
         raise InvalidInputError(f"enabled is {tuple(enabled.shape)} {enabled.dtype}; expected [B = {batch}] bool")
     if stats is not None and (stats.seen.shape != (batch,) or stats.latent_edits.shape != (sae.d_sae,)):
@@ -128,5 +138,12 @@ def _check(
             f"stats are for {stats.seen.shape[0]} rows and {stats.latent_edits.shape[0]} latents; "
             f"expected {batch} and {sae.d_sae}"
         )
+    check_same_device(
+        hidden.device,
+        sae=sae.W_enc,
+        alpha=alpha if isinstance(alpha, Tensor) else None,
+        enabled=enabled,
+        stats=None if stats is None else stats.seen,
+    )
     if mode is not None and mode not in get_args(StepMode):
         raise InvalidInputError(f"mode is {mode!r}; expected one of {', '.join(get_args(StepMode))}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.operands import Versions, refusals_of_the_library, versions_of
 from dspa.kernels.quantized_rows import WIDEST_QUANTIZED_MODEL, QuantizedRows, quantize_rows
 from dspa.kernels.token_step.arguments import strength_arguments
 from dspa.kernels.types import EditList, TokenStats
@@ -57,7 +58,7 @@ class StepWork:
 
 
 _scratch: WeakKeyDictionary[SaeWeights, StepScratch] = WeakKeyDictionary()
-_quantized: WeakKeyDictionary[SaeWeights, QuantizedRows | None] = WeakKeyDictionary()
+_quantized: WeakKeyDictionary[SaeWeights, tuple[Versions, QuantizedRows | None]] = WeakKeyDictionary()
 
 
 def scratch_of(sae: SaeWeights) -> StepScratch:
@@ -69,11 +70,19 @@ def scratch_of(sae: SaeWeights) -> StepScratch:
 
 
 def quantized_encoder_of(sae: SaeWeights) -> QuantizedRows | None:
-    """The quantized encoder of this SAE, made at its first step outside a compiled graph; None where there is none yet,
-    or where it would prove nothing. `W_enc` must not be written afterwards."""
-    if sae not in _quantized and not torch.compiler.is_compiling():
-        _quantized[sae] = quantize_rows(sae.W_enc) if _can_be_screened(sae) else None
-    return _quantized.get(sae)
+    """The quantized encoder of this SAE, made at its first step outside a compiled graph, and again when the weights
+    were written in place since; None where there is none yet, where it would prove nothing, and for weights of
+    inference mode, which do not tell that they were written."""
+    if torch.compiler.is_compiling():
+        return None if sae not in _quantized else _quantized[sae][1]
+    factors = (factor for factor in (sae.decoder_norm, sae.magnitude_scale) if factor is not None)
+    versions = versions_of(sae.W_enc, *factors)
+    if versions is None:
+        return None
+    known = _quantized.get(sae)
+    if known is None or known[0] != versions:
+        known = _quantized[sae] = (versions, quantize_rows(sae.W_enc) if _can_be_screened(sae) else None)
+    return known[1]
 
 
 def _can_be_screened(sae: SaeWeights) -> bool:
@@ -99,18 +108,19 @@ def token_step(
     """See `dspa.kernels.token_step`."""
     scratch, mode = scratch_of(sae), mode or DEFAULT_MODE
     quantized = quantized_encoder_of(sae) if mode == "screened" else None
-    torch.ops.dspa.token_step(
-        hidden,
-        *encoder_arguments(sae),
-        sae.W_dec,
-        sae.decoder_rows,
-        edits.latents.contiguous(),
-        edits.signs.contiguous(),
-        edits.counts.contiguous(),
-        *strength_arguments(alpha, enabled, stats),
-        scratch.recent_argmax,
-        None if quantized is None else quantized.values,
-        None if quantized is None else quantized.factors,
-        scratch.counters,
-        mode,
-    )
+    with refusals_of_the_library():
+        torch.ops.dspa.token_step(
+            hidden,
+            *encoder_arguments(sae),
+            sae.W_dec,
+            sae.decoder_rows,
+            edits.latents.contiguous(),
+            edits.signs.contiguous(),
+            edits.counts.contiguous(),
+            *strength_arguments(alpha, enabled, stats),
+            scratch.recent_argmax,
+            None if quantized is None else quantized.values,
+            None if quantized is None else quantized.factors,
+            scratch.counters,
+            mode,
+        )
