@@ -95,9 +95,9 @@ def collect(
     from dspa.offline.collection import collect as collect_densities
     from dspa.offline.distributed import device_of_process, is_first_process
     from dspa.offline.preferences import load_preferences
-    from dspa.transformers_model import text_config
+    from dspa.transformers_model import load_language_model, text_config
 
-    language_model, tokenizer = _load_model(model, dtype, device_of_process(device))
+    language_model, tokenizer = load_language_model(model, dtype, device_of_process(device))
     progress = not as_json and is_first_process()
     context = getattr(text_config(language_model), "max_position_embeddings", None)
     triples = load_preferences(
@@ -209,8 +209,9 @@ def generate(
 
     from dspa.methods.steering_policy import SteeringPolicy
     from dspa.online.steering import steer
+    from dspa.transformers_model import load_language_model
 
-    language_model, tokenizer = _load_model(model, dtype, device)
+    language_model, tokenizer = load_language_model(model, dtype, device)
     changed = {} if alpha is None else {"alpha": alpha}
     steering_policy = SteeringPolicy.from_pretrained(policy, **changed)
 
@@ -365,14 +366,29 @@ def serve(
     model: ModelOption,
     policy: Annotated[list[str], typer.Option(help="Policy folder or hub id, or NAME=FOLDER; may be repeated.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.")] = 8000,
+    max_context: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of prompt and answer; default: the model's context.")
+    ] = None,
+    default_max_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer whose request does not say.")
+    ] = 1024,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
 ) -> None:
     """Serve a model under policies, OpenAI-compatible: MODEL is unsteered, MODEL@NAME follows a policy."""
     from dspa.serving.serve import run_server
 
-    run_server(model, policy, host=host, port=port, dtype=dtype, device=device)
+    run_server(
+        model,
+        policy,
+        host=host,
+        port=port,
+        dtype=dtype,
+        device=device,
+        context_tokens=max_context,
+        default_tokens=default_max_tokens,
+    )
 
 
 def main() -> None:
@@ -396,27 +412,6 @@ def _print_record(record: dict[str, Any], as_json: bool) -> None:
     typer.echo(
         json.dumps(record, indent=2) if as_json else "\n".join(f"{name}: {value}" for name, value in record.items())
     )
-
-
-def _load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer.
-
-    Raises:
-        InvalidInputError: if they cannot be loaded.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InvalidInputError(f"dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        model.to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()
-        raise InvalidInputError(f"model {name!r} cannot be loaded: {reason[0] if reason else error!r}") from error
-    return model.eval(), tokenizer
 
 
 def _load_sae(source: str) -> SparseAutoencoder:

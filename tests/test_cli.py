@@ -86,6 +86,8 @@ def test_alpha_zero_says_the_same(
         ({"input-sae": "no-such-release:layer_0"}, "no-such-release"),
         ({"input-layer": "3"}, "trained on layer 1"),
         ({"dtype": "float12"}, "float12"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used: "),
+        ({"device": "gpu"}, "device 'gpu' cannot be used: "),
     ],
     ids=str,
 )
