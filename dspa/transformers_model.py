@@ -131,6 +131,15 @@ def decoder_stack(model: nn.Module) -> DecoderStack:
     return stacks[0]
 
 
+HOOKS_ATTRIBUTE = "_dspa_hooks"  # of the module that runs the decoder layers: what observes them
+
+
+def is_steered(model: nn.Module) -> bool:
+    """Whether policies are attached to a model."""
+    hooks: Any = vars(decoder_stack(model).module).get(HOOKS_ATTRIBUTE)
+    return hooks is not None and bool(hooks.observers)
+
+
 def check_layer_fits(which: str, layer: int, fingerprint: ModelFingerprint) -> None:
     """Raises MismatchError if a model has no such decoder layer; `which` says in the message what the layer is for."""
     if not 0 <= layer < fingerprint.num_hidden_layers:
