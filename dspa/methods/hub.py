@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,8 +11,8 @@ from dspa.errors import DspaError, InvalidInputError
 from dspa.util.files import TensorFolder, write_atomically
 
 
-def local_folder(source: str | Path, kind: TensorFolder[Any]) -> Path:
-    """The folder itself, or a snapshot of the hub repository of that name.
+def local_folder(source: str | Path, patterns: Sequence[str]) -> Path:
+    """The folder itself, or a snapshot of the hub repository of that name: its files that match the patterns.
 
     Raises:
         InvalidInputError: if there is neither.
@@ -23,7 +23,7 @@ def local_folder(source: str | Path, kind: TensorFolder[Any]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=kind.patterns))
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidInputError(f"no policy at {source}: no such folder, and the hub says: {_reason(error)}") from error
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from dspa.kernels import CsrMap
 from dspa.sae.autoencoder import SparseAutoencoder
+from dspa.util.files import write_atomically
 
 AUDITED_LATENTS = 20
+CARD_HEAD = "---\nlibrary_name: dspa\n"
 
 Page = Callable[[int], str | None]  # the address of a latent's page, where there is one
 
@@ -60,9 +63,7 @@ def model_card(
         introduction: what the method is.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"""---
-library_name: dspa
-tags:
+    return f"""{CARD_HEAD}tags:
 - dspa
 - steering
 - sparse-autoencoder
@@ -91,6 +92,14 @@ print(steering.summary())
 
 {audit}
 """
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Writes a card as README.md, unless there is one that this package has not written."""
+    path = folder / "README.md"
+    if path.exists() and not path.read_bytes().startswith(CARD_HEAD.encode()):
+        return
+    write_atomically(path, card.encode())
 
 
 def audit_of_counts(counts: EditCounts, page: Page) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,11 @@ from dspa.methods import steering_policy, vector_policy
 from dspa.methods.fsrl import policy as fsrl_policy
 from dspa.methods.hub import local_folder
 from dspa.util.files import CONFIG
+from dspa.util.records import read_json
 
 SavedPolicy = steering_policy.SteeringPolicy | fsrl_policy.FsrlPolicy | vector_policy.VectorPolicy
+
+KINDS = (steering_policy.FOLDER, fsrl_policy.FOLDER, vector_policy.FOLDER)
 
 
 def load_policy(source: str | Path, **options: Any) -> SavedPolicy:
@@ -26,16 +28,16 @@ def load_policy(source: str | Path, **options: Any) -> SavedPolicy:
         InvalidInputError: if there is no policy, or an option is unknown or out of range.
         CorruptFileError: if a file is truncated, altered, or holds values out of bounds.
     """
-    folder = local_folder(source, "*")
+    folder = local_folder(source, [pattern for kind in KINDS for pattern in kind.patterns])
     if not (folder / CONFIG).is_file():
         raise InvalidInputError(f"{source} is not a policy folder: {CONFIG} is missing")
     try:
-        kind = json.loads((folder / CONFIG).read_text())["kind"]
+        kind = read_json(folder / CONFIG)["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(f"{folder / CONFIG} cannot be read as a policy configuration ({error})") from error
-    if kind == fsrl_policy.KIND:
+    if kind == fsrl_policy.FOLDER.kind:
         return fsrl_policy.FsrlPolicy.from_pretrained(folder, **options)
-    if kind == vector_policy.KIND:
+    if kind == vector_policy.FOLDER.kind:
         if options:
             raise InvalidInputError(f"a vector policy is read without options; found {next(iter(options))!r}")
         return vector_policy.VectorPolicy.from_pretrained(folder)

@@ -197,7 +197,7 @@ class VectorPolicy:
             InvalidInputError: if there is no policy.
             CorruptFileError: if a file is truncated, altered, or holds values out of bounds.
         """
-        config, tensors = FOLDER.read(local_folder(source, FOLDER))
+        config, tensors = FOLDER.read(local_folder(source, FOLDER.patterns))
         try:
             if tensors.keys() != {"vector"}:
                 raise ValueError(f"its tensors are {', '.join(sorted(tensors)) or 'none'}; expected vector")

@@ -13,11 +13,25 @@ from torch import Tensor
 
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError
 from dspa.methods.fsrl.records import EvaluationRecord, StepRecord
-from dspa.util.files import read_tensor_folder, write_tensor_folder
+from dspa.util.files import TensorFolder
 
-KIND = "fsrl_checkpoint"
-FORMAT_VERSION = 1
 PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class _Config:
+    """`config.json`."""
+
+    run: dict[str, Any]
+    step: int
+    best_step: int
+    stopped: bool
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    optimizer: dict[str, dict[str, Any]]
+
+
+FOLDER = TensorFolder("fsrl_checkpoint", 1, _Config)
 
 
 @dataclass(eq=False)
@@ -42,7 +56,7 @@ class TrainingState:
     optimizer: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives a fresh optimiser the saved state."""
+        """Loads the saved state into a fresh optimiser."""
         current = optimizer.state_dict()
         optimizer.load_state_dict({"state": self.optimizer, "param_groups": current["param_groups"]})
 
@@ -73,7 +87,7 @@ def save(
         "optimizer": numbers,
     }
     newest = out / f"{PREFIX}{state.step}"
-    write_tensor_folder(newest, KIND, FORMAT_VERSION, config, tensors)
+    FOLDER.write(newest, config, tensors)
     for older in _checkpoints(out):
         if older != newest:
             shutil.rmtree(older, ignore_errors=True)
@@ -87,11 +101,11 @@ def load_newest(out: Path, run: dict[str, Any]) -> TrainingState | None:
     """
     for folder in sorted(_checkpoints(out), key=_step_of, reverse=True):
         try:
-            config, tensors = read_tensor_folder(folder, KIND, FORMAT_VERSION)
+            config, tensors = FOLDER.read(folder)
         except (CorruptFileError, InvalidInputError):
             continue  # written when the run was killed
-        _check_run(folder, config["run"], run)
-        optimizer: dict[int, dict[str, Any]] = {int(index): dict(v) for index, v in config["optimizer"].items()}
+        _check_run(folder, config.run, run)
+        optimizer: dict[int, dict[str, Any]] = {int(index): dict(v) for index, v in config.optimizer.items()}
         parameters: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
@@ -100,11 +114,11 @@ def load_newest(out: Path, run: dict[str, Any]) -> TrainingState | None:
             else:
                 parameters[key] = tensor
         return TrainingState(
-            config["step"],
-            config["best_step"],
-            config["stopped"],
-            [StepRecord(**record) for record in config["steps"]],
-            [EvaluationRecord(**_with_nan(record)) for record in config["evaluations"]],
+            config.step,
+            config.best_step,
+            config.stopped,
+            [StepRecord(**record) for record in config.steps],
+            [EvaluationRecord(**_with_nan(record)) for record in config.evaluations],
             parameters,
             optimizer,
         )

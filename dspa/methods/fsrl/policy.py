@@ -9,18 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
-from dspa.kernels import AdapterWeights
+from dspa.kernels import AdapterActivation, AdapterWeights
 from dspa.methods.fsrl.adapter_edit import AdapterEdit
 from dspa.methods.hub import local_folder, upload_folder
-from dspa.methods.model_card import EditCounts, audit_of_counts, describe_sae, model_card
+from dspa.methods.model_card import EditCounts, audit_of_counts, describe_sae, model_card, write_card
 from dspa.methods.policy import EditPositions, check_edit_positions
-from dspa.methods.saved_sae import sae_config, sae_from_config
+from dspa.methods.saved_sae import SaeConfig, sae_config, sae_from_config
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.transformers_model import ModelFingerprint
-from dspa.util.files import read_tensor_folder, write_tensor_folder
+from dspa.util.files import TensorFolder
 
-KIND = "fsrl_policy"
-FORMAT_VERSION = 1
 OPTIONS = ("scale", "edit_positions", "uncounted_token_ids", "masked_latents", "steering_fraction")
 TENSORS = ("weight", "bias", "threshold")
 
@@ -99,13 +97,17 @@ class FsrlPolicy:
         )
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes the policy to a folder that needs nothing else: `fsrl_policy.safetensors` and `config.json`.
+        """Writes the policy to a folder that needs nothing else: its tensors and `config.json`.
 
         Raises:
             DspaError: if it cannot be written.
         """
         config = {
-            **{name: getattr(self, name) for name in OPTIONS},
+            "scale": float(self.scale),
+            "edit_positions": self.edit_positions,
+            "uncounted_token_ids": list(self.uncounted_token_ids),
+            "masked_latents": list(self.masked_latents),
+            "steering_fraction": self.steering_fraction,
             "layer": self.layer,
             "activation": self.adapter.activation,
             "clip": self.adapter.clip,
@@ -114,7 +116,9 @@ class FsrlPolicy:
         }
         tensors = {f"adapter.{name}": getattr(self.adapter, name) for name in TENSORS}
         tensors |= {f"sae.{name}": tensor for name, tensor in self.sae.tensors().items()}
-        return write_tensor_folder(folder, KIND, FORMAT_VERSION, config, tensors)
+        saved = FOLDER.write(folder, config, tensors)
+        write_card(saved, self.model_card(saved.name))
+        return saved
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> FsrlPolicy:
@@ -128,7 +132,7 @@ class FsrlPolicy:
             InvalidInputError: if there is no policy, or an option is unknown or out of range.
             CorruptFileError: if a file is truncated, altered, or holds values out of bounds.
         """
-        config, tensors = read_tensor_folder(local_folder(source, KIND), KIND, FORMAT_VERSION)
+        config, tensors = FOLDER.read(local_folder(source, FOLDER.patterns))
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise InvalidInputError(f"option {unknown[0]!r} is not known; expected one of {', '.join(OPTIONS)}")
@@ -164,6 +168,7 @@ class FsrlPolicy:
             The address of the commit.
         """
         return upload_folder(
+            FOLDER,
             self.save_pretrained,
             self.model_card(repo_id, summary),
             repo_id,
@@ -201,29 +206,35 @@ class FsrlPolicy:
         )
 
 
-def _policy_from(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of a saved policy, each checked for its type."""
+@dataclass(frozen=True)
+class _Config:
+    """`config.json`."""
+
+    scale: float
+    edit_positions: EditPositions
+    uncounted_token_ids: tuple[int, ...]
+    masked_latents: tuple[int, ...]
+    steering_fraction: float | None
+    layer: int
+    activation: AdapterActivation
+    clip: bool
+    model: ModelFingerprint | None
+    sae: SaeConfig
+
+
+FOLDER = TensorFolder("fsrl_policy", 1, _Config)
+
+
+def _policy_from(config: _Config, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of a saved policy, its tensors checked."""
     parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "sae": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
-    if type(config["layer"]) is not int or type(config["scale"]) not in (int, float):
-        raise TypeError(f"layer is {config['layer']!r}, scale {config['scale']!r}; expected numbers")
-    if type(config["clip"]) is not bool or type(config["steering_fraction"]) not in (int, float, type(None)):
-        raise TypeError(f"clip is {config['clip']!r}, steering_fraction {config['steering_fraction']!r}")
-    adapter = AdapterWeights(**parts["adapter"], activation=config["activation"], clip=config["clip"])
+    adapter = AdapterWeights(**parts["adapter"], activation=config.activation, clip=config.clip)
     for name in TENSORS:
         value = getattr(adapter, name)
         if bool(value.isnan().any()) or (name != "threshold" and not bool(value.isfinite().all())):
             raise ValueError(f"adapter tensor {name} holds NaN or Inf")
-    return {
-        "adapter": adapter,
-        "sae": sae_from_config(config["sae"], parts["sae"]),
-        "layer": config["layer"],
-        "scale": config["scale"],
-        "model": None if config["model"] is None else ModelFingerprint(**config["model"]),
-        "edit_positions": config["edit_positions"],
-        "uncounted_token_ids": tuple(int(token) for token in config["uncounted_token_ids"]),
-        "masked_latents": tuple(int(latent) for latent in config["masked_latents"]),
-        "steering_fraction": config["steering_fraction"],
-    }
+    fields = {name: getattr(config, name) for name in (*OPTIONS, "layer", "model")}
+    return {**fields, "adapter": adapter, "sae": sae_from_config(config.sae, parts["sae"])}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError
+from dspa.online.hooks.labels import LabelsHook
 from dspa.online.hooks.method_patch import MethodPatch
 
 
@@ -23,6 +24,9 @@ class GenerateObserver(Protocol):
 
     def draft_ends(self) -> None:
         """It returned or raised."""
+
+    def labels_passed(self, labels: Tensor | None) -> None:
+        """A forward call with labels `[B, T]` starts, or has ended: then None."""
 
 
 class ObservedGenerate(MethodPatch):
@@ -167,6 +171,9 @@ class ObserverHandle:
         if self._observed.observers:
             return
         self._observed.remove()
+        labels = vars(self._observed.module).get("forward")
+        if isinstance(labels, LabelsHook):
+            labels.remove()
         refused = vars(self._observed.module).get("init_continuous_batching")
         if isinstance(refused, RefusedMethod):
             refused.remove()
@@ -185,6 +192,7 @@ def observe_generate(model: nn.Module, observer: GenerateObserver) -> ObserverHa
     if not isinstance(observed, ObservedGenerate):
         observed = ObservedGenerate(generating)
         observed.install()
+        LabelsHook(generating, observed.observers).install()
         if callable(getattr(generating, "init_continuous_batching", None)):
             RefusedMethod(generating, "init_continuous_batching", PACKED, observed).install()
     observed.observers.append(observer)
