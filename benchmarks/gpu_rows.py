@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from launch_shapes import LaunchShape, of_token_step
 from random_model import random_model
 
 import dspa
+from dspa.bench.adapter import EAGER_ADAPTER, AdapterCase, eager_way
 from dspa.bench.cases import NEEDS_MAXIMUM, Case, Shape
 from dspa.bench.density_check import check_counts
 from dspa.bench.eager import PlainSae, as_delta, with_error_term
@@ -119,6 +121,9 @@ class Rows:
         for d_sae in self.scale.d_sae[:2]:
             shape = Shape(width, d_sae, torch.bfloat16, 1, self.scale.top_k)
             yield lambda shape=shape: self.token_step(first, shape)
+        for d_sae, batch in itertools.product(self.scale.d_sae[:2], self.scale.batches[:3:2]):
+            shape = Shape(width, d_sae, torch.bfloat16, batch)
+            yield lambda shape=shape: self.adapter_step(first, shape)
         for name, other in self.scale.widths:
             for tokens in self.scale.tokens:
                 yield lambda name=name, other=other, tokens=tokens: self.encode_density(name, other, tokens)
@@ -159,6 +164,22 @@ class Rows:
             columns += tuple(replace(column, name=f"{column.name}, warm L2") for column in warm)
             columns += tuple(self._call_column(backend, case) for backend, case in cases.items())
         return Row(row, group, columns, EAGER)
+
+    def adapter_step(self, model: str, shape: Shape) -> Row:
+        """FSRL's step with a trained adapter: graph replays, L2 emptied before each."""
+        row, group = f"{model}, {shape}", "adapter_step, GPU"
+        first = AdapterCase(Case(shape, self.backends[0], self.sampler.device))
+        adapters = {backend: first.on(backend) for backend in self.backends}
+        try:
+            for adapter in adapters.values():
+                adapter.check()
+        except AssertionError as failure:
+            return Row(row, group, (), EAGER_ADAPTER, failed=_first_line(failure))
+        ways = [eager_way(PlainSae.from_weights(first.case.sae), first, shape.dtype)]
+        for backend, adapter in adapters.items():
+            run, restore = adapter.in_place("dense")
+            ways.append(Way(backend, run, first.adapter.weight.nbytes, restore))
+        return Row(row, group, self.sampler.columns(ways, EAGER_ADAPTER, cold=True), EAGER_ADAPTER)
 
     def step_launches(self, model: str, shape: Shape) -> Row:
         """One pass over all of W_enc, launched in every way that this GPU has; none may change a bit."""

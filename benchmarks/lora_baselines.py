@@ -74,7 +74,8 @@ def lora_model(
         }
         trainer: Any
         if objective == "dpo":
-            from trl import DPOConfig, DPOTrainer
+            from trl.trainer.dpo_config import DPOConfig
+            from trl.trainer.dpo_trainer import DPOTrainer
 
             trainer = DPOTrainer(args=DPOConfig(beta=BETA_DPO, **shared), **arguments)
         else:

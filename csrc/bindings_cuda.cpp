@@ -1,6 +1,8 @@
 // torch.ops.dspa.* on NVIDIA GPUs, on torch's current stream. No CUDA header is needed here.
 //
 // The tests compile this file with kernels that run on the CPU, as operations of another name.
+#include <algorithm>
+
 #include "cuda/operations.h"
 #include "schemas.h"
 #include "tensor_views.h"
@@ -233,6 +235,44 @@ void encode_density(Tensor hidden, Tensor offsets, Tensor W_enc, Tensor b_enc, T
   check(cuda::run_encode_density(task, plan, static_cast<char*>(memory.data_ptr()), here.stream()), "encode_density");
 }
 
+constexpr int64_t most_adapter_entries = int64_t{16} << 20;  // of all lists at a time: 256 MiB
+
+void adapter_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
+                  OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
+                  std::string activation, int64_t k, std::string normalization, Tensor W_dec,
+                  OptionalTensor decoder_rows, Tensor weight, Tensor bias, Tensor adapter_threshold,
+                  std::string adapter_activation, bool clip, OptionalTensor enabled, OptionalTensor seen,
+                  OptionalTensor edited, OptionalTensor nonfinite, OptionalTensor latent_edits, OptionalTensor,
+                  OptionalTensor, OptionalTensor) {
+  cuda::AdapterStep step;
+  step.hidden = strided_matrix(hidden, "hidden");
+  step.sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias, activation, k,
+                     normalization);
+  step.sae.W_dec = matrix(W_dec, "W_dec");
+  const int64_t batch = step.hidden.rows, d_sae = step.sae.d_sae();
+  STD_TORCH_CHECK(step.hidden.columns == step.sae.d_model() && step.sae.W_dec.columns == step.sae.d_model(),
+                  "hidden, W_enc and W_dec must have as many columns");
+  STD_TORCH_CHECK(step.sae.W_dec.dtype == step.sae.W_enc.dtype, "W_dec must have the dtype of W_enc");
+  step.sae.decoder_rows = elements<int32_t>(decoder_rows, d_sae, "decoder_rows");
+  step.adapter = adapter_of(weight, bias, adapter_threshold, adapter_activation, clip, step.sae);
+  const bool* on = elements<bool>(enabled, batch, "enabled");
+  const dspa::AdapterStats stats = adapter_stats_of(seen, edited, nonfinite, latent_edits, batch, d_sae);
+  const OnDevice here(hidden);
+  const int64_t at_once = std::max<int64_t>(most_adapter_entries / d_sae, 1);
+  for (int64_t first = 0; first < batch; first += at_once) {
+    const int64_t rows = std::min(at_once, batch - first);
+    cuda::AdapterStep part = step;
+    part.hidden.data = step.hidden.row(first);
+    part.hidden.rows = rows;
+    if (on != nullptr) part.enabled = on + first;
+    if (stats.seen != nullptr)
+      part.stats = {stats.seen + first, stats.edited + first, stats.nonfinite + first, stats.latent_edits};
+    const Tensor memory = workspace(hidden, 4 * cuda::adapter_words(rows, d_sae));
+    part.lists = cuda::adapter_lists_in(static_cast<uint32_t*>(memory.data_ptr()), rows, d_sae);
+    check(cuda::run_adapter_step(part, here.stream()), "adapter_step");
+  }
+}
+
 void set_cuda_tuning(int64_t threads, int64_t cluster, int64_t density_bytes, bool warpgroup_products,
                      bool bulk_copies) {
   STD_TORCH_CHECK(threads >= 32 && threads <= 256 && threads % 32 == 0, "threads must be a multiple of 32 up to 256");
@@ -256,6 +296,7 @@ std::string cuda_architectures() { return DSPA_CUDA_ARCHS; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DSPA_LIBRARY, library) {
 #ifdef DSPA_CUDA_SHIM  // the library for the CPU defines these
+  library.def(DSPA_ADAPTER_STEP_SCHEMA);
   library.def(DSPA_TOKEN_STEP_SCHEMA);
   library.def(DSPA_ENCODE_DENSITY_SCHEMA);
   library.def(DSPA_LOOKUP_SCHEMA);
@@ -276,6 +317,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DSPA_LIBRARY, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DSPA_LIBRARY, DSPA_DISPATCH_KEY, library) {
+  library.impl("adapter_step", TORCH_BOX(&adapter_step));
   library.impl("token_step", TORCH_BOX(&token_step));
   library.impl("token_step_with_lookup", TORCH_BOX(&token_step_with_lookup));
   library.impl("encode_density", TORCH_BOX(&encode_density));
@@ -291,6 +333,7 @@ STABLE_TORCH_LIBRARY_IMPL(DSPA_LIBRARY, CompositeExplicitAutograd, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(DSPA_LIBRARY, Meta, library) {
 #ifdef DSPA_CUDA_SHIM
+  library.impl("adapter_step", TORCH_BOX(&decltype(fake_of(&adapter_step))::call));
   library.impl("token_step", TORCH_BOX(&decltype(fake_of(&token_step))::call));
   library.impl("encode_density", TORCH_BOX(&decltype(fake_of(&encode_density))::call));
   library.impl("lookup", TORCH_BOX(&decltype(fake_of(&lookup))::call));

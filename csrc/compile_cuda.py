@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DEFAULT_ARCHITECTURES = "80;90a;100"
-SOURCES = ("token_step", "encode_density", "lookup")
+SOURCES = ("token_step", "encode_density", "lookup", "adapter_step")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -103,6 +103,26 @@ __host__ __device__ inline int64_t input_size(int64_t d_model) {
   return (d_model + chunk - 1) / chunk * chunk;
 }
 
+struct LoadedInput {
+  bool finite;  // the whole input, and the scale
+  float scale;
+};
+
+// Writes `h'` of one row to shared memory, zero-padded to `size`, by the whole block.
+template <class Weights>
+__device__ __forceinline__ LoadedInput load_input(const StridedMatrix& hidden, int64_t row, const Sae& sae,
+                                                  float* input, int64_t size, double* buffer) {
+  const Normalizer normalizer = normalizer_of(hidden, row, sae.normalization, buffer);
+  const char* from = row_of(hidden, row);
+  bool all_finite = finite(normalizer.scale);
+  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+    const float value = i < hidden.columns ? encoder_input(hidden, from, i, sae, normalizer) : 0.0f;
+    all_finite = all_finite && finite(value);
+    input[input_position<Weights>(i)] = value;
+  }
+  return {__syncthreads_and(all_finite) != 0, normalizer.scale};
+}
+
 // How the numbers of a row are loaded, 16 bytes from `column` on, with zeros past the end of the row.
 
 template <class Weights, bool kAligned>

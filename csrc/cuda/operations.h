@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/adapter.h"
 #include "../common/csr_map.h"
 #include "../common/edit_lists.h"
 #include "../common/sae.h"
@@ -85,6 +86,55 @@ struct TokenStep {
 
 // One launch. The scratch must be zero, and is again when the kernel is done: no other step may use it meanwhile.
 int run_token_step(const TokenStep& step, void* stream);
+
+// ---- adapter_step ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t adapter_tile = 64;  // latents of a block
+
+// What the three launches of an adapter step exchange; each writes what the next one reads.
+struct AdapterLists {
+  int32_t* fired = nullptr;         // [rows, tiles], how many latents of a tile fire
+  uint32_t* bad = nullptr;          // [rows, tiles], whether something in it is not finite
+  float* scale = nullptr;           // [rows], what maps a decoded difference back
+  int32_t* tile_latents = nullptr;  // [rows, d_sae], the latents that fire, from the first latent of each tile on
+  float* tile_values = nullptr;     // [rows, d_sae], their v
+  int32_t* latents = nullptr;       // [rows, d_sae], the same latents without gaps
+  float* changes = nullptr;         // [rows, d_sae], by how much each changes
+};
+
+struct AdapterStep {
+  StridedMatrix hidden;
+  Sae sae;  // not topk, if the adapter clips
+  Adapter adapter;
+  const bool* enabled = nullptr;  // null for all
+  AdapterStats stats;
+  AdapterLists lists;
+};
+
+inline int64_t adapter_tiles(int64_t d_sae) { return (d_sae + adapter_tile - 1) / adapter_tile; }
+
+inline int64_t adapter_words(int64_t rows, int64_t d_sae) { return rows * (2 * adapter_tiles(d_sae) + 1 + 4 * d_sae); }
+
+inline AdapterLists adapter_lists_in(uint32_t* words, int64_t rows, int64_t d_sae) {
+  const int64_t tiles = adapter_tiles(d_sae);
+  const auto take = [&](int64_t count) {
+    uint32_t* taken = words;
+    words += rows * count;
+    return taken;
+  };
+  AdapterLists lists;
+  lists.fired = reinterpret_cast<int32_t*>(take(tiles));
+  lists.bad = take(tiles);
+  lists.scale = reinterpret_cast<float*>(take(1));
+  lists.tile_latents = reinterpret_cast<int32_t*>(take(d_sae));
+  lists.tile_values = reinterpret_cast<float*>(take(d_sae));
+  lists.latents = reinterpret_cast<int32_t*>(take(d_sae));
+  lists.changes = reinterpret_cast<float*>(take(d_sae));
+  return lists;
+}
+
+// Three launches, for at least one row.
+int run_adapter_step(const AdapterStep& step, void* stream);
 
 // ---- encode_density -------------------------------------------------------------------------------------------------
 

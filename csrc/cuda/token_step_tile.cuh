@@ -129,19 +129,11 @@ struct StepTile {
   }
 
   __device__ __forceinline__ void load_input(int slot) {
-    const int64_t row = first + slot;
-    const Normalizer normalizer = normalizer_of(step.hidden, row, sae.normalization, shared().sums);
-    const char* from = row_of(step.hidden, row);
-    bool all_finite = finite(normalizer.scale);
-    for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
-      const float value = i < d_model ? encoder_input(step.hidden, from, i, sae, normalizer) : 0.0f;
-      all_finite = all_finite && finite(value);
-      input(slot)[input_position<Weights>(i)] = value;
-    }
-    const int everywhere = __syncthreads_and(all_finite);
+    const LoadedInput loaded_input =
+        cuda::load_input<Weights>(step.hidden, first + slot, sae, input(slot), size, shared().sums);
     if (threadIdx.x == 0) {
-      shared().finite[slot] = everywhere != 0;
-      shared().scale[slot] = normalizer.scale;
+      shared().finite[slot] = loaded_input.finite;
+      shared().scale[slot] = loaded_input.scale;
     }
     __syncthreads();
   }

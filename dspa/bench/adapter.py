@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +60,20 @@ class AdapterCase:
         hidden = self.case.hidden.clone()
         adapter_step(hidden, self.case.sae, adapter or self.adapter, mode=mode, backend=self.case.backend)
         return hidden
+
+    def in_place(self, mode: AdapterMode) -> tuple[Callable[[], object], Callable[[], object]]:
+        """One step alone, and what restores its hidden states before the next."""
+        case, hidden = self.case, self.case.hidden.clone()
+        return (
+            lambda: adapter_step(hidden, case.sae, self.adapter, mode=mode, backend=case.backend),
+            lambda: hidden.copy_(case.hidden),
+        )
+
+    def on(self, backend: str) -> AdapterCase:
+        """The same by another backend, with the same tensors."""
+        other = copy.copy(self)
+        other.case = self.case.on(backend)
+        return other
 
     def check(self) -> None:
         """Every mode produces the same bits, and those of the reference on float64 copies, rounded.

@@ -15,7 +15,7 @@ from dspa.methods.fsrl.policy import FsrlPolicy
 from dspa.methods.policy import EditPositions
 from dspa.methods.split_model import SplitModel
 from dspa.methods.vector_policy import VectorPolicy
-from dspa.offline.preferences import PreferenceTriple
+from dspa.offline.preferences import PreferenceTriple, PreferenceTriples
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.transformers_model import ModelFingerprint, check_layer_fits, check_sae_fits, device_of
 from dspa.util.progress import track
@@ -47,7 +47,7 @@ class ResponseMeans:
 @torch.no_grad()
 def response_means(
     model: nn.Module,
-    triples: Sequence[PreferenceTriple],
+    triples: PreferenceTriples | Sequence[PreferenceTriple],
     layer: int,
     sae: SparseAutoencoder | None = None,
     *,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from history.records import Run, read_run
 
+from dspa.bench.adapter import EAGER_ADAPTER
 from dspa.bench.cases import Case, Shape
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +145,9 @@ def test_shapes_of_launches(compute_capability: int, monkeypatch: pytest.MonkeyP
     with backend.machine(compute_capability=compute_capability):
         launches = rows.step_launches("toy", Shape(48, 256, torch.bfloat16, 1))
         density = rows.encode_density("toy", 48, 16)
-    assert [row.failed for row in (launches, density)] == [None, None]
+        adapter = rows.adapter_step("toy", Shape(48, 256, torch.bfloat16, 2))
+    assert [row.failed for row in (launches, density, adapter)] == [None] * 3
+    assert [column.name for column in adapter.columns] == [EAGER_ADAPTER, backend.NAME]
     names = [column.name for column in launches.columns]
     assert names[:2] == ["256 threads", "128 threads"]
     assert len(names) == (2 if compute_capability == 8 else 12)

@@ -33,6 +33,9 @@ KERNELS = {
     "density_number_kernel": 6,
     "density_topk_kernel": 1,
     "lookup_kernel": 4,
+    "adapter_fire_kernel": 9,  # as token_step_kernel
+    "adapter_change_kernel": 6,
+    "adapter_decode_kernel": 6,
 }
 
 # Kernels that are empty but for these architectures.

@@ -15,10 +15,12 @@ from typing import Any
 import equations
 import pytest
 import rounding_bounds
+import test_adapter_step
 import test_encode_density
 import test_lookup
 import test_token_step
 import torch
+from adapter_cases import VERSIONS, Version, adapt, make_adapter, untrained_adapter
 from cuda_shim import build, coverage
 from cuda_shim.backend import DENSITY_BYTES, NAME, last_error, machine, operations, register
 from kernel_cases import (
@@ -54,6 +56,7 @@ from dspa.kernels import (
     token_step,
     token_step_with_lookup,
 )
+from dspa.kernels.adapter_step.arguments import adapter_arguments, row_arguments
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.cuda import scratch_of, scratch_words
@@ -73,7 +76,7 @@ def backend() -> Backend:
 
 # ---- the tests of every backend --------------------------------------------------------------------------------------
 
-for of_all in (test_token_step, test_encode_density, test_lookup):
+for of_all in (test_token_step, test_encode_density, test_lookup, test_adapter_step):
     for test_name in [name for name in dir(of_all) if name.startswith("test_")]:
         named = f"test_{of_all.__name__.removeprefix('test_')}_{test_name.removeprefix('test_')}"
         if "backend" in getattr(of_all, test_name).__code__.co_varnames:
@@ -125,6 +128,58 @@ def test_columns_of_hidden_may_be_strided(backend: Backend) -> None:
     assert same_bits(columns.T.contiguous(), expected)
 
 
+@pytest.mark.product
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
+@pytest.mark.parametrize("version", VERSIONS, ids=str)
+@pytest.mark.parametrize(("batch", "d_model"), [(1, 8), (1, 264), (3, 40), (9, 520)])
+def test_adapters_of_whole_16_bytes(
+    backend: Backend, batch: int, d_model: int, version: Version, dtype: torch.dtype
+) -> None:
+    sae = make_sae(Kind(), d_model, 131, dtype, seed=d_model)
+    rows = (normal(generator(batch), batch, d_model) * 2).bfloat16()
+    test_adapter_step.run_and_check(rows, sae, make_adapter(version, sae, torch.bfloat16, seed=1), backend)
+
+
+@pytest.mark.parametrize("kind", [Kind(), Kind("relu", "layer_norm", compact=True)], ids=str)
+@pytest.mark.parametrize("moved", [("weight", "W_enc", "W_dec"), ("weight",), ("W_enc",), ("W_dec",)], ids=" and ".join)
+def test_where_adapters_lie_changes_no_bit(backend: Backend, kind: Kind, moved: tuple[str, ...]) -> None:
+    sae = make_sae(kind, 264, 131, torch.bfloat16, seed=0)
+    adapter = make_adapter(Version(), sae, torch.bfloat16, seed=1)
+    rows = (normal(generator(1), 5, 264) * 2).bfloat16()
+    expected = adapt(rows, sae, adapter, backend=backend)
+
+    def shifted(matrix: Tensor) -> Tensor:
+        memory = torch.empty(matrix.numel() + 1, dtype=matrix.dtype)
+        return memory[1:].view(matrix.shape).copy_(matrix)
+
+    if "weight" in moved:
+        adapter = replace(adapter, weight=shifted(adapter.weight))
+    if "W_enc" in moved:
+        sae = replace(sae, W_enc=shifted(sae.W_enc))
+    if "W_dec" in moved:
+        assert sae.W_dec is not None
+        sae = replace(sae, W_dec=shifted(sae.W_dec))
+    assert same_bits(adapt(rows, sae, adapter, backend=backend), expected)
+    assert not same_bits(expected, rows)
+
+
+def test_latents_without_a_decoder_are_ignored() -> None:
+    """On a GPU the dispatcher does not look for them."""
+    sae = make_sae(Kind(compact=True), 40, 131, torch.bfloat16, seed=0)
+    adapter = make_adapter(Version(), sae, torch.bfloat16, seed=1)
+    firing = replace(adapter, threshold=torch.where(adapter.threshold.isinf(), 0.5, adapter.threshold))
+    assert sae.decoder_rows is not None
+    masked = replace(firing, threshold=torch.where(sae.decoder_rows < 0, torch.inf, firing.threshold))
+    rows = (normal(generator(1), 3, 40) * 2).bfloat16()
+    written = []
+    for given in (firing, masked):
+        written.append(rows.clone())
+        rest = (*adapter_arguments(given), *row_arguments(None, None), None, None, None)
+        operations().adapter_step(written[-1], *encoder_arguments(sae), sae.W_dec, sae.decoder_rows, *rest)
+    assert same_bits(*written)
+    assert not same_bits(written[0], rows)
+
+
 # ---- blocks, clusters and the order in which they run ----------------------------------------------------------------
 
 MACHINES = {
@@ -153,6 +208,23 @@ def test_who_runs_when_changes_no_bit(backend: Backend, changes: dict[str, Any])
             with machine(**given):
                 found.append(step(rows, sae, edits, 0.2, backend=backend, enabled=enabled, stats=stats, mode=mode))
             counters.append(torch.cat([counter.double() for counter in counter_arguments(stats)]).nan_to_num(-1))
+        assert same_bits(found[0], found[1])
+        assert torch.equal(counters[0], counters[1])
+        assert not same_bits(found[0], rows)
+
+
+@pytest.mark.parametrize("changes", MACHINES.values(), ids=MACHINES)
+def test_who_runs_when_changes_no_bit_of_an_adapter_step(backend: Backend, changes: dict[str, Any]) -> None:
+    sae = make_sae(Kind("gated", subtract_b_dec=True), 520, 131, torch.bfloat16, seed=0)
+    rows = (normal(generator(1), 11, 520) * 2).bfloat16()
+    enabled = torch.tensor([True] * 9 + [False, True])
+    for adapter in (make_adapter(Version(), sae, torch.bfloat16, 1), untrained_adapter(sae, torch.bfloat16, 1)):
+        found, counters = [], []
+        for given in ({}, changes):
+            stats = TokenStats.zeros(11, 131)
+            with machine(**given):
+                found.append(adapt(rows, sae, adapter, backend=backend, enabled=enabled, stats=stats))
+            counters.append(torch.cat([getattr(stats, name) for name in test_adapter_step.COUNTERS]))
         assert same_bits(found[0], found[1])
         assert torch.equal(counters[0], counters[1])
         assert not same_bits(found[0], rows)
@@ -521,10 +593,10 @@ def test_which_products_are_by_warpgroups(backend: Backend) -> None:
 # ---- calls of CUDA that fail -----------------------------------------------------------------------------------------
 
 
-def calls_that_fail(run: Callable[[], object], **changes: Any) -> list[int]:
-    """Which of the first 15 calls of CUDA have to succeed for an operation to do so, each on a device of its own."""
+def calls_that_fail(run: Callable[[], object], most: int = 15, **changes: Any) -> list[int]:
+    """Which of the first calls of CUDA have to succeed for an operation to do so, each on a device of its own."""
     found: list[int] = []
-    for call in range(1, 16):
+    for call in range(1, most + 1):
         with machine(processors=100 + call, calls_to_failure=call, **changes):
             try:
                 run()
@@ -550,6 +622,25 @@ def test_token_step_says_which_call_failed(backend: Backend, dtype: torch.dtype)
     assert calls_that_fail(run) == list(range(1, 10))
     # Without an answer to whether there are bulk copies, the third call, it goes on without them.
     assert calls_that_fail(run, bulk_copies=True) == [1, 2, *range(4, 11)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
+@pytest.mark.parametrize("d_model", [37, 40])
+def test_adapter_step_says_which_call_failed(backend: Backend, d_model: int, dtype: torch.dtype) -> None:
+    sae = make_sae(Kind(), d_model, 61, dtype, seed=0)
+    adapter = make_adapter(Version(), sae, dtype, seed=1)
+    rows = (normal(generator(1), 1, d_model) * 2).bfloat16()
+    expected = adapt(rows, sae, adapter, backend=backend)
+
+    def run() -> None:
+        assert same_bits(adapt(rows, sae, adapter, backend=backend), expected)
+
+    # The device and its shared memory, where rows are whole 16 bytes. For each kernel the same, what it may have, three
+    # properties, and the launch.
+    aligned = d_model * dtype.itemsize % 16 == 0
+    calls = calls_that_fail(run, most=2 * aligned + 3 * 7 + 2)
+    assert calls == list(range(1, 2 * aligned + 3 * 7 + 1))
 
 
 @pytest.mark.long
@@ -587,6 +678,9 @@ def test_operations_pass_opcheck() -> None:
     found = operations()
     sae = make_sae(Kind("gated", "layer_norm"), 40, 64, torch.bfloat16, seed=0)
     before, lists, after = step_arguments(sae)
+    adapter = make_adapter(Version(), sae, torch.bfloat16, seed=1)
+    rest = (*adapter_arguments(adapter), *row_arguments(None, TokenStats.zeros(3, 64)), None, None, None)
+    torch.library.opcheck(found.adapter_step.default, (*before, *rest))
     work = scratch_of(sae, 3, 6)
     torch.library.opcheck(found.token_step.default, (*before, *lists, *after, None, None, None, work, "lazy"))
     A = dense_map(integers(generator(0), -3, 3, 30, 64).float())
@@ -648,7 +742,7 @@ def test_default_tuning_is_restored() -> None:
 # ---- branches, by all of the above -----------------------------------------------------------------------------------
 
 # For the shim, ptx.cuh is another file.
-WITHOUT_BRANCHES = {"encode_density.cu", "lookup.cu", "token_step.cu", "operations.h", "ptx.cuh"}
+WITHOUT_BRANCHES = {"adapter_step.cu", "encode_density.cu", "lookup.cu", "token_step.cu", "operations.h", "ptx.cuh"}
 RUN_AND_COUNT = """
 import json, sys
 from pathlib import Path

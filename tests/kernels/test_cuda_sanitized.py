@@ -20,6 +20,8 @@ STEPS = (
     "topk 5 37 step",
     "threshold 9 40 step",
     "threshold 1 40 step in bulk",
+    "threshold 5 37 adapt",
+    "threshold 9 40 adapt",
 )  # activation, rows, d_model: see kernel_runs.cpp
 COUNTS = ("threshold 5 37 count", "threshold 9 40 count", "topk 5 37 count")
 BY_WARPGROUPS = "topk 9 328 count by warpgroups"

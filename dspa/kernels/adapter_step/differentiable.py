@@ -111,7 +111,9 @@ class _JumpReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         y, threshold = ctx.saved_tensors
         (gradient,) = gradients
         dy = gradient * (steering_activations(y, threshold, "jump_relu") != 0)
@@ -215,7 +217,9 @@ class _FusedStep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, scale, weight, bias, threshold, *kept = ctx.saved_tensors
         setting: _Setting = ctx.setting
         on_decoded, on_l1, _ = gradients

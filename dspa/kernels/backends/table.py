@@ -33,6 +33,8 @@ BACKENDS = (
             encode_density=LOW_PRECISION,
             token_step=LOW_PRECISION,
             token_step_with_lookup=LOW_PRECISION,
+            adapter_step=LOW_PRECISION,
+            adapter_ranks=False,
         ),
     ),
     Backend(

@@ -117,8 +117,8 @@ class PairSource:
         if self._padding_too:
             edited[:] = True
         hidden = self._hidden(sides, ids, mask)
-        tensors = (each.to(self._device) for each in (ids, mask, response, edited))
-        return PairBatch(*tensors, hidden)
+        ids, mask, response, edited = (each.to(self._device) for each in (ids, mask, response, edited))
+        return PairBatch(ids, mask, response, edited, hidden)
 
     def _rows(self, index: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
         triple = self.triples[index]

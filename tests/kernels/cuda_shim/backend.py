@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cuda_shim import build
+from dspa.kernels.adapter_step.cuda import adapter_step
 from dspa.kernels.backends.interface import Backend, Operations
 from dspa.kernels.backends.registry import register_backend
 from dspa.kernels.backends.table import BACKENDS
@@ -42,6 +43,7 @@ def load() -> Operations:
         partial(lookup, library=library),
         partial(token_step, library=library),
         partial(token_step_with_lookup, library=library),
+        partial(adapter_step, library=library),
     )
 
 

@@ -121,6 +121,26 @@ struct Case {
     return written;
   }
 
+  // The rows after the step of an adapter whose weight is the encoder's.
+  std::vector<uint16_t> adapted(int at_a_time) {
+    cuda_shim::machine().clusters_at_a_time = at_a_time;
+    std::vector<uint16_t> written = hidden;
+    std::vector<uint32_t> words(static_cast<size_t>(cuda::adapter_words(batch, d_sae)));
+    counters.assign(static_cast<size_t>(3 * batch), 0);
+    latent_edits.assign(static_cast<size_t>(d_sae), 0);
+    cuda::AdapterStep step;
+    step.hidden = rows(written);
+    step.sae = sae();
+    step.adapter.weight = step.sae.W_enc;
+    step.adapter.bias = bias.data();
+    step.adapter.threshold = threshold.data();
+    step.enabled = enabled.get();
+    step.stats = {counters.data(), counters.data() + batch, counters.data() + 2 * batch, latent_edits.data()};
+    step.lists = cuda::adapter_lists_in(words.data(), batch, d_sae);
+    expect(cuda::run_adapter_step(step, nullptr) == 0, "launch");
+    return written;
+  }
+
   std::vector<int32_t> counted(int at_a_time) {
     cuda_shim::machine().clusters_at_a_time = at_a_time;
     std::vector<int32_t> found(static_cast<size_t>(3 * d_sae));
@@ -139,7 +159,7 @@ struct Case {
 
 }  // namespace
 
-// The arguments: threshold or topk, rows of the batch, d_model, and what to do: step, count, either as only sm_90 and
+// The arguments: threshold or topk, rows of the batch, d_model, and what to do: step, adapt, count, either as only sm_90 and
 // sm_90a can ("step in bulk", "count by warpgroups"), or the step on a machine whose atomics order nothing, which
 // ThreadSanitizer has to find.
 int main(int, char** arguments) {
@@ -151,6 +171,12 @@ int main(int, char** arguments) {
   const bool topk = std::string(arguments[1]) == "topk";
   const dspa::Activation activation = topk ? dspa::Activation::topk : dspa::Activation::threshold;
   Case given(std::stoi(arguments[2]), std::stoi(arguments[3]), activation, 7);
+  if (what == "adapt") {
+    const std::vector<uint16_t> adapted = given.adapted(1);
+    expect(adapted != given.hidden, "something is changed");
+    expect(given.adapted(3) == adapted, "blocks side by side");
+    return failures == 0 ? 0 : 1;
+  }
   if (what == "count" || what == "count by warpgroups") {
     given.counted(2);
     return failures == 0 ? 0 : 1;

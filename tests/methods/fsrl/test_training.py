@@ -369,7 +369,7 @@ def test_the_objective_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         with torch.no_grad():
             logits = MODEL(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[operator]
-        log_probabilities.append(CPOTrainer.get_batch_logps(logits, labels, average_log_prob=True))
+        log_probabilities.append(CPOTrainer.get_batch_logps(logits, labels, average_log_prob=True))  # type: ignore[arg-type]
 
     class Settings:
         """What `cpo_loss` reads of its trainer."""
