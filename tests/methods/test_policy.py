@@ -224,9 +224,9 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_folder_holds_two_files_and_no_pickle(saved: Path) -> None:
+def test_the_folder_holds_two_files_a_card_and_no_pickle(saved: Path) -> None:
     files = tiny.folder_bytes(saved)
-    assert sorted(files) == ["config.json", "policy.safetensors"]
+    assert sorted(files) == ["README.md", "config.json", "policy.safetensors"]
     assert json.loads(files["config.json"])["kind"] == "policy"
     header = int.from_bytes(files["policy.safetensors"][:8], "little")
     assert all(isinstance(v, dict) for v in json.loads(files["policy.safetensors"][8 : 8 + header]).values())

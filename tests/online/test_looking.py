@@ -79,7 +79,7 @@ def test_a_policy_folder_has_its_card(tmp_path: Path) -> None:
     source = replace(policy.output_sae.metadata, release="some-release", sae_id="layer_2")
     policy = replace(policy, output_sae=replace(policy.output_sae, metadata=source))
     card = policy.save_pretrained(tmp_path / "mine") / "README.md"
-    assert "# mine" in card.read_text()
+    assert "# path/of/this/policy" in card.read_text()
     assert "after layer 2: some-release layer_2" in card.read_text()
     replace(policy, alpha=0.125).save_pretrained(tmp_path / "mine")
     assert "| alpha | 0.125 |" in card.read_text()
