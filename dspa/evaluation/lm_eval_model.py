@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
@@ -24,6 +24,9 @@ from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import Steering, steer
 
 Request = tuple[Any, list[int], list[int]]  # what lm-eval caches by, the context's tokens, the continuation's
+
+
+HFLM: Any = huggingface.HFLM  # its decorator hides the class from type checkers
 
 
 class SteeredLM(HFLM):
@@ -182,7 +185,7 @@ class SteeredLM(HFLM):
             )
 
 
-register_model("dspa")(SteeredLM)  # not as a decorator, which would hide the class from type checkers
+register_model("dspa")(SteeredLM)  # not as a decorator, for the same reason
 
 
 def _scored(context: Sequence[int], continuation: Sequence[int], longest: int) -> tuple[tuple[int, ...], int]:

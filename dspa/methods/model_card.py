@@ -140,7 +140,9 @@ def _linked(latent: int, page: Page) -> str:
 def describe_sae(sae: SparseAutoencoder) -> str:
     """Where an SAE comes from, and its kind and size, in one line."""
     metadata = sae.metadata
-    source = " ".join(part for part in (metadata.release, metadata.sae_id) if part) or "source not recorded"
+    source = " ".join(part for part in (metadata.release, metadata.sae_id) if part)
+    if not source:  # a folder or a live object
+        source = f"of {metadata.hook_name}" if metadata.hook_name else "source not recorded"
     trained = f", trained on {metadata.model_name}" if metadata.model_name else ""
     return f"{source}{trained}, {sae.activation}, {sae.d_sae} latents"
 

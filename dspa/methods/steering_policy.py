@@ -194,6 +194,7 @@ class SteeringPolicy:
         """Writes the policy to a folder that needs nothing else: its tensors and `config.json`.
 
         Of the input SAE its encoder is kept, of the output SAE the encoder and the decoder rows some prompt can select.
+        `README.md` is the card for people; one that this package has not written stays as it is.
 
         Raises:
             DspaError: if it cannot be written.
@@ -212,7 +213,7 @@ class SteeringPolicy:
         }
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
         saved = FOLDER.write(folder, config, tensors)
-        write_card(saved, self.model_card(saved.name))
+        write_card(saved, self.model_card("path/of/this/policy"))
         return saved
 
     def push_to_hub(

@@ -198,8 +198,9 @@ def test_steering_moves_every_score(
 
 
 def test_without_a_policy_it_is_lm_evals_own_model(model: Any, tokenizer: Any, tasks: Path) -> None:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
+    HFLM: Any = huggingface.HFLM
     own = samples(SteeredLM(model, None, tokenizer=tokenizer, batch_size=1), tasks)
     theirs = samples(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu"), tasks)
     for task in (MMLU, HELLASWAG):

@@ -73,7 +73,8 @@ def test_a_text_is_read_as_dspa_generate_reads_it(model: Any, chat: bool) -> Non
     ids: Any = tokenizer("w10 w20 w30")["input_ids"]
     if chat:
         messages = [{"role": "user", "content": "w10 w20 w30"}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        ids = rendered["input_ids"]
     assert policy.explain("w10 w20 w30", model, tokenizer, chat=chat) == policy.explain(ids, model)
 
 

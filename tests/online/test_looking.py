@@ -42,7 +42,7 @@ def test_a_plot_is_a_picture_in_a_fresh_notebook(traced: dspa.SteeringTrace) -> 
 
 def test_a_plot_takes_the_models_own_tokenizer(traced: dspa.SteeringTrace) -> None:
     pytest.importorskip("matplotlib", reason="in dspa[plot]")
-    words = [str(tiny_tokenizer().decode([token.token_id])) for token in traced.sequences[0].tokens]
+    words = [str(tiny_tokenizer().decode([token.token_id or 0])) for token in traced.sequences[0].tokens]
 
     def labels(trace: dspa.SteeringTrace) -> list[str]:
         axes: Any = trace.plot().axes[0]
@@ -79,7 +79,7 @@ def test_a_policy_folder_has_its_card(tmp_path: Path) -> None:
     source = replace(policy.output_sae.metadata, release="some-release", sae_id="layer_2")
     policy = replace(policy, output_sae=replace(policy.output_sae, metadata=source))
     card = policy.save_pretrained(tmp_path / "mine") / "README.md"
-    assert "# mine" in card.read_text()
+    assert "# path/of/this/policy" in card.read_text()
     assert "after layer 2: some-release layer_2" in card.read_text()
     replace(policy, alpha=0.125).save_pretrained(tmp_path / "mine")
     assert "| alpha | 0.125 |" in card.read_text()
@@ -92,7 +92,7 @@ def test_a_policy_folder_has_its_card(tmp_path: Path) -> None:
 def test_latents_name_their_layer_with_one_policy_too() -> None:
     model = tiny_model("llama")
     with steer(model, tiny_policy(model)) as steering:
-        model.generate(torch.tensor(prompts((5,))), max_new_tokens=4)
+        model.generate(torch.tensor(prompts((5,))), max_new_tokens=4)  # type: ignore[operator]
     summary = steering.summary()
     record = json.loads(json.dumps(asdict(summary)))
     assert {latent["layer"] for latent in record["latents"]} == {2}

@@ -4,6 +4,7 @@ arithmetic of its package, written out here, and as the package itself where tha
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import pickle
 import sys
@@ -281,7 +282,7 @@ def gemma_scope_2_folder(folder: Path, extra: dict[str, Tensor] | None = None, *
 
 def gemma_scope_folder(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    arrays = {name: value.numpy() for name, value in PARAMETERS.items()}
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in PARAMETERS.items()}
     np.savez(folder / "params.npz", threshold=DICTIONARIES["JumpReluAutoEncoder"]["threshold"].numpy(), **arrays)
     return folder
 

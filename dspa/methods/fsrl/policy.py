@@ -117,7 +117,7 @@ class FsrlPolicy:
         tensors = {f"adapter.{name}": getattr(self.adapter, name) for name in TENSORS}
         tensors |= {f"sae.{name}": tensor for name, tensor in self.sae.tensors().items()}
         saved = FOLDER.write(folder, config, tensors)
-        write_card(saved, self.model_card(saved.name))
+        write_card(saved, self.model_card("path/of/this/policy"))
         return saved
 
     @classmethod

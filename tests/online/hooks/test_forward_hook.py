@@ -21,6 +21,7 @@ class Recorder:
     """Records its calls, and adds a number to what one layer returns."""
 
     differentiable = False
+    policies: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, added: float = 0.0, in_place: bool = True) -> None:
         self.added, self.in_place = added, in_place
