@@ -146,7 +146,12 @@ def fit(
     gate_percentile: Annotated[float, typer.Option(help="Percentile at which a gate opens.")] = 90.0,
     gate_rule: Annotated[str, typer.Option(help="ge (literal) or positive_ge.")] = "ge",
     sparsify: Annotated[str, typer.Option(help="per_row, global_tau or none.")] = "per_row",
-    entries_per_side: Annotated[int, typer.Option(help="Extremes kept on each side of a row.")] = 16,
+    entries_per_side: Annotated[
+        int | None, typer.Option(help="Extremes kept on each side of a row; default 16, or 64 of nearest_prompts.")
+    ] = None,
+    estimator: Annotated[
+        str, typer.Option(help="mean_difference (the paper's) or nearest_prompts, for few triples.")
+    ] = "mean_difference",
     k_prompt: Annotated[int, typer.Option(help="Prompt latents that choose rows of the map.")] = 32,
     k_diff: Annotated[int, typer.Option(help="Latents edited in each direction.")] = 16,
     alpha: Annotated[float, typer.Option(help="Edit strength, in units of the largest activation.")] = 0.2,
@@ -159,7 +164,7 @@ def fit(
     from dspa.methods.conditional_map import ConditionalDifferenceMap
     from dspa.methods.steering_policy import SteeringPolicy
 
-    options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify}
+    options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify, "estimator": estimator}
     fitted = ConditionalDifferenceMap.fit(
         densities,
         gate_percentile=gate_percentile,
@@ -182,10 +187,13 @@ def fit(
     record = {
         "policy": str(out),
         "triples": fitted.run.triple_count,
-        "gate_percentile": gate_percentile,
+        "estimator": estimator,
         "map_nonzeros": fitted.matrix.nonzeros,
-        "gates_always_on": float(fitted.always_on().double().mean()),
     }
+    if fitted.prompts is None:
+        record |= {"gate_percentile": gate_percentile, "gates_always_on": float(fitted.always_on().double().mean())}
+    else:
+        record |= {"neighbours": fitted.prompts.neighbours}
     _print_record(record, as_json)
 
 
