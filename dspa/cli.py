@@ -6,17 +6,16 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dspa import __version__
-from dspa.errors import DspaError, InvalidInputError
+from dspa.errors import DspaError
+from dspa.methods.fsrl.app import fsrl_app
+from dspa.util.options import DeviceOption, DtypeOption, JsonOption, ModelOption, SaeHelp
 from dspa.util.terminal import console as _console
 from dspa.util.terminal import print_record as _print_record
-
-if TYPE_CHECKING:
-    from dspa.sae.autoencoder import SparseAutoencoder
 
 app = typer.Typer(
     name="dspa",
@@ -26,14 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-fsrl_app = typer.Typer(help="FSRL: a trained adapter.", no_args_is_help=True)
 app.add_typer(fsrl_app, name="fsrl")
-
-ModelOption = Annotated[str, typer.Option(help="Model folder or hub id.")]
-DtypeOption = Annotated[str, typer.Option(help="Model dtype: auto, float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-SaeHelp = "as a folder, or as RELEASE:SAE_ID of sae-lens' list, or as HUB_REPOSITORY:FOLDER"
 
 
 def _print_version(requested: bool) -> None:
@@ -105,6 +97,7 @@ def collect(
     from dspa.offline.collection import collect as collect_densities
     from dspa.offline.distributed import device_of_process, is_first_process
     from dspa.offline.preferences import load_preferences
+    from dspa.sae.named import load_sae
     from dspa.transformers_model import load_language_model, text_config
 
     language_model, tokenizer = load_language_model(model, dtype, device_of_process(device))
@@ -128,8 +121,8 @@ def collect(
             language_model,
             tokenizer,
             triples,
-            input_sae=_load_sae(input_sae),
-            output_sae=_load_sae(output_sae),
+            input_sae=load_sae(input_sae),
+            output_sae=load_sae(output_sae),
             input_layer=input_layer,
             output_layer=output_layer,
             out=out,
@@ -161,7 +154,12 @@ def fit(
     gate_percentile: Annotated[float, typer.Option(help="Percentile at which a gate opens.")] = 90.0,
     gate_rule: Annotated[str, typer.Option(help="ge (literal) or positive_ge.")] = "ge",
     sparsify: Annotated[str, typer.Option(help="per_row, global_tau or none.")] = "per_row",
-    entries_per_side: Annotated[int, typer.Option(help="Extremes kept on each side of a row.")] = 16,
+    entries_per_side: Annotated[
+        int | None, typer.Option(help="Extremes kept on each side of a row; default 16, or 64 of nearest_prompts.")
+    ] = None,
+    estimator: Annotated[
+        str, typer.Option(help="mean_difference (the paper's) or nearest_prompts, for few triples.")
+    ] = "mean_difference",
     k_prompt: Annotated[int, typer.Option(help="Prompt latents that choose rows of the map.")] = 32,
     k_diff: Annotated[int, typer.Option(help="Latents edited in each direction.")] = 16,
     alpha: Annotated[float, typer.Option(help="Edit strength, in units of the largest activation.")] = 0.2,
@@ -173,10 +171,11 @@ def fit(
     """Fit the conditional-difference map and write a steering policy."""
     from dspa.methods.conditional_map import ConditionalDifferenceMap
     from dspa.methods.steering_policy import SteeringPolicy, check_policy_names
+    from dspa.sae.named import load_sae
 
     check_policy_names(edit, edit_positions)
-    saes = _load_sae(input_sae), _load_sae(output_sae)
-    options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify}
+    saes = load_sae(input_sae), load_sae(output_sae)
+    options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify, "estimator": estimator}
     fitted = ConditionalDifferenceMap.fit(
         densities,
         gate_percentile=gate_percentile,
@@ -198,10 +197,13 @@ def fit(
     record = {
         "policy": str(out),
         "triples": fitted.run.triple_count,
-        "gate_percentile": gate_percentile,
+        "estimator": estimator,
         "map_nonzeros": fitted.matrix.nonzeros,
-        "gates_always_on": float(fitted.always_on().double().mean()),
     }
+    if fitted.prompts is None:
+        record |= {"gate_percentile": gate_percentile, "gates_always_on": float(fitted.always_on().double().mean())}
+    else:
+        record |= {"neighbours": fitted.prompts.neighbours}
     _print_record(record, as_json)
 
 
@@ -258,48 +260,6 @@ def generate(
         for name, value in record.items():
             typer.echo(f"{name}: {value}")
         typer.echo()
-
-
-@fsrl_app.command("train")
-def fsrl_train(
-    model: ModelOption,
-    preferences: Annotated[str, typer.Option(help="JSON Lines or parquet file, dataset folder, or hub name.")],
-    sae: Annotated[str, typer.Option(help=f"SAE of the edited layer, {SaeHelp}.")],
-    out: Annotated[Path, typer.Option(help="Folder of the policy; an interrupted run goes on there.")],
-    layer: Annotated[int | None, typer.Option(help="Layer of the SAE; by default, as it says.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Other preferences, on which the best margin is kept.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most so many triples.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the context.")] = None,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out bad rows, and count them, instead of stopping.")] = False,
-    activation: Annotated[str, typer.Option(help="soft_threshold, relu or jump_relu.")] = "soft_threshold",
-    clip: Annotated[bool, typer.Option(help="Keep activations from falling below 0, as version 3 does.")] = True,
-    l1: Annotated[float, typer.Option(help="Weight of the l1 penalty.")] = 0.1,
-    l1_over: Annotated[str, typer.Option(help="tokens, or padded as in the original code.")] = "tokens",
-    epochs: Annotated[int, typer.Option(help="Passes over the triples.")] = 10,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 5e-4,
-    pairs_per_step: Annotated[int, typer.Option(help="Pairs in a step, of all processes together.")] = 32,
-    pairs_at_once: Annotated[int, typer.Option(help="Pairs run at once, at most.")] = 8,
-    edit_positions: Annotated[str, typer.Option(help="all, from_last_prompt or generated.")] = "all",
-    edit_bos: Annotated[bool, typer.Option(help="Edit the beginning-of-sequence token too.")] = True,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: only at the end.")] = 0,
-    patience: Annotated[int, typer.Option(help="Evaluations without a new best before stopping; 0: never.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights and order.")] = 0,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Train an FSRL adapter on preferences. Processes of torchrun or accelerate launch share the pairs of a step."""
-    options: dict[str, Any] = dict(locals())
-    from dspa.methods.fsrl.command import run_training
-    from dspa.offline.distributed import device_of_process, is_first_process
-    from dspa.transformers_model import load_language_model
-
-    language_model, tokenizer = load_language_model(model, dtype, device_of_process(device))
-    progress = not as_json and is_first_process()
-    record = run_training(language_model, tokenizer, _load_sae(sae), options, progress=progress)
-    if is_first_process():
-        _print_record(record, as_json)
 
 
 @app.command()
@@ -523,14 +483,3 @@ def main() -> None:
     except DspaError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-
-
-def _load_sae(source: str) -> SparseAutoencoder:
-    from dspa.sae.autoencoder import SparseAutoencoder
-
-    if Path(source).is_dir():
-        return SparseAutoencoder.from_sae_lens(source)
-    release, separator, sae_id = source.partition(":")
-    if not separator:
-        raise InvalidInputError(f"SAE {source!r} is no folder; expected a folder or RELEASE:SAE_ID")
-    return SparseAutoencoder.from_sae_lens(release, sae_id)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from dspa.errors import CorruptFileError, InvalidInputError
-from dspa.kernels import CsrMap
+from dspa.kernels import CsrMap, EditKind, EditList, lookup
+from dspa.kernels.lookup import check_lookup_options
+from dspa.methods.nearest_prompts import QUERIES, TriplePrompts, choose_neighbours
 from dspa.offline.density_store import CollectionRun, DensityStore, SparseCounts
 from dspa.util.files import TensorFolder
 from dspa.util.html_table import html_table
@@ -25,8 +27,10 @@ from dspa.util.scalars import check_integer, check_number
 
 GateRule = Literal["ge", "positive_ge"]
 Sparsification = Literal["per_row", "global_tau", "none"]
+Estimator = Literal["mean_difference", "nearest_prompts"]
 
 BLOCK_BYTES = 256 * 2**20  # what one dense block may take in memory while fitting
+EDITS_PER_SIDE = 16  # as many edits decide how many neighbours predict best: the published k_diff
 GRID = 2.0**48  # A is rounded to multiples of 1 / GRID, far below what densities resolve and above what sums lose
 
 
@@ -40,22 +44,28 @@ class FitOptions:
             well.
         sparsify: "per_row" keeps each row's own extremes; "global_tau" is appendix B's one threshold for all rows.
         entries_per_side: how many of a row's largest, and of its smallest, entries are its extremes.
+        estimator: "mean_difference" is the paper's map, with a row for each prompt latent; "nearest_prompts" has a row
+            for each triple and no gates.
     """
 
     gate_percentile: float = 90.0
     gate_rule: GateRule = "ge"
     sparsify: Sparsification = "per_row"
     entries_per_side: int = 16
+    estimator: Estimator = "mean_difference"
 
     def __post_init__(self) -> None:
         check_number("gate_percentile", self.gate_percentile, 0, 100)
         for name, value, known in (
             ("gate_rule", self.gate_rule, get_args(GateRule)),
             ("sparsify", self.sparsify, get_args(Sparsification)),
+            ("estimator", self.estimator, get_args(Estimator)),
         ):
             if value not in known:
                 raise InvalidInputError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         check_integer("entries_per_side", self.entries_per_side, 1)
+        if self.estimator == "nearest_prompts" and self.sparsify == "global_tau":
+            raise InvalidInputError("global_tau is one threshold for the rows of latents; use per_row or none here")
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class MapConfig:
 
     run: CollectionRun
     fit: FitOptions
+    neighbours: int | None = None
 
 
 FOLDER = TensorFolder("conditional_map", 2, MapConfig, version_without_checksum=1)
@@ -74,12 +85,13 @@ class ConditionalDifferenceMap:
     """The map `A` of method.md, section 2, and what is known of its rows.
 
     Attributes:
-        matrix: A by compressed rows, float32.
-        gate_counts: `[d_sae_in]` int64, N_i: for how many triples gate i was on.
-        gate_thresholds: `[d_sae_in]` float64, tau_i.
+        matrix: A by compressed rows, float32; of the estimator `nearest_prompts`, a row for each triple.
+        gate_counts: `[d_sae_in]` int64, N_i: for how many triples gate i was on, or without gates latent i was active.
+        gate_thresholds: `[d_sae_in]` float64, tau_i; 0 without gates.
         mean_difference: `[d_sae_out]` float32, the mean of D over all triples: what a prompt-blind edit goes by.
         run: the collection it was fitted from.
         options: how it was fitted.
+        prompts: whose rows the matrix has; None where they are those of latents.
     """
 
     matrix: CsrMap
@@ -88,6 +100,7 @@ class ConditionalDifferenceMap:
     mean_difference: Tensor
     run: CollectionRun
     options: FitOptions
+    prompts: TriplePrompts | None = None
 
     def __repr__(self) -> str:
         run = self.run
@@ -121,27 +134,34 @@ class ConditionalDifferenceMap:
         gate_percentile: float = 90.0,
         gate_rule: GateRule = "ge",
         sparsify: Sparsification = "per_row",
-        entries_per_side: int = 16,
+        entries_per_side: int | None = None,
+        estimator: Estimator = "mean_difference",
         progress: bool = False,
     ) -> ConditionalDifferenceMap:
         """Fits a map from collected densities, without the model, in float64, a block of rows at a time.
 
-        A dense block takes at most a quarter of a GiB; the whole map is never dense.
+        A dense block takes at most a quarter of a GiB; the whole map is never dense. With `nearest_prompts` the map and
+        the time of a lookup grow with the number of triples: it is meant for at most some thousands.
 
         Args:
             store: what `collect` returned, or its folder.
             gate_percentile: see FitOptions.
             gate_rule: see FitOptions.
             sparsify: see FitOptions.
-            entries_per_side: see FitOptions.
+            entries_per_side: see FitOptions; None for 16, or 64 with `nearest_prompts`.
+            estimator: see FitOptions.
             progress: whether to draw a progress bar.
 
         Raises:
             InvalidInputError: for an option out of range, or a collection that is not complete.
             CorruptFileError: for a damaged shard.
         """
-        options = FitOptions(gate_percentile, gate_rule, sparsify, entries_per_side)
+        if entries_per_side is None:
+            entries_per_side = 64 if estimator == "nearest_prompts" else 16
+        options = FitOptions(gate_percentile, gate_rule, sparsify, entries_per_side, estimator)
         store = store if isinstance(store, DensityStore) else DensityStore.open(store)
+        if estimator == "nearest_prompts":
+            return _fit_nearest_prompts(store, options)
         starts = range(0, store.run.d_sae_in, _rows_per_block(store.run))
         threshold = 0.0
         if sparsify == "global_tau":
@@ -169,8 +189,31 @@ class ConditionalDifferenceMap:
         )
 
     def to_dense(self) -> Tensor:
-        """`[d_sae_in, d_sae_out]` float32."""
+        """`[rows, d_sae_out]` float32, a row for each prompt latent or each triple."""
         return self.matrix.to_dense()
+
+    def check_lookup(self, k_prompt: int, k_diff: int, edit: str) -> None:
+        """Raises InvalidInputError if the options cannot be used with this map. Nearest prompts have no k_prompt."""
+        rows = k_prompt if self.prompts is None else self.prompts.neighbours
+        check_lookup_options(self.matrix, rows, k_diff, edit)
+
+    def select(
+        self, density: Tensor, k_prompt: int, k_diff: int, edit: EditKind, *, sign_guard: bool = False
+    ) -> EditList:
+        """Which latents to edit for prompts of the given densities; see `dspa.kernels.lookup`.
+
+        Args:
+            density: `[B, d_sae_in]` floating point.
+            k_prompt: how many of a prompt's densest latents choose rows; not used with nearest prompts, whose number of
+                neighbours was chosen when the map was fitted.
+
+        Raises:
+            InvalidInputError: if the shape does not fit.
+        """
+        matrix, rows = self.matrix.to(density.device), k_prompt
+        if self.prompts is not None:
+            density, rows = self.prompts.to(density.device).nearness(density), self.prompts.neighbours
+        return lookup(density, matrix, rows, k_diff, edit, sign_guard=sign_guard)
 
     def always_on(self) -> Tensor:
         """`[d_sae_in]` bool: gates that were on for every triple; their rows are the prompt-blind mean difference."""
@@ -202,7 +245,8 @@ class ConditionalDifferenceMap:
     def config(self) -> dict[str, object]:
         """What is saved as JSON."""
         fit = {**asdict(self.options), "gate_percentile": float(self.options.gate_percentile)}
-        return {"run": asdict(self.run), "fit": fit}
+        neighbours = None if self.prompts is None else self.prompts.neighbours
+        return {"run": asdict(self.run), "fit": fit, "neighbours": neighbours}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved as tensors."""
@@ -213,6 +257,7 @@ class ConditionalDifferenceMap:
             "gate_counts": self.gate_counts,
             "gate_thresholds": self.gate_thresholds,
             "mean_difference": self.mean_difference,
+            **({} if self.prompts is None else self.prompts.tensors()),
         }
 
     @classmethod
@@ -228,10 +273,19 @@ class ConditionalDifferenceMap:
             rows = {name: tensors[name] for name in ("gate_counts", "gate_thresholds", "mean_difference")}
         except KeyError as error:
             raise CorruptFileError(f"{source} does not hold a whole map (no tensor {error}); fit it again") from error
-        if surplus := sorted(tensors.keys() - rows.keys() - {"row_offsets", "columns", "values"}):
+        nearest = options.estimator == "nearest_prompts"
+        try:
+            prompts = TriplePrompts.from_tensors(tensors, config.neighbours) if nearest else None
+        except KeyError as error:
+            raise CorruptFileError(f"{source} does not hold a whole map (no tensor {error}); fit it again") from error
+        known = rows.keys() | {"row_offsets", "columns", "values"} | (prompts.tensors().keys() if prompts else set())
+        if surplus := sorted(tensors.keys() - known):
             raise CorruptFileError(f"{source} holds a tensor {surplus[0]!r} that is no part of a map; fit it again")
         sizes = {"gate_counts": run.d_sae_in, "gate_thresholds": run.d_sae_in, "mean_difference": run.d_sae_out}
-        for name, size in {**sizes, "row_offsets": run.d_sae_in + 1}.items():
+        sizes["row_offsets"] = (run.triple_count if nearest else run.d_sae_in) + 1
+        if prompts is not None:
+            sizes |= {"prompts.row_offsets": run.triple_count + 1, "prompts.centre": run.d_sae_in}
+        for name, size in sizes.items():
             if tuple(tensors[name].shape) != (size,):
                 raise CorruptFileError(f"{source}: {name} is {tuple(tensors[name].shape)}; expected [{size}]")
         for name, dtype, low, high in (
@@ -241,7 +295,40 @@ class ConditionalDifferenceMap:
         ):
             if rows[name].dtype != dtype or not bool(((rows[name] >= low) & (rows[name] <= high)).all()):
                 raise CorruptFileError(f"{source}: {name} is not all {dtype} from {low} to {high}; fit it again")
-        return cls(matrix.check(), rows["gate_counts"], rows["gate_thresholds"], rows["mean_difference"], run, options)
+        if prompts is not None:
+            prompts.check(source)
+        return cls(matrix.check(), *(rows[name] for name in rows), run, options, prompts)
+
+
+def _fit_nearest_prompts(store: DensityStore, options: FitOptions) -> ConditionalDifferenceMap:
+    """A row for each triple: D minus its mean, sparsified."""
+    run, mean = store.run, _mean_difference(store)
+    prompts = SparseCounts.concatenate([shard.prompt for shard in store.read()])
+    densities = CsrMap(prompts.offsets, prompts.latents, prompts.densities().float(), run.d_sae_in)
+    active = torch.zeros(run.d_sae_in, dtype=torch.int64)
+    active.index_add_(0, prompts.latents.long(), torch.ones_like(prompts.latents, dtype=torch.int64))
+    lengths, columns, values, queries = [], [], [], []
+    for first, difference in differences(store):
+        deviation = difference - mean
+        kept = _kept(deviation, options, 0.0)
+        lengths.append(kept.sum(dim=1))
+        columns.append(kept.nonzero()[:, 1].int())
+        values.append(deviation[kept].float())
+        queries.append(difference[: max(0, QUERIES - first)].float())
+    offsets = torch.zeros(run.triple_count + 1, dtype=torch.int64)
+    offsets[1:] = torch.cat(lengths).cumsum(dim=0)
+    matrix = CsrMap(offsets, torch.cat(columns), torch.cat(values), run.d_sae_out)
+    near = TriplePrompts.from_densities(densities)
+    neighbours = choose_neighbours(near, matrix, torch.cat(queries), EDITS_PER_SIDE)
+    return ConditionalDifferenceMap(
+        matrix,
+        gate_counts=active,
+        gate_thresholds=torch.zeros(run.d_sae_in, dtype=torch.float64),
+        mean_difference=mean.float(),
+        run=run,
+        options=options,
+        prompts=replace(near, neighbours=neighbours),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
-from dspa.kernels import EditKind, EditList, lookup
-from dspa.kernels.lookup import check_lookup_options
+from dspa.kernels import EditKind, EditList
 from dspa.methods.conditional_map import ConditionalDifferenceMap, MapConfig
 from dspa.methods.hub import local_folder, upload_folder
 from dspa.methods.latent_lists import LatentLists
@@ -46,7 +45,8 @@ class SteeringPolicy:
     Attributes:
         conditional_map: the map A, with the collection it comes from (model, layers, counting rules).
         input_sae, output_sae: the SAEs it was collected with.
-        k_prompt: how many of a prompt's densest latents choose rows of the map.
+        k_prompt: how many of a prompt's densest latents choose rows of the map. A map of nearest prompts has its own
+            number of neighbours.
         k_diff: how many latents are edited in each direction.
         alpha: edit strength, in units of the token's largest activation M_t.
         edit: "ablate", "augment" or "both".
@@ -74,7 +74,7 @@ class SteeringPolicy:
         for name, which in (("input_sae", "input"), ("output_sae", "output")):
             object.__setattr__(self, name, SparseAutoencoder.from_any(getattr(self, name), which))
         run = self.conditional_map.run
-        check_lookup_options(self.conditional_map.matrix, self.k_prompt, self.k_diff, self.edit)
+        self.conditional_map.check_lookup(self.k_prompt, self.k_diff, self.edit)
         check_number("alpha", self.alpha, 0, LARGEST_FLOAT32, " (edit says in which direction)")
         check_switch("sign_guard", self.sign_guard)
         check_edit_positions(self.edit_positions)
@@ -153,8 +153,7 @@ class SteeringPolicy:
         Raises:
             InvalidInputError: if the shape does not fit.
         """
-        matrix = self.conditional_map.matrix.to(density.device)
-        return lookup(density, matrix, self.k_prompt, self.k_diff, self.edit, sign_guard=self.sign_guard)
+        return self.conditional_map.select(density, self.k_prompt, self.k_diff, self.edit, sign_guard=self.sign_guard)
 
     def explain(
         self,
@@ -261,7 +260,7 @@ class SteeringPolicy:
         """
         run, fit, model = self.conditional_map.run, self.conditional_map.options, self.model
         page = self.output_sae.metadata.neuronpedia_page
-        matrix = self.conditional_map.matrix
+        matrix, nearest = self.conditional_map.matrix, self.conditional_map.prompts
         return model_card(
             repo_id,
             {
@@ -275,6 +274,7 @@ class SteeringPolicy:
                 "edit_positions": self.edit_positions,
                 "gate_percentile, gate_rule": f"{fit.gate_percentile}, {fit.gate_rule}",
                 "sparsify": fit.sparsify,
+                "estimator": fit.estimator if nearest is None else f"{fit.estimator}, {nearest.neighbours} neighbours",
                 "map entries": matrix.nonzeros,
                 "preference triples": run.triple_count,
                 "counted tokens": counted_tokens(run.count_bos, run.count_template, run.count_eos),
