@@ -250,7 +250,8 @@ def test_a_row_that_is_not_finite_is_left_alone_counted_and_warned_of_once(value
 
 
 def test_the_warning_names_every_layer_and_the_line_that_called_generate() -> None:
-    model, rows = tiny_model(), prompts((5,))
+    model: Any = tiny_model()
+    rows = prompts((5,))
     policies = {"a": tiny_policy(model), "b": tiny_policy(model, output_layer=OUTPUT_LAYER + 1)}
     spoiled = spoil(model, 0, float("nan"))
     with steer(model, policies) as steering:
