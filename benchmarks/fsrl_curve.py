@@ -1,6 +1,6 @@
 """FSRL's SimPO loss beside the reward of what is generated, over training.
 
-python benchmarks/fsrl_curve.py --out benchmarks/results/fsrl_curve.json [--png docs/fsrl_training.png]
+python benchmarks/fsrl_curve.py --out benchmarks/results/organism/fsrl_curve.json [--png docs/fsrl_training.png]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every method on the organism, from the same triples, each with the same number of tries on validation prompts.
 
-    python benchmarks/head_to_head.py --out benchmarks/results/head_to_head.json [--triples 50,250,1000]
+    python benchmarks/head_to_head.py --out benchmarks/results/organism/head_to_head.json [--triples 50,250,1000]
 
 The file is written after every method and number of triples; what it holds already is not computed again. A row has the
 response-by-response counts, so that any difference between methods can be computed as a paired one.

@@ -1,6 +1,6 @@
 """Tables and the figure of a file that `head_to_head.py` wrote.
 
-python benchmarks/head_to_head_report.py benchmarks/results/head_to_head.json [--png docs/head_to_head.png]
+python benchmarks/head_to_head_report.py benchmarks/results/organism/head_to_head.json [--png docs/head_to_head.png]
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def draw(report: Row, png: Path) -> None:
             [each.mean for each in gains],
             yerr=[each.half_width for each in gains],
             label=method,
-            color=f"C{index % 10}",
+            color=f"C{index % 10}" if index < 10 else "black",
             linestyle=":" if method.startswith("control") else "-",
             marker="o",
             markersize=3,
