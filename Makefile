@@ -9,6 +9,8 @@
 #              them, make bench-compare BASE=earlier.json says what moved
 # make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
 # make docs    the documentation as a site in site/, with an API reference; a broken link or reference fails
+# make soak    a hostile campaign of about 20 minutes: mutated files, kills, interrupts, bad operands, memory; MINUTES=5
+#              takes a part of it, PART=files one part
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3
@@ -18,7 +20,7 @@ READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test test-all test-compilers test-packaging test-slow lint wheel bench bench-report bench-compare \
-	gpu docs sanitize clean
+	gpu docs sanitize soak clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
@@ -91,6 +93,12 @@ docs: $(READY)
 
 sanitize: $(READY)
 	PYTHON=$(BIN)/python csrc/sanitize.sh
+
+# Its counts stand in docs/reliability.md.
+MINUTES ?= 20
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) $(if $(PART),--part $(PART))
 
 # torch comes first: what is built and what depends on it must find it there.
 $(READY): $(SOURCES)

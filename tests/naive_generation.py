@@ -292,5 +292,5 @@ def logits_of(model: nn.Module, rows: list[list[int]], **options: Any) -> Tensor
 def is_clean(model: nn.Module) -> bool:
     """Whether nothing is left on a model that could change what it does."""
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    replaced = {"forward", "generate", "init_continuous_batching"}
+    replaced = {"forward", "generate", "init_continuous_batching", "__reduce_ex__"}
     return not hooked and not any(replaced & set(vars(module)) for module in model.modules())

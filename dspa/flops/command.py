@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from dspa.flops.tables import to_markdown
 from dspa.offline.preferences import PreferenceTriple
 from dspa.util.files import write_atomically
 from dspa.util.progress import track
+from dspa.util.records import read_json
 
 AssumptionsT = TypeVar("AssumptionsT", AlignmentAssumptions, InferenceAssumptions)
 
@@ -94,9 +94,7 @@ def _organism() -> tuple[Any, str, tuple[PreferenceTriple, ...], SteeringShape]:
 
     try:
         model, tokenizer = load_model(DATA)
-        widths = [
-            json.loads((sae_folder(which, DATA) / "cfg.json").read_text())["d_sae"] for which in ("input", "output")
-        ]
+        widths = [read_json(sae_folder(which, DATA) / "cfg.json")["d_sae"] for which in ("input", "output")]
         triples = load_preferences(str(triples_file(DATA)), tokenizer, limit=ORGANISM_TRIPLES)
     except (OSError, KeyError, ValueError) as error:
         raise InvalidInputError(f"the organism cannot be read: {error}") from error
@@ -138,12 +136,12 @@ def _read_machine(path: Path | None) -> Machine | None:
     if path is None:
         return None
     try:
-        record = json.loads(path.read_text())["machine"]
+        record = read_json(path)["machine"]
         if record is None:
             raise InvalidInputError(f"{path} measured no machine; make it with --measure")
         steps = tuple(MeasuredStep(**step) for step in record.pop("steps"))
         return Machine(**record, steps=steps)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(f"{path} is not a report of dspa flops ({error})") from error
 
 

@@ -8,7 +8,6 @@ counted, masked or not; that is "square" in `dspa.flops.shapes`.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from dspa.offline.batching import BatchLimits, TripleLengths, plan_groups
 from dspa.offline.preferences import PreferenceTriple
 from dspa.offline.prefix_forward import SharedPrefixForward
 from dspa.transformers_model import decoder_stack, device_of, hidden_of, text_config
+from dspa.util.records import read_json
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 """Configurations of the published models; their sizes are public, their weights are not needed."""
@@ -68,13 +68,13 @@ def load_config(source: str) -> Any:
     path = shipped if shipped.is_file() else Path(source)
     try:
         if path.is_file():
-            record = json.loads(path.read_text())
+            record = read_json(path)
             config = AutoConfig.for_model(record.pop("model_type"), **record)
         else:
             config = AutoConfig.from_pretrained(source)
     except KeyError as error:
         raise InvalidInputError(f"{source} has no {error}; expected a transformers configuration") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()
         raise InvalidInputError(f"no configuration at {source!r}: {reason[0] if reason else error!r}") from error
     return config.get_text_config(decoder=True)

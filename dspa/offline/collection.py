@@ -253,8 +253,8 @@ def _check_lengths(model: nn.Module, triples: PreferenceTriples) -> None:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; every module's own mode is put back."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:

@@ -338,7 +338,7 @@ def _parquet(path: Path, name: str) -> Iterator[_Row]:
                 for row in map(batch.slice, range(batch.num_rows), repeat(1)):
                     yield f"{name}[{index}]", _arrow_row(row)
                     index += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # beside its own, what a header that is not UTF-8 or not plausible leads to
         raise InvalidInputError(f"{name}: cannot be read as parquet ({_first_line(error)})") from error
 
 

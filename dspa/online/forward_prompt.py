@@ -29,7 +29,7 @@ class PaddingTokens:
     begins: int | None
 
     @classmethod
-    def of(cls, model: nn.Module) -> PaddingTokens:
+    def from_model(cls, model: nn.Module) -> PaddingTokens:
         """Of a model, by its generation config and, where that is silent, its config."""
 
         def known(name: str) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dspa.online.hooks.running import RunningCall
 from dspa.online.prompt_mask import PromptMask
 
 
@@ -18,11 +19,11 @@ class GenerateCall:
         prompt_policies: the policy of each prompt.
         attention_mask: `[prompts, P]`, nonzero where a prompt has a token.
         totals_before: of each editor, its totals when the call began.
-        thread: the thread that runs it.
+        running: tells its thread, and whether it still runs.
     """
 
     mask: PromptMask
     prompt_policies: list[str | None]
     attention_mask: Tensor
     totals_before: list[Tensor]
-    thread: int
+    running: RunningCall

@@ -19,8 +19,7 @@ class RowSelection:
 
     def __init__(self, policies: Mapping[str, Policy]) -> None:
         self._policies = policies
-        self._selected: Selection = None
-        self._made = False
+        self._made: tuple[str | tuple[str | None, ...] | None] | None = None  # set in one step
 
     def select(self, names: Selection) -> None:
         """Chooses; raises InvalidInputError if a policy is not there."""
@@ -28,13 +27,12 @@ class RowSelection:
         unknown = sorted({name for name in listed if name is not None} - set(self._policies))
         if unknown:
             raise InvalidInputError(f"there is no policy {unknown[0]!r}; expected one of {', '.join(self._policies)}")
-        self._selected = names if names is None or isinstance(names, str) else tuple(listed)
-        self._made = True
+        self._made = (names if names is None or isinstance(names, str) else tuple(listed),)
 
     @property
     def is_none(self) -> bool:
         """Whether it was selected that nothing is steered."""
-        return self._made and self._selected is None
+        return self._made == (None,)
 
     def of_prompts(self, batch: int) -> list[str | None]:
         """The policy of each of so many prompts.
@@ -42,20 +40,21 @@ class RowSelection:
         Raises:
             InvalidInputError: if there are several policies and none was selected, or for another number of prompts.
         """
-        if not self._made:
+        if self._made is None:
             if len(self._policies) > 1:
                 raise InvalidInputError(
                     f"{len(self._policies)} policies are attached and none is selected; pass select= to steer, or call "
                     "select on the steering"
                 )
             return [next(iter(self._policies))] * batch
-        if self._selected is None or isinstance(self._selected, str):
-            return [self._selected] * batch
-        if len(self._selected) != batch:
+        (selected,) = self._made
+        if selected is None or isinstance(selected, str):
+            return [selected] * batch
+        if len(selected) != batch:
             raise InvalidInputError(
-                f"policies are selected for {len(self._selected)} rows, the batch has {batch}; expected as many"
+                f"policies are selected for {len(selected)} rows, the batch has {batch}; expected as many"
             )
-        return list(self._selected)
+        return list(selected)
 
     def mask(
         self,

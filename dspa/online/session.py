@@ -28,6 +28,7 @@ from dspa.methods.policy import Policy
 from dspa.online.forward_pass import ForwardPass
 from dspa.online.forward_prompt import IGNORED_LABEL, PaddingTokens, prompt_lengths_of
 from dspa.online.generate_call import GenerateCall
+from dspa.online.hooks.running import Ownership, RunningCall
 from dspa.online.layer_editor import LayerEditor
 from dspa.online.prompt import Prompt
 from dspa.online.prompt_mask import PromptMask
@@ -42,13 +43,13 @@ class Session:
 
     Attributes:
         prompt: the prompts last read; None before the first pass.
-        call: the running generate call, if there is one.
+        closed: whether the policies are being detached: calls that begin from then on are not followed.
         prompt_lengths: in forward calls, how many tokens of each row are prompt; None for all.
         response: in forward calls, `[B, T]` bool, which tokens are the response; None where that is not said.
         policies: by name.
         prompts_read: prompts that were read to their end so far.
         differentiable: whether edits are computed so that autograd follows them, where gradients are recorded.
-        generating: held while a generate call runs.
+        generating: held by the generate call that runs.
     """
 
     def __init__(
@@ -68,75 +69,94 @@ class Session:
         self._labels: Tensor | None = None
         self._warned_of_assumed_prompt = False
         self.prompt: Prompt | None = None
-        self.call: GenerateCall | None = None
+        self.closed = False
+        self._call: GenerateCall | None = None
         self.prompt_lengths: int | Sequence[int] | None = None
         self.prompts_read = 0
         self.differentiable = differentiable
-        self._policies = policies
         self._readers = readers
         self._editors = editors
         self._editor_of = {name: editor for editor in editors for name in editor.group.names}
         self._selection = selection
         self._recorder = recorder
         self._pass: ForwardPass = ForwardPass(0, 0, False, 0)
-        self._drafting = False
+        self._draft: RunningCall | None = None
+        self._following = False  # whether the pass is one to read and to edit
         self._warned_of_nonfinite = False
-        self.generating = threading.Lock()
+        self.generating = Ownership()
+
+    @property
+    def call(self) -> GenerateCall | None:
+        """The running generate call; one whose frame is gone has ended, however it did."""
+        call = self._call
+        return call if call is not None and call.running.is_alive else None
+
+    def opens(self) -> None:
+        """The policies are about to be attached; caches filled before are not continued."""
+        self.prompt = self._labels = None
+        self.closed = False
 
     # ---------------------------------------------------------------------------------------------- generate calls
 
-    def generate_begins(self, token_ids: Tensor | None, attention_mask: Tensor) -> None:
+    def generate_begins(self, running: RunningCall, token_ids: Tensor | None, attention_mask: Tensor) -> None:
         """`model.generate` begins.
 
         Raises:
             InvalidInputError: if another generate call is running on this model, or no policy was selected.
         """
-        if not self.generating.acquire(blocking=False):
+        if self.closed:
+            return
+        if not self.generating.take(running):
             raise InvalidInputError(
                 "another generate call is running on this steered model; run one at a time, and none inside another"
             )
         try:
             prompt_policies = self._selection.of_prompts(len(attention_mask))
-            self.call = GenerateCall(
+            self._call = GenerateCall(
                 mask=self._selection.mask(token_ids, attention_mask, prompt_policies, None),
                 prompt_policies=prompt_policies,
                 attention_mask=attention_mask,
                 totals_before=[editor.counters.totals() for editor in self._editors],
-                thread=threading.get_ident(),
+                running=running,
             )
         except BaseException:
-            self.generating.release()
+            self._call = None
+            self.generating.release(running)
             raise
         self.prompt = None
         self._pass = replace(self._pass, speculative=False)
 
-    def generate_ends(self, new_tokens: int | None) -> None:
+    def generate_ends(self, running: RunningCall, new_tokens: int | None) -> None:
         """`model.generate` has returned, with so many positions after the prompt, or raised: then None."""
-        call, prompt = self.call, self.prompt
+        call, prompt = self._call, self.prompt
+        if call is None or call.running is not running:
+            self.generating.release(running)
+            return
         try:
             if prompt is not None:
                 if self._pass.speculative:
                     # The last token was chosen, but not read. A call that failed accepted nothing of its last pass.
                     accepted = self._pass.start if new_tokens is None else prompt.mask.width + new_tokens - 1
                     self._commit(accepted, prompt)
-                if new_tokens is not None and call is not None:
-                    warn_of_no_edit(call, prompt, self._policies, self._editors)
+                if new_tokens is not None:
+                    warn_of_no_edit(call, prompt, self.policies, self._editors)
             self.warn_of_nonfinite(stacklevel=5)
         finally:
-            self.call = None
-            self.generating.release()
+            self._call = None
+            self.generating.release(running)
 
     def labels_passed(self, labels: Tensor | None) -> None:
         """A forward call with labels begins or, with None, has ended."""
         self._labels = labels
 
-    def draft_begins(self) -> None:
+    def draft_begins(self, running: RunningCall) -> None:
         """The steered model begins to draft, for itself or for another model: drafts are not steered."""
-        self._drafting = True
+        self._draft = running
 
-    def draft_ends(self) -> None:
+    def draft_ends(self, running: RunningCall) -> None:
         """The draft is made."""
-        self._drafting = False
+        if self._draft is running:
+            self._draft = None
 
     def warn_of_nonfinite(self, stacklevel: int) -> None:
         """Warns, once, if tokens were left alone because of NaN or Inf."""
@@ -149,16 +169,18 @@ class Session:
         self, tokens: Tensor, mask: Tensor | None, cache_length: int | Tensor, has_cache: bool, cache: object | None
     ) -> None:
         """Finds out which positions the pass computes, and of which prompt."""
-        if self._drafting:
+        call = self.call
+        self._following = not (self.closed and call is None) and not self._is_drafting()
+        if not self._following:
             return
         thread = threading.get_ident()
-        if self.call is not None and self.call.thread != thread:
+        if call is not None and call.running.thread != thread:
             raise InvalidInputError(
                 "a forward call came from another thread while generate runs on this steered model; run one at a time"
             )
         batch, width = tokens.shape[:2]
-        if self.call is not None:
-            start = self._start_in_call(self.call, batch, width, cache_length, has_cache, cache)
+        if call is not None:
+            start = self._start_in_call(call, batch, width, cache_length, has_cache, cache)
         else:
             start = self._start_of_forward_call(tokens, mask, int(cache_length), cache)
         prompt, end = self.prompt, start + width
@@ -170,21 +192,21 @@ class Session:
         if prompt.mask.batch != batch:
             raise InvalidInputError(f"a pass has {batch} rows, its prompt {prompt.mask.batch}; expected as many")
         generated = end > max(start, prompt.mask.width)
-        if generated and has_cache and width > 1 and self.call is not None:
+        if generated and has_cache and width > 1 and call is not None:
             self._pass = replace(self._pass, speculative=True)
         if self._recorder is not None:
             self._recorder.read(tokens if tokens.ndim == 2 else None, start)
 
     def pass_ends(self, cache: object | None) -> None:
         """Remembers which cache the prompt is in, or that it is in none."""
-        if not self._drafting and self.prompt is not None:
+        if self._following and self.prompt is not None:
             self.prompt.cache = _no_cache if cache is None else weakref.ref(cache)
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Reads prompt positions of `hidden [B, T, d_model]` and edits what is to be edited, in place where autograd
         allows it; otherwise returns the edited states."""
         prompt = self.prompt
-        if prompt is None or self._drafting:
+        if prompt is None or not self._following:
             return None
         if self._pass.thread != threading.get_ident():
             raise InvalidInputError("two threads run this steered model at once; run one at a time")
@@ -205,6 +227,9 @@ class Session:
                     hidden = replacement = hidden.clone()  # autograd may need the original
                 self._edit(editor, hidden, prompt)
         return replacement
+
+    def _is_drafting(self) -> bool:
+        return self._draft is not None and self._draft.is_alive
 
     def _edit(self, editor: LayerEditor, hidden: Tensor, prompt: Prompt) -> None:
         """Edits the positions of the pass that are to be edited: some of the prompt, and all that follow it."""
@@ -316,7 +341,7 @@ class Session:
     def _begin_prompt(
         self, mask: PromptMask, prompt_policies: list[str | None], attention_mask: Tensor, lengths: Tensor | None
     ) -> Prompt:
-        prompt = Prompt(mask, prompt_policies, attention_mask, lengths, self._readers, self._policies)
+        prompt = Prompt(mask, prompt_policies, attention_mask, lengths, self._readers, self.policies)
         self.prompt = prompt
         for editor in self._editors:
             editor.begin_prompt(prompt.row_policies)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dspa.kernels import EditList, StepMode, TokenStats
 from dspa.methods.policy import Policy
 from dspa.online.forward_prompt import PaddingTokens
 from dspa.online.hooks.forward import hooks_of
-from dspa.online.hooks.generate import observe_generate
+from dspa.online.hooks.generate import GenerateObservation
 from dspa.online.layer_editor import LayerEditor
 from dspa.online.policy_groups import check_not_steered, editing_groups, reading_groups
 from dspa.online.prompt_reader import PromptReader
@@ -28,6 +29,7 @@ from dspa.transformers_model import ModelFingerprint, decoder_stack, device_of
 
 THE_POLICY = "policy"  # the name of a policy that has none
 NOT_SELECTED: Any = object()
+POLL = 0.002  # seconds between looks at whether another thread's call has ended
 
 
 def steer(
@@ -147,28 +149,34 @@ class Steering:
             self._selection,
             self._recorder,
             differentiable=differentiable,
-            padding=PaddingTokens.of(model),
+            padding=PaddingTokens.from_model(model),
         )
         if select is not NOT_SELECTED:
             self.select(select)
         self._layers = {place.group.layer for place in (*self._readers, *self._editors)}
-        self._observation = observe_generate(model, self._session)
-        self._hooks.add(self._session, self._layers)
-        self._attached = True
+        self._observation = GenerateObservation(model, self._session)
+        self._attached = False
+        self._attach()
 
     def remove(self) -> None:
         """Detaches the policies; the model generates as before. Doing it twice does no harm.
 
         While a generate call is running in another thread, this waits for its end: the call is steered throughout.
+        An interrupt (Ctrl-C) in the middle is raised once everything is detached.
         """
-        call = self._session.call
-        if call is None or call.thread == threading.get_ident():
+        try:
+            self._session.closed = True
+            self._wait_for_another_threads_call()
             self._detach()
-        else:
-            with self._session.generating:
-                self._detach()
+        except BaseException:
+            self._detach()
+            raise
+        self._session.warn_of_nonfinite(stacklevel=4)
 
     def __enter__(self) -> Steering:
+        """Attaches the policies again, if they were removed."""
+        if not self._attached:
+            self._attach()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -185,9 +193,9 @@ class Steering:
         """
         if self._session.call is not None:
             raise InvalidInputError("policies cannot be selected while a generate call is running; select before it")
-        self._selection.select(names)
         for editor in self._editors:
-            editor.all_rows = False
+            editor.all_rows = False  # before anything else: telling rows apart is right for every selection
+        self._selection.select(names)
 
     @contextmanager
     def scoring(
@@ -208,9 +216,9 @@ class Steering:
             raise InvalidInputError("scoring needs either prompt_tokens or completion_mask")
         session = self._session
         before = session.prompt_lengths, session.response
-        session.prompt_lengths = prompt_tokens
-        session.response = None if completion_mask is None else completion_mask != 0
         try:
+            session.prompt_lengths = prompt_tokens
+            session.response = None if completion_mask is None else completion_mask != 0
             yield
         finally:
             session.prompt_lengths, session.response = before
@@ -278,12 +286,30 @@ class Steering:
             )
         return self._editors[0]
 
+    def _attach(self) -> None:
+        """Any line can be the last: what was done so far is undone."""
+        try:
+            self._session.opens()
+            self._observation.install()
+            self._hooks.add(self._session, self._layers)
+            self._attached = True
+        except BaseException:
+            self._session.closed = True
+            self._detach()
+            raise
+
     def _detach(self) -> None:
-        if self._attached:
-            self._attached = False
-            self._hooks.remove(self._session, self._layers)
-            self._observation.remove()
-            self._session.warn_of_nonfinite(stacklevel=5)
+        """Undoes all or some of `_attach`. After an interrupt, again."""
+        self._hooks.remove(self._session)
+        self._observation.remove()
+        self._attached = False
+
+    def _wait_for_another_threads_call(self) -> None:
+        while True:
+            holder = self._session.generating.holder
+            if holder is None or holder.thread == threading.get_ident():
+                return
+            time.sleep(POLL)
 
 
 def check_policies(policies: Mapping[str, Policy], model: ModelFingerprint | None) -> None:

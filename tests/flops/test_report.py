@@ -18,6 +18,7 @@ import dspa.flops.measure as measuring
 from dspa.cli import app, flops
 from dspa.errors import InvalidInputError
 from dspa.flops.command import run_flops
+from dspa.flops.counter import load_config
 from dspa.flops.page import to_html
 from dspa.flops.quantities import Machine, MeasuredStep
 from dspa.flops.report import FlopsReport
@@ -199,3 +200,14 @@ def test_reports_name_what_made_them(folder: Path) -> None:
     assert provenance.commit == "none" or len(provenance.commit.split()[0]) == 40
     report = FlopsReport.from_models(run_flops(options(folder), progress=False).options, ())
     assert provenance.commit in to_markdown(report)
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"machine": ' * 10**5, "[]", '"x"', "NaN", "1" * 5000])
+def test_odd_json_is_one_line(folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "odd.json").write_text(content)
+    for use in (
+        lambda: run_flops(options(folder, machine=tmp_path / "odd.json"), progress=False),
+        lambda: load_config(str(tmp_path / "odd.json")),
+    ):
+        with pytest.raises(InvalidInputError, match=r"^[^\n]+$"):
+            use()

@@ -553,6 +553,8 @@ def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "p.csv").write_text("prompt,chosen,rejected\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    names = write_parquet(tmp_path / "names.parquet", STANDARD["explicit"]).read_bytes()
+    (tmp_path / "names.parquet").write_bytes(names.replace(b"prompt", b"pr\xffmpt"))  # not UTF-8
     (tmp_path / "folder").mkdir()
     table: list[tuple[Any, str]] = [
         (tmp_path / "none.jsonl", "none.jsonl: no such file or folder"),
@@ -561,6 +563,7 @@ def test_bad_sources(tmp_path: Path) -> None:
         (tmp_path / "empty.jsonl", "empty.jsonl: no rows"),
         (tmp_path / "p.csv", "expected a file that ends in .jsonl, .json or .parquet"),
         (tmp_path / "broken.parquet", "cannot be read as parquet"),
+        (tmp_path / "names.parquet", "cannot be read as parquet"),
         (tmp_path / "folder", "not a folder that can be read"),
         ([], "dataset: no rows"),
         ({"test": []}, "no split 'train'; there are test"),

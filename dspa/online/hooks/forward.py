@@ -21,6 +21,7 @@ from dspa.errors import InvalidInputError
 from dspa.methods.policy import Policy
 from dspa.online.hooks.generate import PACKED
 from dspa.online.hooks.method_patch import MethodPatch
+from dspa.online.hooks.running import Ownership, RunningCall
 from dspa.transformers_model import HOOKS_ATTRIBUTE, DecoderStack, device_of, hidden_of, with_hidden
 
 _NUMBERS = itertools.count()
@@ -69,7 +70,9 @@ class ModelHooks:
         self.stack = stack
         self.number = next(_NUMBERS)
         self.observers: list[PassObserver] = []
-        self.running = threading.RLock()  # held during a pass, unless it is compiled
+        self.passes = Ownership()  # held during a pass, unless it is compiled
+        self._layers_of: dict[PassObserver, frozenset[int]] = {}
+        self._lock = threading.RLock()  # of attaching and detaching
         with torch.inference_mode(False):  # it is used outside as well
             self.order = torch.zeros(1, device=device_of(stack.module))
         from torch._dynamo import mark_static_address  # takes long, but transformers has it when there is a model
@@ -77,28 +80,35 @@ class ModelHooks:
         mark_static_address(self.order)  # else its being written to would rule out CUDA graphs
         self._decoder_hook = DecoderHook(self, stack.module)
         self._layer_hooks: dict[int, LayerHook] = {}
-        self._uses: dict[int, int] = {}
         _models[self.number] = self
 
     def add(self, observer: PassObserver, layers: set[int]) -> None:
-        """Adds an observer of the passes and of some layers."""
-        self.observers.append(observer)
-        self._decoder_hook.install()
-        for layer in layers:
-            if layer not in self._layer_hooks:
-                self._layer_hooks[layer] = LayerHook(self, layer, self.stack.layers[layer])
-            self._layer_hooks[layer].install()
-            self._uses[layer] = self._uses.get(layer, 0) + 1
+        """Adds an observer of the passes and of some layers. It may be interrupted at any line; `remove` then undoes
+        what was done so far."""
+        with self._lock:
+            self._layers_of[observer] = frozenset(layers)
+            self._install_what_is_observed()
 
-    def remove(self, observer: PassObserver, layers: set[int]) -> None:
-        """Undoes `add`."""
-        self.observers.remove(observer)
-        for layer in layers:
-            self._uses[layer] -= 1
-            if not self._uses[layer]:
-                self._layer_hooks[layer].remove()
+    def remove(self, observer: PassObserver) -> None:
+        """Undoes `add`, also one that was interrupted; nothing happens if there was none."""
+        with self._lock:
+            self._layers_of.pop(observer, None)
+            self._install_what_is_observed()
+
+    def _install_what_is_observed(self) -> None:
+        self.observers = list(self._layers_of)
+        observed = frozenset[int]().union(*self._layers_of.values())
+        for layer in observed - self._layer_hooks.keys():
+            self._layer_hooks[layer] = LayerHook(self, layer, self.stack.layers[layer])
+        for layer, hook in self._layer_hooks.items():
+            if layer not in observed:
+                hook.remove()
         if not self.observers:
             self._decoder_hook.remove()
+            return
+        self._decoder_hook.install()
+        for layer in sorted(observed):
+            self._layer_hooks[layer].install()
 
     def begin_pass(
         self,
@@ -172,15 +182,16 @@ class DecoderHook(MethodPatch):
             number = number if cache is not None else -1
             torch.ops.dspa_steering.begin_pass(self._order, tokens, mask, number, lengths, self._number)
             return self.original(*args, **kwargs)
-        if not self._hooks.running.acquire(blocking=False):
-            raise InvalidInputError("two threads run this steered model at once; run one at a time")
+        running = RunningCall()
         try:
+            if not self._hooks.passes.take(running, shared_within_thread=True):
+                raise InvalidInputError("two threads run this steered model at once; run one at a time")
             self._hooks.begin_pass(tokens, mask, cache_length, cache is not None, cache)
             output = self.original(*args, **kwargs)
             self._hooks.end_pass(_cache_in(output) if cache is None else cache)
             return output
         finally:
-            self._hooks.running.release()
+            self._hooks.passes.release(running)
 
 
 class LayerHook(MethodPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Protocol
 
 import torch
@@ -10,19 +11,23 @@ from torch import Tensor, nn
 from dspa.errors import InvalidInputError
 from dspa.online.hooks.labels import LabelsHook
 from dspa.online.hooks.method_patch import MethodPatch
+from dspa.online.hooks.running import RunningCall
+
+_LOCK = threading.RLock()  # of attaching and detaching
 
 
 class GenerateObserver(Protocol):
-    def generate_begins(self, token_ids: Tensor | None, attention_mask: Tensor) -> None:
+    def generate_begins(self, running: RunningCall, token_ids: Tensor | None, attention_mask: Tensor) -> None:
         """A generate call starts: ids `[B, n]`, or None for embeddings, and `[B, P]` nonzero where there is a token."""
 
-    def generate_ends(self, new_tokens: int | None) -> None:
-        """The generate call returned, with so many columns after the prompt, or raised: then None."""
+    def generate_ends(self, running: RunningCall, new_tokens: int | None) -> None:
+        """The generate call returned, with so many columns after the prompt, or raised: then None. Also called when its
+        beginning was interrupted."""
 
-    def draft_begins(self) -> None:
+    def draft_begins(self, running: RunningCall) -> None:
         """A generate call starts inside the running one, to draft what that may accept."""
 
-    def draft_ends(self) -> None:
+    def draft_ends(self, running: RunningCall) -> None:
         """It returned or raised."""
 
     def labels_passed(self, labels: Tensor | None) -> None:
@@ -47,10 +52,11 @@ class ObservedGenerate(MethodPatch):
         token_ids, attention_mask = self._prompt(inputs, config, kwargs)
         begun: list[GenerateObserver] = []
         new_tokens = None
+        running = RunningCall()
         try:
             for observer in observers:
-                observer.generate_begins(token_ids, attention_mask)
                 begun.append(observer)
+                self._begin(observer, begun, running, token_ids, attention_mask)
             result = self.original(inputs, *args, **kwargs)
             sequences = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
             if sequences is not None:
@@ -60,20 +66,36 @@ class ObservedGenerate(MethodPatch):
             errors = []
             for observer in begun:  # every one of them, also when another raises
                 try:
-                    observer.generate_ends(new_tokens)
+                    observer.generate_ends(running, new_tokens)
                 except BaseException as error:
                     errors.append(error)
             if errors:
                 raise errors[0]
 
-    def _draft(self, observers: list[GenerateObserver], *args: Any, **kwargs: Any) -> Any:
-        for observer in observers:
-            observer.draft_begins()
+    @staticmethod
+    def _begin(
+        observer: GenerateObserver,
+        begun: list[GenerateObserver],
+        running: RunningCall,
+        token_ids: Tensor | None,
+        attention_mask: Tensor,
+    ) -> None:
+        """The call begins for an observer; for one that refuses it, it did not."""
         try:
+            observer.generate_begins(running, token_ids, attention_mask)
+        except Exception:
+            begun.remove(observer)
+            raise
+
+    def _draft(self, observers: list[GenerateObserver], *args: Any, **kwargs: Any) -> Any:
+        running = RunningCall()
+        try:
+            for observer in observers:
+                observer.draft_begins(running)
             return self.original(*args, **kwargs)
         finally:
             for observer in observers:
-                observer.draft_ends()
+                observer.draft_ends(running)
 
     def _refuse_what_cannot_be_followed(self, config: Any, kwargs: dict[str, Any]) -> None:
         # An adapter in front of this model passes it the inputs by a method of its own.
@@ -158,45 +180,58 @@ PACKED = (
 )
 
 
-class ObserverHandle:
-    """Ends an observation."""
-
-    def __init__(self, observed: ObservedGenerate, observer: GenerateObserver) -> None:
-        self._observed = observed
-        self._observer = observer
-
-    def remove(self) -> None:
-        """Stops observing; after the last observer, `model.generate` is the original method again."""
-        self._observed.observers.remove(self._observer)
-        if self._observed.observers:
-            return
-        self._observed.remove()
-        labels = vars(self._observed.module).get("forward")
-        if isinstance(labels, LabelsHook):
-            labels.remove()
-        refused = vars(self._observed.module).get("init_continuous_batching")
-        if isinstance(refused, RefusedMethod):
-            refused.remove()
-
-
-def observe_generate(model: nn.Module, observer: GenerateObserver) -> ObserverHandle:
-    """Tells an observer of every `generate` call on a model, or on the transformers model inside a wrapper. Continuous
+class GenerateObservation:
+    """An observer of every `generate` call on a model, or on the transformers model inside a wrapper. Continuous
     batching is refused meanwhile.
+
+    `install` and `remove` may be interrupted at any line; `remove` then undoes what was done so far.
 
     Raises:
         InvalidInputError: if nothing in the model can generate, or an adapter puts virtual tokens before prompts.
     """
-    refuse_virtual_tokens(model)
-    generating = generating_module(model)
-    observed = vars(generating).get("generate")
-    if not isinstance(observed, ObservedGenerate):
-        observed = ObservedGenerate(generating)
-        observed.install()
-        LabelsHook(generating, observed.observers).install()
-        if callable(getattr(generating, "init_continuous_batching", None)):
-            RefusedMethod(generating, "init_continuous_batching", PACKED, observed).install()
-    observed.observers.append(observer)
-    return ObserverHandle(observed, observer)
+
+    def __init__(self, model: nn.Module, observer: GenerateObserver) -> None:
+        refuse_virtual_tokens(model)
+        self._generating = generating_module(model)
+        self._observer = observer
+        self._observed: ObservedGenerate | None = None
+
+    def install(self) -> None:
+        """Begins to observe; nothing happens if it was begun."""
+        with _LOCK:
+            found = vars(self._generating).get("generate")
+            self._observed = found if isinstance(found, ObservedGenerate) else ObservedGenerate(self._generating)
+            if self._observer not in self._observed.observers:
+                self._observed.observers.append(self._observer)
+            self._observed.install()
+            if not isinstance(vars(self._generating).get("forward"), LabelsHook):
+                LabelsHook(self._generating, self._observed.observers).install()
+            name = "init_continuous_batching"
+            refused = vars(self._generating).get(name)
+            if callable(getattr(self._generating, name, None)) and not isinstance(refused, RefusedMethod):
+                RefusedMethod(self._generating, name, PACKED, self._observed).install()
+
+    def remove(self) -> None:
+        """Stops observing; after the last observer, `model.generate` is the original method again."""
+        with _LOCK:
+            if self._observed is None:
+                return
+            if self._observer in self._observed.observers:
+                self._observed.observers.remove(self._observer)
+            if self._observed.observers:
+                return
+            self._observed.remove()
+            for name, kind in (("forward", LabelsHook), ("init_continuous_batching", RefusedMethod)):
+                patch = vars(self._generating).get(name)
+                if isinstance(patch, kind):
+                    patch.remove()
+
+
+def observe_generate(model: nn.Module, observer: GenerateObserver) -> GenerateObservation:
+    """Begins to observe; arguments and errors as for `GenerateObservation`."""
+    observation = GenerateObservation(model, observer)
+    observation.install()
+    return observation
 
 
 def generating_module(model: nn.Module) -> nn.Module:

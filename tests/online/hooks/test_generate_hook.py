@@ -26,21 +26,21 @@ class Recorder:
         self.refuses, self.fails = refuses, fails
         self.events: list[tuple[Tensor | None, Tensor] | str] = []
 
-    def generate_begins(self, token_ids: Tensor | None, attention_mask: Tensor) -> None:
+    def generate_begins(self, running: Any, token_ids: Tensor | None, attention_mask: Tensor) -> None:
         if self.refuses:
             raise InvalidInputError("refused")
         self.events.append((token_ids, attention_mask))
 
-    def generate_ends(self, new_tokens: int | None) -> None:
+    def generate_ends(self, running: Any, new_tokens: int | None) -> None:
         self.new_tokens = new_tokens
         self.events.append("end")
         if self.fails:
             raise RuntimeError("on purpose")
 
-    def draft_begins(self) -> None:
+    def draft_begins(self, running: Any) -> None:
         self.events.append("draft")
 
-    def draft_ends(self) -> None:
+    def draft_ends(self, running: Any) -> None:
         self.events.append("end of draft")
 
     def labels_passed(self, labels: Tensor | None) -> None:

@@ -1,0 +1,144 @@
+"""Ctrl-C while attaching, detaching, selecting and generating leaves nothing behind; see tests/soak/interrupts.py."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from naive_generation import generate, is_clean, naive_generate
+from soak.interrupts import SCENARIOS, Subject, interrupted
+from tiny_models import layer_of, prompts, tiny_model, tiny_policy
+from torch import nn
+
+from dspa.online.hooks.running import Ownership, RunningCall
+from dspa.online.steering import steer
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    torch.set_num_threads(1)
+    return Subject()
+
+
+STEPS = {"attach": 5, "detach": 1, "leave": 1, "select": 1, "generating": 97}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_an_interrupt_leaves_nothing_behind(subject: Subject, name: str) -> None:
+    """At every line of what is short, at some of what is long; `make soak` takes all of them."""
+    count = at = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while interrupted(subject, name, 1 + at) is not None:
+            count, at = count + 1, at + STEPS[name]
+    assert count >= 5
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_entered_again_a_removed_steering_steers(again: int) -> None:
+    model, rows = tiny_model("llama"), prompts((6, 4))
+    policy = tiny_policy(model)
+    unsteered, expected = generate(model, rows, 4), naive_generate(model, policy, rows, 4)
+    steering = steer(model, policy)
+    for _ in range(1 + again):
+        with steering:
+            assert generate(model, rows, 4) == expected
+            assert repr(steering).startswith("Steering(attached")
+        assert is_clean(model)
+        assert generate(model, rows, 4) == unsteered
+    assert steering.summary().tokens_seen == (1 + again) * 2 * 4
+
+
+class HeldOnThisStack:
+    """Holds a call as the hooks do."""
+
+    def __call__(self, action: Callable[[RunningCall], Any]) -> RunningCall:
+        running = RunningCall()
+        action(running)
+        return running
+
+
+def test_what_a_call_held_is_free_once_its_frame_is_gone() -> None:
+    ownership, seen = Ownership(), []
+
+    def inside(running: RunningCall) -> None:
+        assert ownership.take(running)
+        seen.append(ownership.holder is running)
+        HeldOnThisStack()(lambda other: seen.append(ownership.take(other)))
+        HeldOnThisStack()(lambda other: seen.append(ownership.take(other, shared_within_thread=True)))
+        thread = threading.Thread(
+            target=HeldOnThisStack(), args=(lambda o: seen.append(ownership.take(o, shared_within_thread=True)),)
+        )
+        thread.start()
+        thread.join()
+
+    left = HeldOnThisStack()(inside)
+    assert seen == [True, False, True, False]
+    assert not left.is_alive
+    assert ownership.holder is None
+    HeldOnThisStack()(lambda running: seen.append(ownership.take(running)))
+    assert seen[-1]
+
+
+def test_attaching_and_detaching_beside_a_generating_thread_disturbs_no_call() -> None:
+    """Calls that begin while another steering comes and goes are refused for no other reason than what it steers."""
+    model, (prompt,) = tiny_model("llama", dtype=torch.float32), prompts((6,))
+    first = tiny_policy(model, dtype=torch.float32)
+    second = tiny_policy(model, dtype=torch.float32, alpha=0.0)
+    expected = naive_generate(model, first, [prompt], 2)
+    stop, errors, results = threading.Event(), [], []
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                results.append(generate(model, [prompt], 2))
+            except Exception as error:
+                errors.append(str(error))
+
+    with warnings.catch_warnings(), steer(model, first):
+        warnings.simplefilter("ignore")
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(40):
+            steer(model, second).remove()
+        stop.set()
+        thread.join(60)
+    assert not [error for error in errors if "another generate call is running" in error]
+    assert results
+    assert all(result == expected for result in results)
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "copy", "pickle"]
+)
+def test_nothing_of_a_steering_stands_in_a_copy(make: Callable[[nn.Module], nn.Module]) -> None:
+    model = tiny_model("llama")
+    with steer(model, tiny_policy(model)):
+        twin = make(model)
+        names = {"forward", "generate", "init_continuous_batching", "__reduce_ex__"}
+        modules = [twin] if make is copy.copy else list(twin.modules())
+        assert not any(names & vars(module).keys() for module in modules)
+    assert not any("__reduce_ex__" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_a_fault_in_the_output_layer_itself_is_warned_of(value: float, call: str) -> None:
+    model, rows = tiny_model("llama", dtype=torch.float32), prompts((6,))
+    policy = tiny_policy(model, dtype=torch.float32)
+    with torch.no_grad():
+        layer_of(model, policy.output_layer).get_submodule("mlp.down_proj").get_parameter("weight").fill_(value)
+    with pytest.warns(UserWarning, match="tokens had NaN or Inf in the residual stream after layer 2"):  # noqa: PT031, SIM117
+        with steer(model, policy):
+            if call == "generate":
+                generate(model, rows, 3)
+            else:
+                with torch.no_grad():
+                    model(torch.tensor(rows))

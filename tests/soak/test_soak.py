@@ -1,0 +1,18 @@
+"""A short form of `make soak`, of about a minute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soak.__main__ import PARTS
+
+SHARES = {"files": 0.01, "kills": 0.06, "interrupts": 0.02, "operands": 0.02, "memory": 0.01}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_campaign(part: str, tmp_path: Path) -> None:
+    counts = PARTS[part](SHARES[part], tmp_path)
+    assert sum(counts.values()) > 5
