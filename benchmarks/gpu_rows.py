@@ -16,6 +16,7 @@ from random_model import random_model
 import dspa
 from dspa.bench.adapter import EAGER_ADAPTER, AdapterCase, eager_way
 from dspa.bench.cases import NEEDS_MAXIMUM, Case, Shape
+from dspa.bench.density_check import check_counts
 from dspa.bench.eager import PlainSae, as_delta, with_error_term
 from dspa.bench.generation import step_milliseconds, worst_case_policy
 from dspa.bench.measurements import Column, Interval, Row
@@ -240,7 +241,7 @@ class Rows:
         ways, memory = [Way(PRODUCT, lambda: hidden @ W_enc.T)], []
         for way, run in runs.items():
             try:
-                _check_density(run(), hidden, offsets, sae)
+                check_counts(run(), hidden, offsets, sae)
             except AssertionError as failure:
                 return Row(name, group, (), PRODUCT, failed=f"{way}: {_first_line(failure)}")
             ways.append(Way(way, run))
@@ -278,16 +279,6 @@ class Rows:
             return Row(row, "generate, GPU", (), UNSTEERED, failed=_first_line(failure))
         columns = [time_column(way or UNSTEERED, taken, samples[None]) for way, taken in samples.items()]
         return Row(row, "generate, GPU", tuple(columns), UNSTEERED)
-
-
-def _check_density(found: torch.Tensor, hidden: torch.Tensor, offsets: torch.Tensor, sae: SaeWeights) -> None:
-    """A count may differ from the exact one only by gates that rounding can flip."""
-    z = hidden.double() @ sae.W_enc.double().T
-    undecided, active = (z - 1).abs() < 1e-4, z > 1
-    for segment, (start, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
-        difference = (found[segment].long() - active[start:end].sum(0)).abs()
-        assert (difference <= undecided[start:end].sum(0)).all(), "counts differ by more than rounding"
-    assert undecided.double().mean() < 1e-3, "too many gates are undecided"
 
 
 def _peak_mebibytes(run: Callable[[], object]) -> float:

@@ -74,8 +74,10 @@ def edited(h: Tensor, sae: SaeWeights, lists: Lists, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def naive_lists(model: nn.Module, policy: SteeringPolicy, prompt: list[int]) -> Lists:
-    """S_augment and S_ablate of section 3, from the prompt alone."""
+def naive_lists(model: nn.Module, policy: SteeringPolicy | FsrlPolicy, prompt: list[int]) -> Lists:
+    """S_augment and S_ablate of section 3, from the prompt alone; none for an adapter."""
+    if isinstance(policy, FsrlPolicy):
+        return [], []
     caught: list[Tensor] = []
     hook = layer_of(model, policy.input_layer).register_forward_hook(
         lambda module, args, output: caught.append(output if isinstance(output, Tensor) else output[0])
@@ -154,11 +156,12 @@ def naive_logits(
     return logits
 
 
-def naive_next(model: nn.Module, policy: SteeringPolicy | FsrlPolicy, prompt: list[int], new: list[int]) -> Tensor:
-    """Logits `[vocab]` of the token after prompt + new, everything recomputed; float32 as `generate` takes them."""
+def naive_next(
+    model: nn.Module, policy: SteeringPolicy | FsrlPolicy, prompt: list[int], new: list[int], lists: Lists
+) -> Tensor:
+    """Logits `[vocab]` of the token after prompt + new, computed without a cache; float32 as `generate` takes them."""
     if isinstance(policy, FsrlPolicy):
         return naive_fsrl_logits(model, policy, prompt, prompt + new)[-1].float()
-    lists = naive_lists(model, policy, prompt)
     return naive_logits(model, policy, prompt, prompt + new, lists)[-1].float()
 
 
@@ -178,9 +181,12 @@ def naive_generate(
     choose: Choose = greedily,
 ) -> list[list[int]]:
     """New tokens of each row."""
+    lists = [naive_lists(model, policy, row) for row in rows]
     new: list[list[int]] = [[] for _ in rows]
     for _ in range(count):
-        logits = torch.stack([naive_next(model, policy, row, more) for row, more in zip(rows, new, strict=True)])
+        logits = torch.stack(
+            [naive_next(model, policy, row, more, each) for row, more, each in zip(rows, new, lists, strict=True)]
+        )
         for more, token in zip(new, choose(logits), strict=True):
             more.append(token)
     return new
@@ -190,11 +196,12 @@ def naive_beam_search(
     model: nn.Module, policy: SteeringPolicy, prompt: list[int], count: int, num_beams: int
 ) -> list[list[int]]:
     """New tokens of the beams, best first, where nothing ends a sequence."""
+    lists = naive_lists(model, policy, prompt)
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(count):
         grown = []
         for score, new in beams:
-            log_probabilities = naive_next(model, policy, prompt, new).log_softmax(dim=-1).tolist()
+            log_probabilities = naive_next(model, policy, prompt, new, lists).log_softmax(dim=-1).tolist()
             grown += [(score + value, [*new, token]) for token, value in enumerate(log_probabilities)]
         beams = sorted(grown, key=lambda beam: -beam[0])[:num_beams]
     return [new for _, new in beams]
@@ -207,13 +214,17 @@ class NaiveForward:
         self, model: nn.Module, policies: Sequence[SteeringPolicy | FsrlPolicy | None], prompts: list[list[int]]
     ) -> None:
         self.model, self.policies, self.prompts = model, policies, prompts
+        self.lists = [
+            None if policy is None else naive_lists(model, policy, prompt)
+            for policy, prompt in zip(policies, prompts, strict=True)
+        ]
 
     def logits(self, row: int, rows: int, tokens: list[int]) -> Tensor:
         index = row * len(self.prompts) // rows
-        policy, prompt = self.policies[index], self.prompts[index]
-        if policy is None:
+        policy, prompt, lists = self.policies[index], self.prompts[index], self.lists[index]
+        if policy is None or lists is None:
             return self.model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-        return naive_next(self.model, policy, prompt, tokens[len(prompt) :])
+        return naive_next(self.model, policy, prompt, tokens[len(prompt) :], lists)
 
 
 def naive_model(

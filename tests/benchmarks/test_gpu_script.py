@@ -37,6 +37,7 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
+@pytest.mark.long
 def test_the_tests_for_a_gpu_ask_for_little(tmp_path: Path) -> None:
     """They are found where only what `make gpu` asks for is installed."""
     (tmp_path / "hide_packages.py").write_text(HIDDEN)

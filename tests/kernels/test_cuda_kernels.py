@@ -213,6 +213,7 @@ def test_who_runs_when_changes_no_bit(backend: Backend, changes: dict[str, Any])
         assert not same_bits(found[0], rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", MACHINES.values(), ids=MACHINES)
 def test_who_runs_when_changes_no_bit_of_an_adapter_step(backend: Backend, changes: dict[str, Any]) -> None:
     sae = make_sae(Kind("gated", subtract_b_dec=True), 520, 131, torch.bfloat16, seed=0)
@@ -539,6 +540,7 @@ def test_warpgroups_count_exactly(
         assert (count(rows, offsets, sae, backend).numpy() == expected).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("hidden_dtype", "sae_dtype"), PIECES, ids=test_token_step.name)
 @pytest.mark.parametrize("kind", [Kind(), *(kind for kind in KINDS if kind.normalization != "none")], ids=str)
 def test_warpgroups_count_within_rounding(
@@ -623,6 +625,7 @@ def test_token_step_says_which_call_failed(backend: Backend, dtype: torch.dtype)
     assert calls_that_fail(run, bulk_copies=True) == [1, 2, *range(4, 11)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
 @pytest.mark.parametrize("d_model", [37, 40])
 def test_adapter_step_says_which_call_failed(backend: Backend, d_model: int, dtype: torch.dtype) -> None:
@@ -641,6 +644,7 @@ def test_adapter_step_says_which_call_failed(backend: Backend, d_model: int, dty
     assert calls == list(range(1, 2 * aligned + 3 * 7 + 1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk")], ids=str)
 def test_encode_density_says_which_call_failed(backend: Backend, kind: Kind) -> None:
     sae = make_sae(kind, 40, 61, torch.bfloat16, seed=0)

@@ -63,6 +63,7 @@ def test_segments_share_launches_in_any_order_of_programs(kind: Kind, launches: 
         assert torch.equal(encode_density(hidden, OFFSETS, sae, backend="triton"), shuffled)
 
 
+@pytest.mark.long
 def test_scores_of_topk_are_held_for_some_tokens_at_a_time(
     monkeypatch: pytest.MonkeyPatch, launches: list[Launch]
 ) -> None:
@@ -86,6 +87,7 @@ def test_lookup_is_one_launch_in_any_order_of_programs(edit: EditKind, launches:
         assert same_lists(lookup(density, conditional_map, 8, 20, edit, backend="triton"), expected)
 
 
+@pytest.mark.long
 def test_operations_pass_opcheck() -> None:
     hidden, sae = density_case(Kind())
     torch.library.opcheck(torch.ops.dspa_triton.encode_density.default, (hidden, OFFSETS, *encoder_arguments(sae)))

@@ -168,6 +168,7 @@ def poison(sae: SaeWeights, batch: int, k: int) -> None:
     scratch.states.fill_(77)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 @pytest.mark.parametrize(
     "kind", [Kind(), Kind("topk", "layer_norm", compact=True), Kind("gated", "layer_norm")], ids=str
@@ -257,6 +258,7 @@ def test_no_pass_where_no_listed_latent_is_active() -> None:
     assert weights_read(quiet, rows, edits, "dense") == int(edits.counts.sum()) / 300 + 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Kind("relu"), Kind("gated"), Kind("relu", "layer_norm")], ids=str)
 def test_recent_argmax_latents_save_the_pass(kind: Kind) -> None:
     """A latent that towers above all others is remembered, and from then on proves the edit by itself."""
@@ -406,6 +408,7 @@ def on_the_edge(sae: SaeWeights, rows: Tensor) -> tuple[SaeWeights, Tensor, Tens
     return replace(sae, threshold=sae.threshold.index_copy(0, latents, gate.float())), rows, latents[:, None]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "kind",
@@ -506,6 +509,7 @@ def test_the_pass_over_weights_beyond_two_to_the_31st(monkeypatch: pytest.Monkey
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("passes", [True, False])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.compact], ids=str)
 def test_the_model_of_bytes_moved_is_what_the_kernel_loads(kind: Kind, passes: bool) -> None:
@@ -638,6 +642,7 @@ def test_passes_opcheck(kind: Kind, optional: bool) -> None:
     torch.library.opcheck(torch.ops.dspa_triton.token_step.default, arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optional", [False, True])
 def test_the_step_with_lookup_passes_opcheck(optional: bool) -> None:
     sae, rows, _ = case(Kind("topk"))

@@ -46,6 +46,15 @@ def test_speculative_positions_count_when_they_are_accepted(accepted: int, seen:
     assert stats.seen.tolist() == [seen]
 
 
+def test_counters_stand_before_the_first_edit() -> None:
+    """What a captured graph writes to is not allocated inside of it."""
+    found = editor()
+    found.begin_prompt(["a", "b", None])
+    (counters,) = found.counters.all()
+    assert found.counters.of_batch(3) is counters
+    assert counters.seen.tolist() == [0, 0, 0]
+
+
 def test_rows_of_other_policies_and_disabled_positions_are_not_touched() -> None:
     found = editor()
     found.begin_prompt(["a", None, "b"])

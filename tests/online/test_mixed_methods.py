@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -231,6 +232,16 @@ def test_gradients_reach_an_adapter_as_through_the_equations_written_out(positio
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
+def test_a_vector_of_another_dtype_has_gradients_of_its_own() -> None:
+    model = copy.deepcopy(MODEL).float()
+    vector = VECTOR.clone().requires_grad_()
+    with steer(model, VectorPolicy(vector, 1, 0.5), differentiable=True):
+        model(torch.tensor([ROWS[0]])).logits[0, -1].square().mean().backward()
+    assert vector.grad is not None
+    assert vector.grad.dtype == torch.float64
+    assert vector.grad.abs().max() > 0
+
+
 def test_two_passes_may_precede_one_backward_pass() -> None:
     policy = tiny_policy(MODEL, alpha=0.5)
     gradients = []
@@ -320,7 +331,7 @@ def test_generation_is_the_same_with_differentiable_edits() -> None:
     assert steering.summary().tokens_seen == NEW * len(ROWS)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.long), True])
 def test_differentiable_edits_are_refused_in_a_compiled_model(frozen: bool) -> None:
     model = tiny_model().requires_grad_(not frozen)
     with steer(model, VectorPolicy(VECTOR.clone().requires_grad_(), 1), differentiable=True):

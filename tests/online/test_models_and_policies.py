@@ -249,6 +249,23 @@ def test_a_row_that_is_not_finite_is_left_alone_counted_and_warned_of_once(value
     assert "left alone because of NaN or Inf: 12" in str(steering.summary())
 
 
+def test_the_warning_names_every_layer_and_the_line_that_called_generate() -> None:
+    model, rows = tiny_model(), prompts((5,))
+    policies = {"a": tiny_policy(model), "b": tiny_policy(model, output_layer=OUTPUT_LAYER + 1)}
+    spoiled = spoil(model, 0, float("nan"))
+    with steer(model, policies) as steering:
+        for name in policies:
+            steering.select(name)
+            model(torch.tensor(rows))
+        with pytest.warns(UserWarning, match="NaN or Inf") as caught:
+            model.generate(torch.tensor(rows), max_new_tokens=2, pad_token_id=0)
+    spoiled.remove()
+    texts = [str(warning.message) for warning in caught]
+    for layer in (OUTPUT_LAYER, OUTPUT_LAYER + 1):
+        assert any(f"after layer {layer} " in text for text in texts)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_nan_in_forward_passes_is_warned_of_when_the_policy_is_removed() -> None:
     model, rows = tiny_model(), prompts((5, 5))
     spoiled = spoil(model, 0, float("nan"))

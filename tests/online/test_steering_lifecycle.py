@@ -242,7 +242,9 @@ def memory() -> tuple[int, int, int]:
     return allocations, len(tensors), sum(storages.values())
 
 
-@pytest.mark.parametrize("calls", [48, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "calls", [pytest.param(48, marks=pytest.mark.long), pytest.param(5_000, marks=pytest.mark.slow)]
+)
 def test_memory_stays_flat(calls: int) -> None:
     """Short calls with prompts of several lengths and batches of several sizes, and policies that come and go. A call
     that leaks adds an allocation each time; what the interpreter and torch keep for reuse is less than that."""

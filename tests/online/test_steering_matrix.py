@@ -324,7 +324,10 @@ def test_rows_under_different_policies(way: str, selection: str, shared: bool) -
         assert run(model) == expected
     sequences = WAYS[way].sequences if way != "beam search, all beams" else 3
     for row, name in enumerate(name for name in names for _ in range(sequences)):
-        assert (expected[row] != unsteered[row]) == (name is not None) or way != "greedy"
+        if name is None:
+            assert expected[row] == unsteered[row]
+        elif way == "greedy":  # elsewhere a steered row may come out as it was
+            assert expected[row] != unsteered[row]
     assert steering.summary().prompts == sequences * sum(name is not None for name in names)
 
 
