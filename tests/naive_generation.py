@@ -74,8 +74,10 @@ def edited(h: Tensor, sae: SaeWeights, lists: Lists, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def naive_lists(model: nn.Module, policy: SteeringPolicy, prompt: list[int]) -> Lists:
-    """S_augment and S_ablate of section 3, from the prompt alone."""
+def naive_lists(model: nn.Module, policy: SteeringPolicy | FsrlPolicy, prompt: list[int]) -> Lists:
+    """S_augment and S_ablate of section 3, from the prompt alone; none for an adapter."""
+    if isinstance(policy, FsrlPolicy):
+        return [], []
     caught: list[Tensor] = []
     hook = layer_of(model, policy.input_layer).register_forward_hook(
         lambda module, args, output: caught.append(output if isinstance(output, Tensor) else output[0])

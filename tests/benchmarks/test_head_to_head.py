@@ -68,7 +68,7 @@ def test_the_best_try_that_keeps_responses_whole_is_chosen(found: list[tuple[flo
             self.model = None
             self.left = iter(found)
 
-        def measured(self, *args: Any) -> Measurement:
+        def measured(self, policy: Any, prompts: Any, seed: int, neutral: int) -> Measurement:
             return measurement(*next(self.left))
 
     tries = [Try(f"try {index}", None) for index in range(len(found))]

@@ -213,6 +213,7 @@ def test_who_runs_when_changes_no_bit(backend: Backend, changes: dict[str, Any])
         assert not same_bits(found[0], rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", MACHINES.values(), ids=MACHINES)
 def test_who_runs_when_changes_no_bit_of_an_adapter_step(backend: Backend, changes: dict[str, Any]) -> None:
     sae = make_sae(Kind("gated", subtract_b_dec=True), 520, 131, torch.bfloat16, seed=0)
