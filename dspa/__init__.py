@@ -19,18 +19,21 @@ from dspa.errors import (
 
 if TYPE_CHECKING:
     from dspa import kernels
-    from dspa.methods.conditional_map import ConditionalDifferenceMap
+    from dspa.methods.conditional_map import ConditionalDifferenceMap, FitOptions
+    from dspa.methods.explanation import PolicyExplanation
     from dspa.methods.policy import Policy
     from dspa.methods.static_policy import StaticPolicy
     from dspa.methods.steering_policy import SteeringPolicy
     from dspa.methods.vector_policy import VectorPolicy
     from dspa.offline.collection import collect
     from dspa.offline.density_store import DensityStore
-    from dspa.offline.preferences import PreferenceTriple, PreferenceTriples, load_preferences
+    from dspa.offline.preferences import load_preferences
+    from dspa.offline.triples import PreferenceTriple, PreferenceTriples
     from dspa.online.steering import Steering, steer
     from dspa.online.summary import SteeringSummary
     from dspa.online.trace import SteeringTrace
     from dspa.sae.autoencoder import SparseAutoencoder
+    from dspa.sae.metadata import SaeMetadata
 
 __version__ = "0.1.0"
 
@@ -38,13 +41,16 @@ _MODULE_OF = {
     "kernels": "dspa.kernels",
     "collect": "dspa.offline.collection",
     "ConditionalDifferenceMap": "dspa.methods.conditional_map",
+    "FitOptions": "dspa.methods.conditional_map",
+    "PolicyExplanation": "dspa.methods.explanation",
+    "SaeMetadata": "dspa.sae.metadata",
     "DensityStore": "dspa.offline.density_store",
     "Policy": "dspa.methods.policy",
     "StaticPolicy": "dspa.methods.static_policy",
     "SteeringPolicy": "dspa.methods.steering_policy",
     "VectorPolicy": "dspa.methods.vector_policy",
-    "PreferenceTriple": "dspa.offline.preferences",
-    "PreferenceTriples": "dspa.offline.preferences",
+    "PreferenceTriple": "dspa.offline.triples",
+    "PreferenceTriples": "dspa.offline.triples",
     "load_preferences": "dspa.offline.preferences",
     "SparseAutoencoder": "dspa.sae.autoencoder",
     "Steering": "dspa.online.steering",
@@ -59,11 +65,14 @@ __all__ = [
     "CorruptFileError",
     "DensityStore",
     "DspaError",
+    "FitOptions",
     "InvalidInputError",
     "MismatchError",
     "Policy",
+    "PolicyExplanation",
     "PreferenceTriple",
     "PreferenceTriples",
+    "SaeMetadata",
     "SparseAutoencoder",
     "StaticPolicy",
     "Steering",

@@ -12,10 +12,10 @@ import typer
 
 from dspa import __version__
 from dspa.errors import DspaError, InvalidInputError
+from dspa.util.terminal import console as _console
+from dspa.util.terminal import print_record as _print_record
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from dspa.sae.autoencoder import SparseAutoencoder
 
 app = typer.Typer(
@@ -78,6 +78,13 @@ def collect(
     input_layer: Annotated[int | None, typer.Option(help="Layer of the input SAE; by default, as it says.")] = None,
     output_layer: Annotated[int | None, typer.Option(help="Layer of the output SAE; by default, as it says.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Apply the chat template to plain strings, as dspa generate does; default: no, with a warning.",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many triples.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest triple in tokens; default: the context.")] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave out bad rows, and count them, instead of stopping.")] = False,
@@ -95,9 +102,9 @@ def collect(
     from dspa.offline.collection import collect as collect_densities
     from dspa.offline.distributed import device_of_process, is_first_process
     from dspa.offline.preferences import load_preferences
-    from dspa.transformers_model import text_config
+    from dspa.transformers_model import load_language_model, text_config
 
-    language_model, tokenizer = _load_model(model, dtype, device_of_process(device))
+    language_model, tokenizer = load_language_model(model, dtype, device_of_process(device))
     progress = not as_json and is_first_process()
     context = getattr(text_config(language_model), "max_position_embeddings", None)
     triples = load_preferences(
@@ -109,23 +116,28 @@ def collect(
         count_bos=count_bos,
         count_template=count_template,
         count_eos=count_eos,
+        chat=chat,
         limit=limit,
         progress=progress,
     )
-    store = collect_densities(
-        language_model,
-        tokenizer,
-        triples,
-        input_sae=_load_sae(input_sae),
-        output_sae=_load_sae(output_sae),
-        input_layer=input_layer,
-        output_layer=output_layer,
-        out=out,
-        triples_per_batch=triples_per_batch,
-        tokens_per_batch=tokens_per_batch,
-        triples_per_shard=triples_per_shard,
-        progress=progress,
-    )
+    try:
+        store = collect_densities(
+            language_model,
+            tokenizer,
+            triples,
+            input_sae=_load_sae(input_sae),
+            output_sae=_load_sae(output_sae),
+            input_layer=input_layer,
+            output_layer=output_layer,
+            out=out,
+            triples_per_batch=triples_per_batch,
+            tokens_per_batch=tokens_per_batch,
+            triples_per_shard=triples_per_shard,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {out} keeps what is finished, and the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
     record = {
         "folder": str(store.folder),
         "triples": len(triples),
@@ -157,8 +169,10 @@ def fit(
 ) -> None:
     """Fit the conditional-difference map and write a steering policy."""
     from dspa.methods.conditional_map import ConditionalDifferenceMap
-    from dspa.methods.steering_policy import SteeringPolicy
+    from dspa.methods.steering_policy import SteeringPolicy, check_policy_names
 
+    check_policy_names(edit, edit_positions)
+    saes = _load_sae(input_sae), _load_sae(output_sae)
     options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify}
     fitted = ConditionalDifferenceMap.fit(
         densities,
@@ -170,8 +184,7 @@ def fit(
     choices: dict[str, Any] = {"edit": edit, "edit_positions": edit_positions}
     policy = SteeringPolicy(
         fitted,
-        _load_sae(input_sae),
-        _load_sae(output_sae),
+        *saes,
         k_prompt=k_prompt,
         k_diff=k_diff,
         alpha=alpha,
@@ -209,8 +222,9 @@ def generate(
 
     from dspa.methods.steering_policy import SteeringPolicy
     from dspa.online.steering import steer
+    from dspa.transformers_model import load_language_model
 
-    language_model, tokenizer = _load_model(model, dtype, device)
+    language_model, tokenizer = load_language_model(model, dtype, device)
     changed = {} if alpha is None else {"alpha": alpha}
     steering_policy = SteeringPolicy.from_pretrained(policy, **changed)
 
@@ -242,6 +256,30 @@ def generate(
         for name, value in record.items():
             typer.echo(f"{name}: {value}")
         typer.echo()
+
+
+@app.command()
+def explain(
+    model: ModelOption,
+    policy: Annotated[str, typer.Option(help="Policy folder or hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="The prompt; may be repeated.")],
+    chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template, if it has one.")] = True,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Say which latents a policy will edit for a prompt, and which prompt latents decide that."""
+    from dspa.methods.steering_policy import SteeringPolicy
+    from dspa.transformers_model import load_language_model
+
+    language_model, tokenizer = load_language_model(model, dtype, device)
+    steering_policy = SteeringPolicy.from_pretrained(policy)
+    explained = [(text, steering_policy.explain(text, language_model, tokenizer, chat=chat)) for text in prompt]
+    if as_json:
+        typer.echo(json.dumps([{"prompt": text, **asdict(explanation)} for text, explanation in explained], indent=2))
+        return
+    for text, explanation in explained:
+        typer.echo(f"prompt: {text}\n{explanation}")
 
 
 @app.command()
@@ -360,19 +398,75 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command(name="eval")
+def evaluate(
+    model: ModelOption,
+    tasks: Annotated[list[str], typer.Option(help="Task of lm-eval, or a task file; may be repeated.")],
+    policy: Annotated[str | None, typer.Option(help="Policy folder or hub id; default: the model as it is.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Edit strength instead of the policy's.")] = None,
+    compare: Annotated[bool, typer.Option(help="Evaluate the unsteered model as well.")] = True,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of one's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many examples of a task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in a prompt; default: the task's.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Rows run at once, or auto.")] = "8",
+    chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a model under a policy on tasks of lm-eval, beside the model as it is."""
+    import dspa.evaluation  # noqa: F401  says what to install if lm-eval is missing
+    from dspa.evaluation.command import EvalOptions, print_evaluation, run_eval
+
+    options = EvalOptions(
+        model=model,
+        tasks=tasks,
+        policy=policy,
+        alpha=alpha,
+        compare=compare,
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        apply_chat_template=chat,
+        dtype=dtype,
+        device=device,
+    )
+    evaluation = run_eval(options)
+    if as_json:
+        typer.echo(json.dumps(evaluation.record(), indent=2))
+    else:
+        print_evaluation(_console(quiet=False), evaluation)
+
+
 @app.command()
 def serve(
     model: ModelOption,
     policy: Annotated[list[str], typer.Option(help="Policy folder or hub id, or NAME=FOLDER; may be repeated.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.")] = 8000,
+    max_context: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of prompt and answer; default: the model's context.")
+    ] = None,
+    default_max_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer whose request does not say.")
+    ] = 1024,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
 ) -> None:
     """Serve a model under policies, OpenAI-compatible: MODEL is unsteered, MODEL@NAME follows a policy."""
     from dspa.serving.serve import run_server
 
-    run_server(model, policy, host=host, port=port, dtype=dtype, device=device)
+    run_server(
+        model,
+        policy,
+        host=host,
+        port=port,
+        dtype=dtype,
+        device=device,
+        context_tokens=max_context,
+        default_tokens=default_max_tokens,
+    )
 
 
 def main() -> None:
@@ -382,41 +476,6 @@ def main() -> None:
     except DspaError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-
-
-def _console(quiet: bool) -> Console:
-    from rich.console import Console
-
-    # A pipe has no width of its own; wide enough for the tables.
-    width = None if sys.stdout.isatty() else 160
-    return Console(stderr=quiet, width=width)
-
-
-def _print_record(record: dict[str, Any], as_json: bool) -> None:
-    typer.echo(
-        json.dumps(record, indent=2) if as_json else "\n".join(f"{name}: {value}" for name, value in record.items())
-    )
-
-
-def _load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer.
-
-    Raises:
-        InvalidInputError: if they cannot be loaded.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InvalidInputError(f"dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        model.to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()
-        raise InvalidInputError(f"model {name!r} cannot be loaded: {reason[0] if reason else error!r}") from error
-    return model.eval(), tokenizer
 
 
 def _load_sae(source: str) -> SparseAutoencoder:

@@ -60,6 +60,42 @@ class ModelFingerprint:
             raise MismatchError(f"this was made for another model: found {', '.join(differing)}; use that model")
 
 
+def load_language_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a folder or hub id.
+        dtype: auto, float32, bfloat16 or float16.
+        device: cpu, cuda, cuda:1, ...
+
+    Raises:
+        InvalidInputError: if they cannot be loaded, or the device is not there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InvalidInputError(f"dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
+    check_device(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model.to(device)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()
+        raise InvalidInputError(f"model {name!r} cannot be loaded: {reason[0] if reason else error!r}") from error
+    return model.eval(), tokenizer
+
+
+def check_device(device: str) -> None:
+    """Raises InvalidInputError if torch does not know a device, or has none of that kind or number here."""
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise InvalidInputError(f"device {device!r} cannot be used: {reason}") from error
+
+
 @dataclass(frozen=True, eq=False)
 class DecoderStack:
     """The module that runs the decoder layers, and the layers themselves."""
@@ -99,6 +135,15 @@ def decoder_stack(model: nn.Module) -> DecoderStack:
             f"{type(model).__name__} has {len(stacks)} lists of {depth} decoder layers; expected one"
         )
     return stacks[0]
+
+
+HOOKS_ATTRIBUTE = "_dspa_hooks"  # of the module that runs the decoder layers: what observes them
+
+
+def is_steered(model: nn.Module) -> bool:
+    """Whether policies are attached to a model."""
+    hooks: Any = vars(decoder_stack(model).module).get(HOOKS_ATTRIBUTE)
+    return hooks is not None and bool(hooks.observers)
 
 
 def check_layer_fits(which: str, layer: int, fingerprint: ModelFingerprint) -> None:

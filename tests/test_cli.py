@@ -87,6 +87,8 @@ def test_alpha_zero_says_the_same(
         ({"input-sae": "no-such-release:layer_0"}, "no-such-release"),
         ({"input-layer": "3"}, "trained on layer 1"),
         ({"dtype": "float12"}, "float12"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used: "),
+        ({"device": "gpu"}, "device 'gpu' cannot be used: "),
     ],
     ids=str,
 )
@@ -158,3 +160,43 @@ def assert_one_line(text: str, message: str) -> None:
     assert lines[-1].startswith("error: ")
     assert message in lines[-1]
     assert "Traceback" not in text
+
+
+def test_a_wrong_name_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the densities nor the SAEs have to be there."""
+    for changes, message in (({"edit": "ablte"}, "edit is 'ablte'"), ({"edit-positions": "last"}, "edit_positions is")):
+        assert run(monkeypatch, *fit_arguments(tmp_path / "none", tmp_path / "out", **changes)) == 2
+        assert_one_line(capsys.readouterr().err, message)
+
+
+def test_an_interrupted_collection_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dspa.offline.collection.collect", interrupt)
+    assert run(monkeypatch, *collect_arguments(tmp_path / "out")) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_help_prints_no_long_fraction(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "flops", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "1/3" in shown
+    assert "0.333" not in shown
+
+
+def test_explain(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["explain", "--model", MODEL, "--policy", str(folders[1]), "--prompt", PROMPT]
+    capsys.readouterr()
+    assert run(monkeypatch, *words, "--json") == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert len(record["rows"]) == 32
+    assert len(record["edits"]) == 16
+    assert run(monkeypatch, *words) == 0
+    assert "Latents to be edited" in capsys.readouterr().out

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dspa.bench.measurements import Column, Interval, Row
 from dspa.bench.tables import group_tables, interval_text
-from dspa.util.report_parts import COLORS, Table, html_figure, html_page, new_figure, svg_element
+from dspa.util.report_parts import COLORS, Table, html_page
 from history.records import Change, Run
 
 if TYPE_CHECKING:
@@ -55,15 +55,12 @@ def print_run(console: Console, run: Run) -> None:
 
 
 def to_html(runs: Sequence[Run]) -> str:
-    """The history of the runs, from the earliest to the latest, as one page that needs no other file.
-
-    Raises:
-        InvalidInputError: if matplotlib is not installed.
-    """
+    """The latest run and, where there are several, their history from the earliest on, as one page that needs no other
+    file."""
     latest = runs[-1]
     history = Table(
         "Runs",
-        "From the earliest to the latest; the number stands below the charts.",
+        "From the earliest to the latest, in which order the lines above go from left to right.",
         ("", "time", "commit", "machine", "rows", "failed"),
         tuple(
             (
@@ -78,54 +75,77 @@ def to_html(runs: Sequence[Run]) -> str:
         ),
         ("time", "commit", "machine"),
     )
+    several = len(runs) > 1
     body = [
         "<h1>Benchmarks of dspa</h1>",
-        "<p>Every number was checked before it was timed, and every time was taken in turn with its reference. Charts "
-        "show times as multiples of that reference, so that runs on a fast and a slow day can be compared; lower is "
-        "faster. Bars are 95 % intervals.</p>",
-        history.to_html(),
+        "<p>Every number was checked before it was timed, and every time was taken in turn with its reference. Bars "
+        f"are those of the latest run, {html.escape(latest.name)}; the reference that a row is compared with is orange."
+        + (
+            " Below them, how a quantity went over the runs: times as multiples of their reference, so that runs on a "
+            "fast and a slow day can be compared; lower is faster."
+            if several
+            else ""
+        )
+        + "</p>",
     ]
     tables = {table.title: table for table in run_tables(latest)}
     for group in tables:
         body.append(f"<h2>{html.escape(group)}</h2>")
-        rows = [row for row in latest.rows if row.group == group and row.failed is None]
-        charts = [_chart(row, columns, runs) for row in rows for columns in _by_unit(row)]
-        body.append(f'<div class="charts">{"".join(charts)}</div>')
+        for row in (row for row in latest.rows if row.group == group and row.failed is None):
+            body.append(f"<h3>{html.escape(row.name)}</h3>")
+            body += [_bars(row, columns) for columns in _by_unit(row)]
+            lines = [_history(row, column, runs) for column in row.columns if column.name != row.reference]
+            if several and any(lines):
+                body.append(f'<div class="runs">{"".join(lines)}</div>')
         body.append(tables[group].to_html())
+    body.append(history.to_html())
     return html_page("Benchmarks of dspa", body)
 
 
 def _by_unit(row: Row) -> list[list[Column]]:
-    """The columns of a row that can share an axis; the reference, always 1, is none of them."""
+    """The columns of a row by their unit: one chart shows one quantity."""
     units: dict[str, list[Column]] = {}
     for column in row.columns:
-        if column.name != row.reference:
-            units.setdefault("relative" if column.relative else column.unit, []).append(column)
+        units.setdefault(column.unit or column.name, []).append(column)  # without a unit it is a quantity of its own
     return list(units.values())
 
 
-def _chart(row: Row, columns: Sequence[Column], runs: Sequence[Run]) -> str:
-    figure = new_figure((7.2, 3.4))
-    axes: Any = figure.add_subplot()
-    for index, column in enumerate(columns):
-        points = [(i, _plotted(found)) for i, run in enumerate(runs, 1) if (found := _find(run, row.name, column.name))]
-        numbers, values = [i for i, _ in points], [interval.value for _, interval in points]
-        errors = [[abs(v.value - v.low) for _, v in points], [abs(v.high - v.value) for _, v in points]]
-        style = "-" if index < len(COLORS) else "--"
-        color = COLORS[index % len(COLORS)]
-        axes.errorbar(
-            numbers, values, errors, label=column.name, color=color, linestyle=style, marker="o", ms=3, lw=1.2
+def _bars(row: Row, columns: Sequence[Column]) -> str:
+    """A bar for each column, and its value with the factor over the reference."""
+    longest = max(abs(column.measured.value) for column in columns) or 1.0
+    lines = []
+    for column in columns:
+        width = 100 * abs(column.measured.value) / longest
+        base = ' class="base"' if column.name == row.reference else ""
+        factor = ""
+        if column.relative is not None and column.name != row.reference:
+            factor = f", {1 / column.relative.value:.3g}x"
+        value = f"{column.measured.value:.4g} {column.unit}{factor}"
+        lines.append(
+            f'<div><span>{html.escape(column.name)}</span><i{base} style="width:{width:.1f}%"></i>'
+            f"<b>{html.escape(value)}</b></div>"
         )
-    axes.set_xticks(range(1, len(runs) + 1))
-    axes.set_xlabel("run")
-    if columns[0].relative:
-        axes.set_yscale("log")
-        axes.set_ylabel(f"time / {row.reference}")
-    else:
-        axes.set_ylabel(columns[0].unit)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.spines[["top", "right"]].set_visible(False)
-    return html_figure(svg_element(figure), row.name)
+    return f'<div class="bars">{"".join(lines)}</div>'
+
+
+def _history(row: Row, column: Column, runs: Sequence[Run]) -> str:
+    """A line over the runs that have a quantity, with its first and last value; nothing for fewer than two."""
+    points = [(i, _plotted(found).value) for i, run in enumerate(runs) if (found := _find(run, row.name, column.name))]
+    if len(points) < 2:
+        return ""
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    scale = 30 / (high - low) if high > low else 0.0
+    places = [(10 + 180 * i / (len(runs) - 1), 38 - scale * (value - low)) for i, value in points]
+    path = " ".join(f"{x:.0f},{y:.1f}" for x, y in places)
+    dots = "".join(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="2"/>' for x, y in places)
+    unit = f"time / {row.reference}" if column.relative else column.unit
+    words = html.escape(f"{column.name}: {values[0]:.3g} to {values[-1]:.3g}" + (f" ({unit})" if unit else ""))
+    return (
+        f'<figure role="img" aria-label="{words}"><svg viewBox="0 0 200 44" fill="{COLORS[0]}">'
+        f'<polyline points="{path}" fill="none" stroke="{COLORS[0]}"/>{dots}</svg>'
+        f"<figcaption>{words}</figcaption></figure>"
+    )
 
 
 def _plotted(column: Column) -> Interval:

@@ -14,6 +14,18 @@ from dspa.util.report_parts import COLORS, new_figure, png_bytes, svg_element
 SWEEP_D_SAE = tuple(2**power for power in range(12, 21))
 CHARTS = ("stages", "triples", "overhead", "total")
 SHADES = (1.0, 0.6, 0.35)
+CHARACTERS = 68  # as many fit into the longest bar
+DARK = "#1c2430"  # for words on light shades
+MODE_LABELS = {
+    "dense": "dense: reads the whole encoder",
+    "lazy": "lazy: skips it where the edit needs no M_t",
+    "screened": "screened: reads a narrow copy first",
+}
+MODE_STYLES: dict[str, dict[str, Any]] = {  # told apart where they lie on one another
+    "dense": {"linewidth": 4.0, "alpha": 0.35},
+    "lazy": {"linewidth": 2.0, "linestyle": "--"},
+    "screened": {"linewidth": 1.6, "linestyle": ":"},
+}
 
 
 def draw(axes: Any, chart: str, report: FlopsReport, model: ModelReport) -> None:
@@ -31,8 +43,9 @@ def _draw_stages(axes: Any, report: FlopsReport, model: ModelReport) -> None:
         for stage, shade in zip(method.stages, SHADES, strict=False):
             width = stage.flops.total()
             axes.barh(y, width, left=left, color=color, alpha=shade, height=0.62)
-            if width > 0.3 * most:
-                axes.text(left + width / 2, y, stage.name, ha="center", va="center", fontsize=7, color="white")
+            if width / most * CHARACTERS > len(stage.name):
+                ink = "white" if shade > 0.8 else DARK
+                axes.text(left + width / 2, y, stage.name, ha="center", va="center", fontsize=7, color=ink)
             left += width
         axes.text(left + most * 0.01, y, number(left), va="center", fontsize=8)
     axes.set_yticks(range(len(model.methods)), [method.method for method in model.methods])
@@ -60,7 +73,8 @@ def _draw_overhead(axes: Any, report: FlopsReport, model: ModelReport) -> None:
     for mode, color in zip(MODES, COLORS, strict=False):
         works = [steer_token(model.shape, replace(model.steering, d_sae_out=width), i, mode) for width in SWEEP_D_SAE]
         if machine is None:
-            axes.plot(SWEEP_D_SAE, [100 * w.bytes / model.decode.bytes for w in works], color=color, label=mode)
+            share = [100 * w.bytes / model.decode.bytes for w in works]
+            axes.plot(SWEEP_D_SAE, share, color=color, label=MODE_LABELS[mode])
             flops = [100 * w.flops / model.decode.flops for w in works]
             axes.plot(SWEEP_D_SAE, flops, color=color, linestyle="--", linewidth=1)
         else:
@@ -86,14 +100,15 @@ def _draw_total(axes: Any, report: FlopsReport, model: ModelReport) -> None:
     i, triples = report.options.inference, report.options.triples
     generated = [10.0 ** (quarter / 4) for quarter in range(5 * 4, 11 * 4 + 1)]
     cost = {method.method: method.flops.total() * triples for method in model.methods}
-    for row, style in zip(model.tokens, ("-", "--", ":"), strict=True):
+    inks = dict(zip(MODES, (COLORS[0], COLORS[0], "black"), strict=True))
+    for row in model.tokens:
         per_token = row.work.flops + model.prompt.flops / i.response_tokens
         axes.plot(
             generated,
             [cost[COLLECTED] + per_token * n for n in generated],
-            style,
-            color=COLORS[0],
-            label=f"DSPA, {row.mode}",
+            color=inks[row.mode],
+            label=f"DSPA, {MODE_LABELS[row.mode]}",
+            **MODE_STYLES[row.mode],
         )
     for method, color in zip(model.methods[2:], COLORS[2:], strict=True):
         added = fsrl_token(model.shape, report.options.alignment) if method.method == FSRL else 0.0

@@ -15,7 +15,8 @@ CAPTIONS = {
     "overhead": "What steering adds to a generated token as the sparse autoencoder gets wider. Where times are shown, "
     "the roofline is that of main memory: an encoder that stays in the processor's cache is read faster.",
     "total": "Steering pays a little for every token; a method that changes the weights pays before the first one. "
-    "Where the lines cross, the latter would have been cheaper. FSRL pays at both times.",
+    "Where the lines cross, the latter would have been cheaper. FSRL pays at both times. Lazy and screened need nearly "
+    "the same FLOPs and lie on one another; they differ in the bytes they read.",
 }
 
 
@@ -50,7 +51,8 @@ def _html_chart(chart: str, report: FlopsReport, model: ModelReport) -> str:
 
 def _introduction(report: FlopsReport) -> str:
     headline = "".join(
-        f"<div><b>{_best(model):.2f}x</b><span>{html.escape(model.shape.name)}</span></div>" for model in report.models
+        f"<div><b>{_best(model):.2f}x</b><span>RAHF-SCIT / DSPA, {html.escape(model.shape.name)}</span></div>"
+        for model in report.models
     )
     counted = all(model.counted for model in report.models)
     return (

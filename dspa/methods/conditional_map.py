@@ -19,6 +19,7 @@ from dspa.errors import CorruptFileError, InvalidInputError
 from dspa.kernels import CsrMap
 from dspa.offline.density_store import CollectionRun, DensityStore, SparseCounts
 from dspa.util.files import TensorFolder
+from dspa.util.html_table import html_table
 from dspa.util.progress import track
 from dspa.util.scalars import check_integer, check_number
 
@@ -68,7 +69,7 @@ class MapConfig:
 FOLDER = TensorFolder("conditional_map", 2, MapConfig, version_without_checksum=1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConditionalDifferenceMap:
     """The map `A` of method.md, section 2, and what is known of its rows.
 
@@ -87,6 +88,30 @@ class ConditionalDifferenceMap:
     mean_difference: Tensor
     run: CollectionRun
     options: FitOptions
+
+    def __repr__(self) -> str:
+        run = self.run
+        return (
+            f"ConditionalDifferenceMap({run.d_sae_in} x {run.d_sae_out}, {self.matrix.nonzeros} entries, "
+            f"{run.triple_count} triples, layers {run.input_layer} -> {run.output_layer})"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: its size, how it was fitted, and its gates."""
+        run, options = self.run, self.options
+        columns = int(self.matrix.columns.unique().numel())
+        return html_table(
+            {
+                "model": run.model.model_type,
+                "layers": f"{run.input_layer} → {run.output_layer}",
+                "latents": f"{run.d_sae_in} → {run.d_sae_out}",
+                "triples": run.triple_count,
+                "entries": f"{self.matrix.nonzeros} in {columns} columns",
+                "gates": f"{options.gate_rule} percentile {options.gate_percentile:g}",
+                "gates always on": f"{float(self.always_on().double().mean()):.1%}",
+                "sparsify": options.sparsify,
+            }
+        )
 
     @classmethod
     def fit(

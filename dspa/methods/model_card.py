@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from dspa.kernels import CsrMap
 from dspa.sae.autoencoder import SparseAutoencoder
+from dspa.util.files import write_atomically
 
 AUDITED_LATENTS = 20
+CARD_HEAD = "---\nlibrary_name: dspa\n"
 
 Page = Callable[[int], str | None]  # the address of a latent's page, where there is one
 
@@ -44,9 +47,7 @@ def model_card(repo_id: str, settings: Mapping[str, object], audit: str) -> str:
         audit: the section on edited latents.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"""---
-library_name: dspa
-tags:
+    return f"""{CARD_HEAD}tags:
 - dspa
 - steering
 - sparse-autoencoder
@@ -77,6 +78,14 @@ print(steering.summary())
 
 {audit}
 """
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Writes a card as README.md, unless there is one that this package has not written."""
+    path = folder / "README.md"
+    if path.exists() and not path.read_bytes().startswith(CARD_HEAD.encode()):
+        return
+    write_atomically(path, card.encode())
 
 
 def audit_of_counts(counts: EditCounts, page: Page) -> str:
@@ -117,7 +126,9 @@ def _linked(latent: int, page: Page) -> str:
 def describe_sae(sae: SparseAutoencoder) -> str:
     """Where an SAE comes from, and its kind and size, in one line."""
     metadata = sae.metadata
-    source = " ".join(part for part in (metadata.release, metadata.sae_id) if part) or "source not recorded"
+    source = " ".join(part for part in (metadata.release, metadata.sae_id) if part)
+    if not source:  # a folder or a live object
+        source = f"of {metadata.hook_name}" if metadata.hook_name else "source not recorded"
     trained = f", trained on {metadata.model_name}" if metadata.model_name else ""
     return f"{source}{trained}, {sae.activation}, {sae.d_sae} latents"
 

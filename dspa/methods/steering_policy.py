@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
 from dspa.kernels import EditKind, EditList, lookup
@@ -23,13 +23,18 @@ from dspa.methods.model_card import (
     counted_tokens,
     describe_sae,
     model_card,
+    write_card,
 )
 from dspa.methods.policy import EditPositions, PromptObservation, check_edit_positions
 from dspa.methods.saved_sae import SaeConfig, sae_config, sae_from_config
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.transformers_model import ModelFingerprint
 from dspa.util.files import TensorFolder
+from dspa.util.html_table import html_table
 from dspa.util.scalars import LARGEST_FLOAT32, check_number, check_switch
+
+if TYPE_CHECKING:
+    from dspa.methods.explanation import PolicyExplanation
 
 OPTIONS = ("k_prompt", "k_diff", "alpha", "edit", "sign_guard", "edit_positions")
 
@@ -66,6 +71,8 @@ class SteeringPolicy:
     edit_positions: EditPositions = "from_last_prompt"
 
     def __post_init__(self) -> None:
+        for name, which in (("input_sae", "input"), ("output_sae", "output")):
+            object.__setattr__(self, name, SparseAutoencoder.from_any(getattr(self, name), which))
         run = self.conditional_map.run
         check_lookup_options(self.conditional_map.matrix, self.k_prompt, self.k_diff, self.edit)
         check_number("alpha", self.alpha, 0, LARGEST_FLOAT32, " (edit says in which direction)")
@@ -149,6 +156,32 @@ class SteeringPolicy:
         matrix = self.conditional_map.matrix.to(density.device)
         return lookup(density, matrix, self.k_prompt, self.k_diff, self.edit, sign_guard=self.sign_guard)
 
+    def explain(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        chat: bool = True,
+    ) -> PolicyExplanation:
+        """Which prompt latents fire on a prompt and how densely, which rows of the map they pick, and which latents
+        will be edited and why: a table for terminals and notebooks.
+
+        Args:
+            prompt: a text, or the token ids of one prompt as they are.
+            model: the model the policy was made for, not steered at the moment.
+            tokenizer: its tokenizer, for a text.
+            chat: whether a text is a user's turn of a conversation, if the tokenizer has a chat template, as in
+                `dspa generate`.
+
+        Raises:
+            InvalidInputError: if the model is steered, or a text comes without a tokenizer.
+            MismatchError: if the policy was made for another model.
+        """
+        from dspa.methods.explanation import explain_prompt
+
+        return explain_prompt(self, model, prompt, tokenizer, chat)
+
     def selectable_latents(self) -> Tensor:
         """Output latents that some prompt can select, int64, ascending: those in the map, and, since latents with a
         score of 0 are selected in index order when a prompt leaves room, the first k_diff of the others."""
@@ -161,6 +194,7 @@ class SteeringPolicy:
         """Writes the policy to a folder that needs nothing else: its tensors and `config.json`.
 
         Of the input SAE its encoder is kept, of the output SAE the encoder and the decoder rows some prompt can select.
+        `README.md` is the card for people; one that this package has not written stays as it is.
 
         Raises:
             DspaError: if it cannot be written.
@@ -178,7 +212,9 @@ class SteeringPolicy:
             "output_sae": self.output_sae.with_decoder_rows(self.selectable_latents()).tensors(),
         }
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-        return FOLDER.write(folder, config, tensors)
+        saved = FOLDER.write(folder, config, tensors)
+        write_card(saved, self.model_card("path/of/this/policy"))
+        return saved
 
     def push_to_hub(
         self,
@@ -283,12 +319,11 @@ class SteeringPolicy:
         return cls(conditional_map, input_sae, output_sae, **{**saved, **options})
 
 
-def html_table(fields: dict[str, Any]) -> str:
-    """Names and values, side by side."""
-    rows = (
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in fields.items()
-    )
-    return f"<table>{''.join(rows)}</table>"
+def check_policy_names(edit: str, edit_positions: str) -> None:
+    """Raises InvalidInputError for an edit or for positions that no policy knows."""
+    if edit not in get_args(EditKind):
+        raise InvalidInputError(f"edit is {edit!r}; expected one of {', '.join(get_args(EditKind))}")
+    check_edit_positions(edit_positions)
 
 
 @dataclass(frozen=True)

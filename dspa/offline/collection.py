@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +26,22 @@ from dspa.transformers_model import (
     check_sae_fits,
     decoder_stack,
     device_of,
+    is_steered,
     text_config,
 )
 
 if TYPE_CHECKING:
+    import sae_lens
     from transformers import PreTrainedTokenizerBase
 
 
 def collect(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    triples: PreferenceTriples,
+    triples: PreferenceTriples | Sequence[PreferenceTriple],
     *,
-    input_sae: SparseAutoencoder,
-    output_sae: SparseAutoencoder,
+    input_sae: SparseAutoencoder | sae_lens.SAE[Any],
+    output_sae: SparseAutoencoder | sae_lens.SAE[Any],
     input_layer: int | None = None,
     output_layer: int | None = None,
     out: str | Path,
@@ -59,8 +61,9 @@ def collect(
     Args:
         model: a transformers language model; its weights and mode are left as they were.
         tokenizer: the model's tokenizer; only its padding id is read, and None will do.
-        triples: what `load_preferences` returned.
-        input_sae: an SAE on the residual stream after `input_layer`; it encodes prompts.
+        triples: what `load_preferences` returned, or a list of triples from it.
+        input_sae: an SAE, also as a live object of sae-lens, on the residual stream after `input_layer`; it encodes
+            prompts.
         output_sae: an SAE on the residual stream after `output_layer`; it encodes responses.
         input_layer: a decoder layer, from 0; by default the one the SAE was trained on.
         output_layer: likewise for the output SAE.
@@ -75,7 +78,12 @@ def collect(
         MismatchError: if an SAE does not fit its layer, or `out` holds another run's densities.
         DspaError: if a shard cannot be written; finished shards stay usable.
     """
+    triples = PreferenceTriples.from_any(triples)
+    input_sae = SparseAutoencoder.from_any(input_sae, "input")
+    output_sae = SparseAutoencoder.from_any(output_sae, "output")
     fingerprint = ModelFingerprint.from_model(model)
+    if is_steered(model):
+        raise InvalidInputError("the model is steered, and its densities would be those of the edits; remove() first")
     input_layer = layer_of(input_sae, "input", input_layer)
     output_layer = layer_of(output_sae, "output", output_layer)
     check_sae_fits(input_sae, "input", input_layer, fingerprint)

@@ -10,18 +10,15 @@ TRL's dataset formats: https://huggingface.co/docs/trl/dataset_formats
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from dspa.errors import InvalidInputError
 from dspa.offline.chat_template import (
@@ -33,76 +30,13 @@ from dspa.offline.chat_template import (
     special_token_ids,
     uncounted_prompt_ids,
 )
+from dspa.offline.triples import PreferenceTriple, PreferenceTriples, SkippedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # A row's name ("prefs.jsonl:17") and its columns, or the error that says why there are none.
 _Row = tuple[str, object]
-
-
-@dataclass(frozen=True)
-class PreferenceTriple:
-    """Token ids of one preference. `prompt + chosen` and `prompt + rejected` are what the model reads.
-
-    The first `chosen_counted` tokens of `chosen` count in its activation density, likewise for `rejected`; the rest, if
-    any, are the end-of-turn and end-of-sequence tokens that `count_eos=False` leaves out. `source` names the row.
-    """
-
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    chosen_counted: int
-    rejected_counted: int
-    source: str
-
-
-@dataclass(frozen=True)
-class SkippedRow:
-    """A row that yielded no triple, and why."""
-
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class PreferenceTriples:
-    """An immutable sequence of triples with the rules by which their tokens count.
-
-    `uncounted_token_ids` never count in a prompt; they say nothing about responses.
-    """
-
-    triples: tuple[PreferenceTriple, ...]
-    uncounted_token_ids: tuple[int, ...]
-    count_bos: bool = False
-    count_template: bool = True
-    count_eos: bool = True
-    skipped: tuple[SkippedRow, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.triples)
-
-    def __iter__(self) -> Iterator[PreferenceTriple]:
-        return iter(self.triples)
-
-    @overload
-    def __getitem__(self, index: int) -> PreferenceTriple: ...
-    @overload
-    def __getitem__(self, index: slice) -> PreferenceTriples: ...
-    def __getitem__(self, index: int | slice) -> PreferenceTriple | PreferenceTriples:
-        if isinstance(index, slice):
-            return replace(self, triples=self.triples[index])
-        return self.triples[index]
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the token ids and the counting rules; where the rows came from does not enter."""
-        rules = [self.uncounted_token_ids, self.count_bos, self.count_template, self.count_eos]
-        digest = hashlib.sha256(json.dumps(rules).encode())
-        for triple in self.triples:
-            parts = (triple.prompt, triple.chosen, triple.rejected)
-            lengths = (*map(len, parts), triple.chosen_counted, triple.rejected_counted)
-            digest.update(np.array([*lengths, *parts[0], *parts[1], *parts[2]], dtype="<i8").tobytes())
-        return digest.hexdigest()
 
 
 def load_preferences(
@@ -118,6 +52,7 @@ def load_preferences(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     limit: int | None = None,
     progress: bool = False,
+    chat: bool | None = None,
 ) -> PreferenceTriples:
     """Read preference rows and turn them into token ids.
 
@@ -136,6 +71,9 @@ def load_preferences(
         chat_template_kwargs: options for the chat template, such as `{"enable_thinking": False}` for Qwen3.
         limit: stop after this many triples.
         progress: show a progress bar on stderr.
+        chat: whether rows of plain strings with a prompt are turns of a conversation, to which the chat template is
+            applied, as `dspa generate` does. By default they are text as it is; if the tokenizer has a chat template, a
+            warning says so.
 
     Returns:
         The triples in the order of the rows.
@@ -151,10 +89,13 @@ def load_preferences(
 
     uncounted = uncounted_prompt_ids(tokenizer, count_bos=count_bos, count_template=count_template)
     uncounted_at_end = frozenset() if count_eos else special_token_ids(tokenizer)
+    plain_rows = 0
     triples: list[PreferenceTriple] = []
     skipped: list[SkippedRow] = []
     for row_name, row in rows:
         try:
+            if chat:
+                row = _as_conversation(row)
             prompt, chosen, rejected = _tokenise(row, tokenizer, chat_template_kwargs or {})
             triple = PreferenceTriple(
                 prompt,
@@ -172,6 +113,7 @@ def load_preferences(
             skipped.append(SkippedRow(row_name, reason))
             continue
         triples.append(triple)
+        plain_rows += isinstance(row, Mapping) and isinstance(row["chosen"], str)
         if len(triples) == limit:
             break
 
@@ -182,7 +124,31 @@ def load_preferences(
         raise InvalidInputError(
             f"{name}: none of the {len(skipped)} rows is a valid preference; most frequent reason ({count}): {reason}"
         )
+    if plain_rows and chat is None and tokenizer.chat_template:
+        warnings.warn(
+            f"{plain_rows} rows of {name} are plain strings and were read without the chat template, which dspa "
+            "generate applies; pass chat=True (--chat) to apply it here, or chat=False and generate with --no-chat",
+            stacklevel=2,
+        )
     return PreferenceTriples(tuple(triples), uncounted, count_bos, count_template, count_eos, tuple(skipped))
+
+
+def _as_conversation(row: object) -> object:
+    """A row of strings as one of messages; other rows as they are.
+
+    Raises:
+        InvalidInputError: if it has no prompt of its own, so that the turns of its text are not known.
+    """
+    if not isinstance(row, Mapping) or not isinstance(row.get("chosen"), str):
+        return row
+    if not isinstance(row.get("prompt"), str):
+        raise InvalidInputError("strings without a prompt column cannot be made a conversation; pass chat=False")
+    chosen, rejected = _text(row["chosen"], "chosen"), _text(row.get("rejected"), "rejected")
+    return {
+        "prompt": [{"role": "user", "content": _text(row["prompt"], "prompt")}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
 
 
 # --- One row -> prompt and two responses ------------------------------------------------------------------------------

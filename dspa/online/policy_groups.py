@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from dspa.errors import InvalidInputError
 from dspa.methods.policy import Intervention, Policy
 from dspa.sae.weights import SaeWeights, encode_alike
 
@@ -70,6 +76,42 @@ def editing_groups(policies: Mapping[str, Policy]) -> list[EditingGroup]:
             groups.append({name: intervention})
     groups.sort(key=lambda group: next(iter(group.values())).layer)
     return [EditingGroup(next(iter(group.values())).layer, group) for group in groups]
+
+
+def check_not_steered(policies: Mapping[str, Policy], attached: Sequence[Mapping[str, Policy]]) -> None:
+    """Refuses policies that a model follows already, as when a cell of a notebook is run again, and warns where it
+    follows others.
+
+    Raises:
+        InvalidInputError: if one of the policies is attached already, as the same object or with the same content.
+    """
+    if not attached:
+        return
+    for name, policy in policies.items():
+        if any(alike(policy, other) for known in attached for other in known.values()):
+            raise InvalidInputError(
+                f"policy {name!r} is attached to this model already, and would edit twice; call remove() on its "
+                "steering first, use steer in a with statement, or pass compose=True"
+            )
+    warnings.warn(
+        f"this model is steered already, by {', '.join(name for known in attached for name in known)}: the edits "
+        "follow one another; call remove() on the earlier steering, or pass compose=True if that is meant",
+        stacklevel=4,
+    )
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same object, or have the same content: dataclasses by their fields, tensors by their
+    elements."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+    if is_dataclass(one):
+        return all(alike(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    return bool(one == other)
 
 
 def _read_alike(one: SaeWeights | None, other: SaeWeights | None) -> bool:

@@ -10,7 +10,7 @@ A pass of the decoder computes positions `start` to `end` of the batch; the firs
 In a `generate` call the prompt is what was passed to it. Prompt tokens that a passed cache holds already are not
 computed, so the selection depends on the others, and a warning says so. In a plain forward call the prompt is the whole
 input, unless a cache with positions is passed (then the call continues the last prompt, whose cache it has to be), or
-the session's `prompt_lengths` say how much of it is prompt.
+the session's `prompt_lengths`, its `response` or the call's labels say how much of it is prompt.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from dspa.errors import InvalidInputError
 from dspa.methods.policy import Policy
 from dspa.online.forward_pass import ForwardPass
+from dspa.online.forward_prompt import IGNORED_LABEL, PaddingTokens, prompt_lengths_of
 from dspa.online.generate_call import GenerateCall
 from dspa.online.hooks.running import Ownership, RunningCall
 from dspa.online.layer_editor import LayerEditor
@@ -34,7 +35,7 @@ from dspa.online.prompt_mask import PromptMask
 from dspa.online.prompt_reader import PromptReader
 from dspa.online.row_selection import RowSelection
 from dspa.online.trace import TraceRecorder
-from dspa.online.warn import warn_of_cached_prompt, warn_of_no_edit, warn_of_nonfinite
+from dspa.online.warn import warn_of_assumed_prompt, warn_of_cached_prompt, warn_of_no_edit, warn_of_nonfinite
 
 
 class Session:
@@ -44,6 +45,8 @@ class Session:
         prompt: the prompts last read; None before the first pass.
         closed: whether the policies are being detached: calls that begin from then on are not followed.
         prompt_lengths: in forward calls, how many tokens of each row are prompt; None for all.
+        response: in forward calls, `[B, T]` bool, which tokens are the response; None where that is not said.
+        policies: by name.
         prompts_read: prompts that were read to their end so far.
         differentiable: whether edits are computed so that autograd follows them, where gradients are recorded.
         generating: held by the generate call that runs.
@@ -58,7 +61,13 @@ class Session:
         recorder: TraceRecorder | None,
         *,
         differentiable: bool,
+        padding: PaddingTokens,
     ) -> None:
+        self.policies = policies
+        self.response: Tensor | None = None
+        self._padding = padding
+        self._labels: Tensor | None = None
+        self._warned_of_assumed_prompt = False
         self.prompt: Prompt | None = None
         self.closed = False
         self._call: GenerateCall | None = None
@@ -136,6 +145,10 @@ class Session:
         finally:
             self._call = None
             self.generating.release(running)
+
+    def labels_passed(self, labels: Tensor | None) -> None:
+        """A forward call with labels begins or, with None, has ended."""
+        self._labels = labels
 
     def draft_begins(self, running: RunningCall) -> None:
         """The steered model begins to draft, for itself or for another model: drafts are not steered."""
@@ -281,7 +294,7 @@ class Session:
     ) -> int:
         """The first position of a pass outside of generate, which begins a prompt or continues the last one."""
         if cache_length == 0:
-            self._begin_forward_prompt(tokens, mask)
+            self._begin_forward_prompt(tokens, mask, cache is not None)
             return 0
         self._check_continued(cache)
         if self.prompt is not None:
@@ -289,20 +302,42 @@ class Session:
             self._commit_speculative(cache_length, self.prompt)
         return cache_length
 
-    def _begin_forward_prompt(self, tokens: Tensor, mask: Tensor | None) -> None:
+    def _begin_forward_prompt(self, tokens: Tensor, mask: Tensor | None, has_cache: bool) -> None:
         batch, width = tokens.shape[:2]
-        if mask is None or mask.shape != (batch, width):  # a mask already made into another form
-            mask = torch.ones(batch, width, device=tokens.device)
         prompt_policies = self._selection.of_prompts(batch)
+        steered = any(name is not None for name in prompt_policies)
+        if mask is None and tokens.ndim == 2 and steered:
+            mask = self._padding.presence(tokens)
+        elif mask is None or mask.shape != (batch, width):  # a mask already made into another form
+            mask = torch.ones(batch, width, device=tokens.device)
         lengths = None
         if self.prompt_lengths is not None:
             lengths = torch.as_tensor(self.prompt_lengths, dtype=torch.int64)
             if lengths.ndim and len(lengths) != batch:
                 raise InvalidInputError(f"scoring got {len(lengths)} prompt lengths for {batch} rows; expected as many")
             lengths = lengths.expand(batch)
+        else:
+            response = self.response
+            if response is not None and response.shape != mask.shape:
+                raise InvalidInputError(
+                    f"completion_mask is {tuple(response.shape)} for a forward call of {batch} x {width} tokens; "
+                    "expected the same shape"
+                )
+            if response is None and self._labels is not None:
+                response = self._labels != IGNORED_LABEL
+            if response is not None:
+                lengths = prompt_lengths_of(response, mask)
+            if lengths is None and steered and width > 1 and not has_cache:
+                self._warn_of_assumed_prompt(prompt_policies, batch, width)
         token_ids = tokens if tokens.ndim == 2 else None
         prompt_mask = self._selection.mask(token_ids, mask, prompt_policies, lengths)
         self._begin_prompt(prompt_mask, prompt_policies, mask, lengths)
+
+    def _warn_of_assumed_prompt(self, prompt_policies: list[str | None], batch: int, width: int) -> None:
+        if not self._warned_of_assumed_prompt:
+            names = {name for name in prompt_policies if name is not None}
+            policies = [self.policies[name] for name in names]
+            self._warned_of_assumed_prompt = warn_of_assumed_prompt(policies, batch, width, self._labels is not None)
 
     def _begin_prompt(
         self, mask: PromptMask, prompt_policies: list[str | None], attention_mask: Tensor, lengths: Tensor | None

@@ -7,17 +7,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList, StepMode, TokenStats
 from dspa.methods.policy import Policy
+from dspa.online.forward_prompt import PaddingTokens
 from dspa.online.hooks.forward import hooks_of
 from dspa.online.hooks.generate import GenerateObservation
 from dspa.online.layer_editor import LayerEditor
-from dspa.online.policy_groups import editing_groups, reading_groups
+from dspa.online.policy_groups import check_not_steered, editing_groups, reading_groups
 from dspa.online.prompt_reader import PromptReader
 from dspa.online.row_selection import RowSelection, Selection
 from dspa.online.session import Session
@@ -39,6 +41,7 @@ def steer(
     mode: StepMode | None = None,
     trace: bool = False,
     differentiable: bool = False,
+    compose: bool = False,
 ) -> Steering:
     """Attaches a policy to a model: from now on `model.generate` and forward calls are steered.
 
@@ -69,6 +72,8 @@ def steer(
             the vectors of policies (strengths are constants); such edits are neither counted nor traced. Otherwise an
             edit is a constant to autograd: the gradient of the edited states passes to the states before the edit as
             it is.
+        compose: steer a model that is steered already: edits follow one another, earlier ones first. Without it, a
+            policy that is attached already is refused, and another one comes with a warning.
 
     Raises:
         MismatchError: if a policy was made for another model, or policies contradict each other.
@@ -86,6 +91,7 @@ def steer(
         mode=mode,
         trace=trace,
         differentiable=differentiable,
+        compose=compose,
     )
 
 
@@ -111,9 +117,13 @@ class Steering:
         mode: StepMode | None,
         trace: bool,
         differentiable: bool,
+        compose: bool,
     ) -> None:
         check_policies(policies, ModelFingerprint.from_model(model) if policies else None)
         stack = decoder_stack(model)
+        self._hooks = hooks_of(stack)
+        if not compose:
+            check_not_steered(policies, [observer.policies for observer in self._hooks.observers])
         self.model = model
         self.policies = policies
         self._recorder = TraceRecorder() if trace else None
@@ -133,12 +143,17 @@ class Steering:
         ]
         self._selection = RowSelection(policies)
         self._session = Session(
-            policies, self._readers, self._editors, self._selection, self._recorder, differentiable=differentiable
+            policies,
+            self._readers,
+            self._editors,
+            self._selection,
+            self._recorder,
+            differentiable=differentiable,
+            padding=PaddingTokens.of(model),
         )
         if select is not NOT_SELECTED:
             self.select(select)
         self._layers = {place.group.layer for place in (*self._readers, *self._editors)}
-        self._hooks = hooks_of(stack)
         self._observation = GenerateObservation(model, self._session)
         self._attached = False
         self._attach()
@@ -183,20 +198,30 @@ class Steering:
         self._selection.select(names)
 
     @contextmanager
-    def scoring(self, prompt_tokens: int | Sequence[int]) -> Iterator[None]:
+    def scoring(
+        self, prompt_tokens: int | Sequence[int] | None = None, *, completion_mask: Tensor | None = None
+    ) -> Iterator[None]:
         """Inside, forward calls without a cache are taken for prompts followed by responses, as when responses are
         scored: the logits are those with which `generate` would have chosen.
 
         Args:
             prompt_tokens: how many tokens of each row are its prompt, padding not counted; one number for all rows, or
                 one for each.
+            completion_mask: instead, `[B, T]`, nonzero on the response, as TRL's collators make it.
+
+        Raises:
+            InvalidInputError: unless exactly one of them is given.
         """
-        before = self._session.prompt_lengths
+        if (prompt_tokens is None) == (completion_mask is None):
+            raise InvalidInputError("scoring needs either prompt_tokens or completion_mask")
+        session = self._session
+        before = session.prompt_lengths, session.response
         try:
-            self._session.prompt_lengths = prompt_tokens
+            session.prompt_lengths = prompt_tokens
+            session.response = None if completion_mask is None else completion_mask != 0
             yield
         finally:
-            self._session.prompt_lengths = before
+            session.prompt_lengths, session.response = before
 
     @property
     def policy(self) -> Policy:
@@ -229,8 +254,6 @@ class Steering:
 
     def summary(self) -> SteeringSummary:
         """What was seen and edited since the policies were attached."""
-        if len(self._editors) == 1:
-            return SteeringSummary.from_stats(self._editors[0].counters.all(), self._session.prompts_read)
         return SteeringSummary.from_layers(
             [(editor.group.layer, editor.counters.all()) for editor in self._editors], self._session.prompts_read
         )
@@ -243,7 +266,8 @@ class Steering:
         """
         if self._recorder is None:
             raise InvalidInputError("nothing was recorded; attach the policy with steer(model, policy, trace=True)")
-        return self._recorder.trace()
+        name = getattr(getattr(self.model, "config", None), "name_or_path", None)
+        return replace(self._recorder.trace(), model_name=name or None)
 
     def __repr__(self) -> str:
         named = ", ".join(f"{name}: {policy!r}" for name, policy in self.policies.items())

@@ -13,7 +13,7 @@ SHOWN_LATENTS = 10
 
 @dataclass(frozen=True)
 class LatentEdits:
-    """How many tokens had a latent edited. The layer is named where several are edited."""
+    """How many tokens had a latent edited after a layer; None where it is not known."""
 
     latent: int
     tokens: int
@@ -81,8 +81,9 @@ class SteeringSummary:
         if self.tokens_nonfinite:
             lines.append(f"tokens left alone because of NaN or Inf: {self.tokens_nonfinite}")
         if self.latents:
+            several = len({edit.layer for edit in self.latents}) > 1
             shown = ", ".join(
-                f"{'' if edit.layer is None else f'{edit.layer}/'}{edit.latent} ({edit.tokens})"
+                f"{f'{edit.layer}/' if several else ''}{edit.latent} ({edit.tokens})"
                 for edit in self.latents[:SHOWN_LATENTS]
             )
             more = len(self.latents) - SHOWN_LATENTS

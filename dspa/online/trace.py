@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import math
 from collections.abc import Sequence
@@ -82,9 +83,14 @@ class SteeringTrace:
 
     Activations are computed again for the trace, by the reference encoder; where one lies within rounding of its
     threshold, the kernel that edited may have decided otherwise.
+
+    Attributes:
+        sequences: one for each row of each call.
+        model_name: the folder or hub id the model was loaded from; None where it does not say.
     """
 
     sequences: tuple[TracedSequence, ...]
+    model_name: str | None = None
 
     def to_table(self, tokenizer: Any = None) -> Table:
         """A rich table with a line per token; `tokenizer` shows tokens as text."""
@@ -139,7 +145,7 @@ class SteeringTrace:
 
         Args:
             sequence: which one, in the order of `sequences`.
-            tokenizer: shows tokens as text.
+            tokenizer: shows tokens as text; by default that of the model's own files, if they are here.
             path: where to write the picture; its ending says in which format.
 
         Raises:
@@ -148,21 +154,26 @@ class SteeringTrace:
         if not 0 <= sequence < len(self.sequences):
             raise InvalidInputError(f"sequence is {sequence}; the trace has {len(self.sequences)}, counted from 0")
         try:
-            from matplotlib.figure import Figure
+            from dspa.online.notebook_figure import NotebookFigure
         except ModuleNotFoundError as error:
             raise InvalidInputError("matplotlib is not installed; install it with: pip install 'dspa[plot]'") from error
-        tokens = self.sequences[sequence].tokens
+        traced = self.sequences[sequence]
+        tokens = traced.tokens
+        if tokenizer is None:
+            tokenizer = _own_tokenizer(self.model_name)
         latents = sorted({(edit.layer, edit.latent) for token in tokens for edit in token.edits})
         change = torch.full((max(len(latents), 1), max(len(tokens), 1)), math.nan)
         for column, token in enumerate(tokens):
             for edit in token.edits:
                 change[latents.index((edit.layer, edit.latent)), column] = edit.after - edit.before
-        figure = Figure(figsize=(2 + 0.3 * change.shape[1], 1.5 + 0.25 * change.shape[0]), layout="constrained")
+        figure = NotebookFigure(figsize=(2 + 0.3 * change.shape[1], 1.5 + 0.25 * change.shape[0]), layout="constrained")
         axes = figure.subplots()
         largest = float(change.nan_to_num().abs().max()) or 1.0
         image = axes.imshow(change, cmap="coolwarm", vmin=-largest, vmax=largest, aspect="auto")
         axes.set_xticks(range(len(tokens)), [_text(token, tokenizer) for token in tokens], rotation=90)
         axes.set_yticks(range(len(latents)), [str(latent) for _, latent in latents])
+        under = f"policy {traced.policy}" if traced.policy is not None else "not steered"
+        axes.set_title(f"Edits of call {traced.call}, row {traced.row}: {under}", loc="left")
         axes.set_xlabel("token")
         axes.set_ylabel("output latent")
         figure.colorbar(image, label="change of its activation")
@@ -265,6 +276,19 @@ def _text(token: TracedToken, tokenizer: Any) -> str:
     if token.token_id is None:
         return "?"
     return str(token.token_id) if tokenizer is None else repr(tokenizer.decode([token.token_id]))[1:-1]
+
+
+@functools.lru_cache(maxsize=4)
+def _own_tokenizer(model_name: str | None) -> Any:
+    """The tokenizer in a model's folder, or in the hub's cache; None where there is none. Nothing is fetched."""
+    if model_name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_name, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _html(edit: TracedEdit) -> str:

@@ -26,6 +26,27 @@ def warn_of_nonfinite(editors: Sequence[LayerEditor], stacklevel: int) -> bool:
     return found
 
 
+def warn_of_assumed_prompt(policies: Sequence[Policy], batch: int, width: int, labels: bool) -> bool:
+    """Says for what the input of a forward call was taken, if that makes a difference; returns whether it does."""
+    affected = [p for p in policies if p.observation is not None or p.edit_positions != "all"]
+    if not affected:
+        return False
+    places = {
+        "from_last_prompt": "edited its last token",
+        "generated": "edited nothing",
+        "all": "edited all of its tokens that count",
+    }
+    done = " or ".join(sorted({places[policy.edit_positions] for policy in affected}))
+    said = "its labels mark no prompt" if labels else "nothing says where a response begins"
+    warnings.warn(
+        f"a forward call of {batch} x {width} tokens was taken for prompts, as {said}: the policy read each row to its "
+        f"end and {done}; to score or train on responses, call it inside steering.scoring(prompt_tokens=...), or pass "
+        "labels that are -100 on the prompt",
+        stacklevel=2,
+    )
+    return True
+
+
 def warn_of_cached_prompt(prompt: Prompt, cached: int) -> None:
     """Warns if the cache passed to a generate call held some of its prompt."""
     if not cached or not prompt.steered:

@@ -170,5 +170,5 @@ def draw_gains(report: DemoReport, png: Path) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylabel("gain in reward over unsteered")
     axes.set_title(f"Gain by kind of prompt, {report.prompts} held-out prompts, 95 % intervals")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(settings))  # beside the bars, off the whiskers
     figure.savefig(png, dpi=120)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dspa.errors import InvalidInputError, MismatchError
 from dspa.sae.encode import encode
+from dspa.sae.folders import load_folder
 from dspa.sae.metadata import SaeMetadata
-from dspa.sae.weights import SaeWeights
+from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
 
 if TYPE_CHECKING:
     import sae_lens
@@ -32,6 +33,7 @@ class SparseAutoencoder(SaeWeights):
         source: str | Path | sae_lens.SAE[Any],
         sae_id: str | None = None,
         *,
+        layer: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> SparseAutoencoder:
@@ -43,7 +45,10 @@ class SparseAutoencoder(SaeWeights):
 
         Args:
             source: a release of sae-lens' list, or a hub repository (in sae-lens' or in dictionary_learning's format),
-                both with a `sae_id`; or a folder with `cfg.json` and `sae_weights.safetensors`; or a live object.
+                both with a `sae_id`; or its id on neuronpedia.org (`gemma-2-2b/7-gemmascope-res-16k`), if sae-lens'
+                list names it; or a live object; or a folder in the format of sae-lens, sparsify, dictionary_learning,
+                Gemma Scope or Gemma Scope 2, of which only the first needs sae-lens.
+            layer: the decoder block, from 0, whose output the SAE reads, where the source does not say.
             sae_id: the SAE's id in the release, or its folder in the hub repository.
             dtype: storage dtype of the weight matrices. None keeps the folder's or the object's; float32 for the hub.
             device: where the tensors go.
@@ -52,15 +57,35 @@ class SparseAutoencoder(SaeWeights):
             InvalidInputError: unknown release or id, files that are missing and cannot be fetched, no sae-lens.
             UnsupportedSaeError: an SAE that cannot be represented exactly or is not on the residual stream.
             CorruptFileError: files that are truncated, altered, or hold NaN or Inf.
+            MismatchError: if `layer` is not the one that the source names.
         """
+        weights, metadata = cls._load(source, sae_id, dtype)
+        if layer is not None:
+            if metadata.layer not in (None, layer):
+                raise MismatchError(f"layer is {layer}; the SAE says it was trained on layer {metadata.layer}")
+            metadata = replace(metadata, layer=layer)
+        return cls(**{part.name: getattr(weights, part.name) for part in fields(weights)}, metadata=metadata).to(device)
+
+    @staticmethod
+    def _load(source: Any, sae_id: str | None, dtype: torch.dtype | None) -> tuple[SaeWeights, SaeMetadata]:
+        if isinstance(source, (str, Path)) and Path(source).is_dir():
+            if sae_id is not None:
+                raise InvalidInputError(
+                    f"{source} is a folder here, and sae_id {sae_id!r} belongs to a release; pass the SAE's own "
+                    f"folder, such as {Path(source) / sae_id}"
+                )
+            if dtype not in (None, *STORAGE_DTYPES):
+                raise InvalidInputError(f"dtype is {dtype}; expected bfloat16, float16, float32 or float64")
+            found = load_folder(Path(source), dtype)
+            if found is not None:
+                return found
         try:
             from dspa.sae.sae_lens import load
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "sae_lens":
                 raise
             raise InvalidInputError("sae-lens is not installed; install it with: pip install 'dspa[sae]'") from error
-        weights, metadata = load(source, sae_id, dtype)
-        return cls(**{part.name: getattr(weights, part.name) for part in fields(weights)}, metadata=metadata).to(device)
+        return load(source, sae_id, dtype)
 
     def encode(self, hidden: Tensor) -> Tensor:
         """Latent activations `[..., d_sae]` of `hidden [..., d_model]`.
@@ -73,6 +98,26 @@ class SparseAutoencoder(SaeWeights):
         if hidden.ndim == 0 or hidden.shape[-1] != self.d_model:
             raise MismatchError(f"hidden is {tuple(hidden.shape)}; expected [..., {self.d_model}] for {self!r}")
         return encode(hidden, self)
+
+    @classmethod
+    def from_any(cls, value: Any, which: str) -> SparseAutoencoder:
+        """An SAE that was passed as it is, or as a live sae-lens object.
+
+        Args:
+            value: what was passed.
+            which: "input" or "output", for the message.
+
+        Raises:
+            InvalidInputError: for anything else.
+        """
+        if isinstance(value, cls):
+            return value
+        if any(kind.__module__.partition(".")[0] == "sae_lens" for kind in type(value).__mro__):
+            return cls.from_sae_lens(value)
+        raise InvalidInputError(
+            f"the {which} SAE is a {type(value).__name__}; expected a SparseAutoencoder, such as "
+            "SparseAutoencoder.from_sae_lens(...) loads"
+        )
 
     def encoder_only(self) -> SparseAutoencoder:
         """The same SAE without its decoder matrix, for where nothing is decoded."""

@@ -80,6 +80,8 @@ def load(source: str | Path | sae_lens.SAE[Any], sae_id: str | None, dtype: torc
 
 def _from_hub(release: str, sae_id: str | None, dtype: torch.dtype | None) -> LoadedSae:
     directory = get_pretrained_saes_directory()
+    if sae_id is None and release not in directory:
+        release, sae_id = _by_neuronpedia_id(release) or (release, None)
     if release in directory:
         known = directory[release].saes_map
         if sae_id is None:
@@ -109,6 +111,15 @@ def _from_hub(release: str, sae_id: str | None, dtype: torch.dtype | None) -> Lo
             state["b_dec"] = state["b_dec"] / scale
             config.normalize_activations = "none"
     return _convert(config, state, what, dtype or torch.float32, release=release, sae_id=sae_id)
+
+
+def _by_neuronpedia_id(name: str) -> tuple[str, str] | None:
+    """The release and the SAE that have an id on neuronpedia.org, such as gemma-2-2b/7-gemmascope-res-16k."""
+    for release, entry in get_pretrained_saes_directory().items():
+        for sae_id, neuronpedia_id in (entry.neuronpedia_id or {}).items():
+            if neuronpedia_id == name:
+                return release, sae_id
+    return None
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> LoadedSae:

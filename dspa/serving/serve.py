@@ -1,120 +1,18 @@
-"""`dspa serve`: transformers' own OpenAI-compatible server, with policies attached to the model it serves.
+"""`dspa serve`: a model under policies behind an OpenAI-compatible server.
 
-The server, its endpoints and its handlers are those of `transformers serve`. What is added are the names it
-serves: `MODEL` is the model as it is, `MODEL@POLICY` the model under a policy. All of them are one model in memory;
-requests take turns.
+`MODEL` is the model as it is, `MODEL@POLICY` the model under a policy. All of them are one model in memory; requests
+take turns.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
+import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dspa.errors import InvalidInputError
 from dspa.methods.policy import Policy
 from dspa.methods.steering_policy import SteeringPolicy
-from dspa.online.steering import Steering, steer
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-try:
-    from fastapi import HTTPException
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.response import ResponseHandler
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState
-except (ImportError, NameError) as error:  # without its packages, transformers' modules lack names they use
-    raise InvalidInputError(
-        f"the server needs packages that are not installed ({error}); install them with: pip install 'dspa[serve]'"
-    ) from error
-
-
-class ServedModel:
-    """The model under one of its names: everything is the model's, except that `generate` waits for its turn and
-    follows the policy of that name."""
-
-    def __init__(self, steering: Steering, policy: str | None, turn: threading.Lock) -> None:
-        self._model: Any = steering.model
-        self._steering = steering
-        self._policy = policy
-        self._turn = turn
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
-        with self._turn:
-            self._steering.select(self._policy)
-            return self._model.generate(*args, **kwargs)
-
-
-class SteeredModelManager(ModelManager):
-    """Answers to a model's names with that model under the policies.
-
-    Attributes:
-        steering: the policies on the model; its summary says what was edited so far.
-        names: the names that are served, in the order of the policies.
-    """
-
-    def __init__(self, model: str, policies: Mapping[str, Policy], **options: Any) -> None:
-        super().__init__(**options)
-        loaded, self._processor = super().load_model_and_processor(super().process_model_name(model))
-        self.steering = steer(loaded.eval(), policies, select=None)
-        turn = threading.Lock()
-        self._served: dict[str, Any] = {model: ServedModel(self.steering, None, turn)}
-        self._served |= {f"{model}@{name}": ServedModel(self.steering, name, turn) for name in policies}
-        self.names = list(self._served)
-
-    @staticmethod
-    def process_model_name(model_id: str) -> str:
-        """The name as it is: what follows the @ is a policy here, not a revision."""
-        return model_id
-
-    def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """The model under that name. Raises HTTPException 404 for another."""
-        if model_id_and_revision not in self._served:
-            raise HTTPException(
-                status_code=404,
-                detail=f"model {model_id_and_revision!r} is not served here; expected one of {', '.join(self.names)}",
-            )
-        return self._served[model_id_and_revision], self._processor
-
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The names, as `GET /v1/models` lists them."""
-        return [{"id": name, "object": "model", "created": 0, "owned_by": "dspa"} for name in self.names]
-
-    def shutdown(self) -> None:
-        """Nothing: the model was loaded for good, and is not served without its policies."""
-
-
-class NotServed:
-    """An endpoint of transformers' server that does not go through `generate`, so that no policy would be followed."""
-
-    async def handle_request(self, *args: Any) -> None:
-        raise HTTPException(
-            status_code=501, detail="this endpoint is not steered, and so not served; use chat completions"
-        )
-
-
-def steered_app(manager: SteeredModelManager) -> FastAPI:
-    """Transformers' server for a steered model."""
-    state = GenerationState()
-    other: Any = NotServed()
-    return build_server(
-        manager,
-        ChatCompletionHandler(model_manager=manager, generation_state=state),
-        completion_handler=CompletionHandler(model_manager=manager, generation_state=state),
-        response_handler=ResponseHandler(model_manager=manager, generation_state=state),
-        transcription_handler=other,
-        systemone_handler=other,
-        generation_state=state,
-    )
+from dspa.transformers_model import load_language_model
 
 
 def named_policies(sources: list[str]) -> dict[str, Policy]:
@@ -136,20 +34,66 @@ def named_policies(sources: list[str]) -> dict[str, Policy]:
     return policies
 
 
-def run_server(model: str, policies: list[str], *, host: str, port: int, dtype: str, device: str) -> None:
-    """Loads everything and serves until interrupted.
+def run_server(
+    model: str,
+    policies: list[str],
+    *,
+    host: str,
+    port: int,
+    dtype: str,
+    device: str,
+    context_tokens: int | None = None,
+    default_tokens: int = 1024,
+) -> None:
+    """Loads everything and serves until interrupted. The port is taken first. The last two are those of `ServerLimits`.
 
     Raises:
-        InvalidInputError: if the model or a policy cannot be loaded.
+        InvalidInputError: if the port is taken, or the model or a policy cannot be loaded.
         MismatchError: if a policy belongs to another model.
     """
-    import uvicorn
-
-    loaded = named_policies(policies)
     try:
-        manager = SteeredModelManager(model, loaded, device=device, dtype=dtype, model_timeout=-1)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise InvalidInputError(f"model {model!r} cannot be loaded: {reason[0] if reason else error!r}") from error
-    print(f"serving {', '.join(manager.names)} on http://{host}:{port}/v1", flush=True)
-    uvicorn.run(steered_app(manager), host=host, port=port, log_level="warning")
+        import uvicorn
+
+        from dspa.serving.app import build_app
+        from dspa.serving.engine import Engine, ServerLimits
+    except ImportError as error:
+        raise InvalidInputError(
+            f"the server needs packages that are not installed ({error}); install them with: pip install 'dspa[serve]'"
+        ) from error
+
+    with listening_socket(host, port) as listener:
+        loaded = named_policies(policies)
+        language_model, tokenizer = load_language_model(model, dtype, device)
+        limits = ServerLimits(context_tokens=context_tokens or 0, default_tokens=default_tokens)
+        engine = Engine(model, language_model, tokenizer, loaded, limits)
+        try:
+            address = f"http://{host}:{listener.getsockname()[1]}/v1"
+            print(f"serving {', '.join(engine.names)} on {address}", flush=True)
+            uvicorn.Server(uvicorn.Config(build_app(engine), log_level="warning")).run(sockets=[listener])
+        finally:
+            engine.close()
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        InvalidInputError: if the address does not exist or is taken.
+    """
+    if not 0 <= port < 65536:
+        raise InvalidInputError(f"cannot listen on port {port}; expected 1 to 65535, or 0 for a free one")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise InvalidInputError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; pass another --port or --host"
+        ) from error
+    return listener

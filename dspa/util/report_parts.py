@@ -35,6 +35,16 @@ figure { margin: 0; } svg { width: 100%; height: auto; }
 .headline { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.2rem 0; }
 .headline b { display: block; font-size: 1.8rem; line-height: 1.1; }
 .headline span { font-size: .88rem; color: #55606e; }
+.bars { margin: .3rem 0 1rem; font-size: .85rem; max-width: 52rem; }
+.bars div { display: grid; grid-template-columns: 15rem 1fr 10rem; gap: 0 .6rem; align-items: center; }
+.bars div { margin: .15rem 0; }
+.bars i { display: block; height: .8rem; background: #1f5fa8; min-width: 1px; } .bars i.base { background: #e07b39; }
+.bars b { font-weight: 400; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.runs { display: flex; flex-wrap: wrap; gap: .6rem 1.4rem; } .runs figure, .runs svg { width: 15rem; min-width: 0; }
+@media (max-width: 640px) {
+  .bars div { grid-template-columns: 1fr 9rem; } .bars span { grid-column: 1 / -1; }
+  .charts figure { overflow-x: auto; } .charts svg { width: 38rem; }
+}
 pre { background: #f5f7f9; padding: .8rem 1rem; font-size: .82rem; overflow-x: auto; }
 """
 
@@ -129,7 +139,7 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def svg_element(figure: Figure) -> str:
-    """The figure as an `<svg>` element to put into a page."""
+    """The figure as an `<svg>` element to put into a page; its words are text, which keeps the page small."""
     text = _saved(figure, "svg", {"Date": None, "Creator": None}).decode()
     return text[text.index("<svg") :]
 
@@ -139,6 +149,6 @@ def _saved(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "dspa", "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"svg.hashsalt": "dspa", "svg.fonttype": "none"}):
         figure.savefig(buffer, format=kind, dpi=110, metadata=metadata)
     return buffer.getvalue()

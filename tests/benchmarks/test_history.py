@@ -136,7 +136,6 @@ def test_table_says_time_bandwidth_and_ratio() -> None:
 
 
 def test_history_is_in_order_of_time_and_draws_a_page(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     write(with_column(RUN, replace(STEP, relative=Interval(0.1, 0.097, 0.103)), "a_later_run"), tmp_path)
     base = write(RUN, tmp_path)
     page = tmp_path / "history.html"
@@ -145,11 +144,26 @@ def test_history_is_in_order_of_time_and_draws_a_page(tmp_path: Path) -> None:
     assert [change.column for change in history.changes if change.moved] == ["step"]
     text = page.read_text()
     assert text == to_html(history.runs)
-    assert text.count("<svg") == 4  # relative times, the bare read, reward, bytes; none for the row that failed
+    assert text.count("<svg") == 4  # two times, reward, bytes; none for the references and the row that failed
     assert "FAILED: lazy differs from dense" in text
     assert "http" not in text.replace("http://www.w3.org", "").replace("https://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
+
+
+def test_one_run_is_bars_without_a_history() -> None:
+    text = to_html([RUN])
+    assert "<svg" not in text
+    assert "read W_enc</span>" in text
+    assert '<i class="base" style="width:100.0%"></i>' in text
+    assert f"<h3>{BROKEN.name}" not in text
+
+
+def test_the_page_of_the_runs_that_are_kept_is_small() -> None:
+    kept = Path(__file__).parents[2] / "benchmarks" / "results"
+    runs = read_history([kept], None, None).runs
+    assert len(to_html(runs).encode()) < 300_000
+    assert len(to_html([*runs, *runs]).encode()) < 300_000
 
 
 def test_no_runs_are_refused(tmp_path: Path) -> None:

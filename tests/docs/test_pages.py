@@ -120,6 +120,8 @@ def test_python_compiles_and_its_names_exist(page: Path) -> None:
         ("collect", "usage.md"),
         ("fit", "usage.md"),
         ("generate", "usage.md"),
+        ("explain", "usage.md"),
+        ("eval", "usage.md"),
         ("serve", "usage.md"),
         ("flops", "flops.md"),
         ("bench", "benchmarks.md"),

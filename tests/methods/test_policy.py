@@ -227,11 +227,11 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_folder_holds_two_files_and_no_pickle(saved: Path) -> None:
+def test_the_folder_holds_two_files_a_card_and_no_pickle(saved: Path) -> None:
     files = tiny.folder_bytes(saved)
     config = json.loads(files["config.json"])
     name = f"policy-{config['sha256'][:16]}.safetensors"
-    assert sorted(files) == ["config.json", name]
+    assert sorted(files) == ["README.md", "config.json", name]
     assert config["kind"] == "policy"
     header = int.from_bytes(files[name][:8], "little")
     assert all(isinstance(v, dict) for v in json.loads(files[name][8 : 8 + header]).values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
+from collections.abc import Mapping
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError
+from dspa.methods.policy import Policy
 from dspa.online.hooks.generate import PACKED
 from dspa.online.hooks.method_patch import MethodPatch
 from dspa.online.hooks.running import Ownership, RunningCall
-from dspa.transformers_model import DecoderStack, device_of, hidden_of, with_hidden
+from dspa.transformers_model import HOOKS_ATTRIBUTE, DecoderStack, device_of, hidden_of, with_hidden
 
-_ATTRIBUTE = "_dspa_hooks"
 _NUMBERS = itertools.count()
 _models: WeakValueDictionary[int, ModelHooks] = WeakValueDictionary()
 
@@ -39,10 +40,12 @@ class PassObserver(Protocol):
     """Is called during the passes of a model.
 
     Attributes:
+        policies: what it steers by.
         differentiable: whether gradients have to flow through its edits, which a compiled model cannot do.
     """
 
     differentiable: bool
+    policies: Mapping[str, Policy]
 
     def pass_begins(
         self, tokens: Tensor, mask: Tensor | None, cache_length: int | Tensor, has_cache: bool, cache: object | None
@@ -145,9 +148,9 @@ class ModelHooks:
 
 def hooks_of(stack: DecoderStack) -> ModelHooks:
     """The hooks of the model with these decoder layers, created on first use."""
-    hooks = vars(stack.module).get(_ATTRIBUTE)
+    hooks = vars(stack.module).get(HOOKS_ATTRIBUTE)
     if hooks is None or hooks.stack.layers is not stack.layers:
-        hooks = vars(stack.module)[_ATTRIBUTE] = ModelHooks(stack)
+        hooks = vars(stack.module)[HOOKS_ATTRIBUTE] = ModelHooks(stack)
     return hooks
 
 

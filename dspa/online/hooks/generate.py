@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError
+from dspa.online.hooks.labels import LabelsHook
 from dspa.online.hooks.method_patch import MethodPatch
 from dspa.online.hooks.running import RunningCall
 
@@ -28,6 +29,9 @@ class GenerateObserver(Protocol):
 
     def draft_ends(self, running: RunningCall) -> None:
         """It returned or raised."""
+
+    def labels_passed(self, labels: Tensor | None) -> None:
+        """A forward call with labels `[B, T]` starts, or has ended: then None."""
 
 
 class ObservedGenerate(MethodPatch):
@@ -200,6 +204,8 @@ class GenerateObservation:
             if self._observer not in self._observed.observers:
                 self._observed.observers.append(self._observer)
             self._observed.install()
+            if not isinstance(vars(self._generating).get("forward"), LabelsHook):
+                LabelsHook(self._generating, self._observed.observers).install()
             name = "init_continuous_batching"
             refused = vars(self._generating).get(name)
             if callable(getattr(self._generating, name, None)) and not isinstance(refused, RefusedMethod):
@@ -215,6 +221,9 @@ class GenerateObservation:
             if self._observed.observers:
                 return
             self._observed.remove()
+            labels = vars(self._generating).get("forward")
+            if isinstance(labels, LabelsHook):
+                labels.remove()
             refused = vars(self._generating).get("init_continuous_batching")
             if isinstance(refused, RefusedMethod):
                 refused.remove()

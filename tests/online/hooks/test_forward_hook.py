@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from dspa.errors import InvalidInputError
+from dspa.methods.policy import Policy
 from dspa.online.hooks.forward import ModelHooks, hooks_of
 from dspa.transformers_model import decoder_stack
 
@@ -21,6 +23,7 @@ class Recorder:
     """Records its calls, and adds a number to what one layer returns."""
 
     differentiable = False
+    policies: Mapping[str, Policy] = {}
 
     def __init__(self, added: float = 0.0, in_place: bool = True) -> None:
         self.added, self.in_place = added, in_place

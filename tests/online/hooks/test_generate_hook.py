@@ -43,6 +43,9 @@ class Recorder:
     def draft_ends(self, running: Any) -> None:
         self.events.append("end of draft")
 
+    def labels_passed(self, labels: Tensor | None) -> None:
+        self.events.append("labels" if labels is not None else "end of labels")
+
 
 @pytest.mark.parametrize(
     ("args", "kwargs", "expected_ids", "expected_mask"),
