@@ -9,8 +9,8 @@
 #              them, make bench-compare BASE=earlier.json says what moved
 # make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
 # make docs    the documentation as a site in site/, with an API reference; a broken link or reference fails
-# make soak    a hostile campaign of about 20 minutes: mutated files, kills, interrupts, bad operands, memory; MINUTES=5
-#              takes a part of it, PART=files one part
+# make soak    a hostile campaign of about 20 minutes: mutated files, kills, interrupts, bad operands, a busy
+#              server, memory; MINUTES=5 takes a part of each, PART=files one of them
 # make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3

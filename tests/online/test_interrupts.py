@@ -106,7 +106,7 @@ def test_attaching_and_detaching_beside_a_generating_thread_disturbs_no_call() -
         thread = threading.Thread(target=work)
         thread.start()
         for _ in range(40):
-            steer(model, second).remove()
+            steer(model, second, compose=True).remove()
         stop.set()
         thread.join(60)
     assert not [error for error in errors if "another generate call is running" in error]

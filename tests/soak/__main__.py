@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from soak import files, interrupts, kills, memory, operands
+from soak import files, interrupts, kills, memory, operands, server
 
 PARTS: dict[str, Callable[[float, Path], dict[str, int]]] = {
     "files": lambda share, root: files.run(round(100_000 * share), root, seconds=60 * 13 * share),
     "kills": lambda share, root: kills.run(max(3, round(200 * share)), root),
     "interrupts": lambda share, root: interrupts.run(every=max(1, round(1 / share))),
     "operands": lambda share, root: operands.run(round(50_000 * share)),
+    "server": lambda share, root: server.run(max(5, round(500 * share)), root),
     "memory": lambda share, root: memory.run(round(10_000 * share), round(1000 * share)),
 }
 """Each takes the share of the whole campaign that it is to run, and an empty folder."""

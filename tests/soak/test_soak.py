@@ -8,7 +8,7 @@ import pytest
 
 from soak.__main__ import PARTS
 
-SHARES = {"files": 0.01, "kills": 0.06, "interrupts": 0.02, "operands": 0.02, "memory": 0.01}
+SHARES = {"files": 0.01, "kills": 0.06, "interrupts": 0.02, "operands": 0.02, "server": 0.02, "memory": 0.01}
 
 
 @pytest.mark.long
