@@ -106,7 +106,7 @@ class Engine:
         rendering = loop.run_in_executor(self._rendering, self._render, request)
         try:
             prompt = await asyncio.wait_for(rendering, self.limits.render_seconds)
-        except TimeoutError as error:
+        except asyncio.TimeoutError as error:
             raise RequestError(f"rendering the prompt took more than {self.limits.render_seconds:g} s") from error
         return self._checked(request, prompt)
 
