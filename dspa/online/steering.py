@@ -175,9 +175,13 @@ class Steering:
 
     def __enter__(self) -> Steering:
         """Attaches the policies again, if they were removed."""
-        if not self._attached:
-            self._attach()
-        return self
+        try:
+            if not self._attached:
+                self._attach()
+            return self
+        except BaseException:  # an interrupt: the block is not entered, so nothing would detach them
+            self._detach()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         self.remove()

@@ -93,9 +93,16 @@ class Subject:
         return torch.stack(out.logits)
 
     def generate_elsewhere(self) -> Tensor:
-        """In another thread: what a lock that was left behind would stop."""
+        """In another thread, where a steering comes and goes first if nothing is attached: what a lock that was left
+        behind would stop."""
         found: list[Tensor] = []
-        thread = threading.Thread(target=lambda: found.append(self.generate()))
+
+        def run() -> None:
+            if is_clean(self.model):
+                steer(self.model, self.policies["a"]).remove()
+            found.append(self.generate())
+
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         thread.join(60)
         assert found, "a generate call in another thread does not return, or fails"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -72,7 +71,6 @@ class ModelHooks:
         self.observers: list[PassObserver] = []
         self.passes = Ownership()  # held during a pass, unless it is compiled
         self._layers_of: dict[PassObserver, frozenset[int]] = {}
-        self._lock = threading.RLock()  # of attaching and detaching
         with torch.inference_mode(False):  # it is used outside as well
             self.order = torch.zeros(1, device=device_of(stack.module))
         from torch._dynamo import mark_static_address  # takes long, but transformers has it when there is a model
@@ -85,15 +83,13 @@ class ModelHooks:
     def add(self, observer: PassObserver, layers: set[int]) -> None:
         """Adds an observer of the passes and of some layers. It may be interrupted at any line; `remove` then undoes
         what was done so far."""
-        with self._lock:
-            self._layers_of[observer] = frozenset(layers)
-            self._install_what_is_observed()
+        self._layers_of[observer] = frozenset(layers)
+        self._install_what_is_observed()
 
     def remove(self, observer: PassObserver) -> None:
         """Undoes `add`, also one that was interrupted; nothing happens if there was none."""
-        with self._lock:
-            self._layers_of.pop(observer, None)
-            self._install_what_is_observed()
+        self._layers_of.pop(observer, None)
+        self._install_what_is_observed()
 
     def _install_what_is_observed(self) -> None:
         self.observers = list(self._layers_of)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +11,6 @@ from dspa.errors import InvalidInputError
 from dspa.online.hooks.labels import LabelsHook
 from dspa.online.hooks.method_patch import MethodPatch
 from dspa.online.hooks.running import RunningCall
-
-_LOCK = threading.RLock()  # of attaching and detaching
 
 
 class GenerateObserver(Protocol):
@@ -198,33 +195,31 @@ class GenerateObservation:
 
     def install(self) -> None:
         """Begins to observe; nothing happens if it was begun."""
-        with _LOCK:
-            found = vars(self._generating).get("generate")
-            self._observed = found if isinstance(found, ObservedGenerate) else ObservedGenerate(self._generating)
-            if self._observer not in self._observed.observers:
-                self._observed.observers.append(self._observer)
-            self._observed.install()
-            if not isinstance(vars(self._generating).get("forward"), LabelsHook):
-                LabelsHook(self._generating, self._observed.observers).install()
-            name = "init_continuous_batching"
-            refused = vars(self._generating).get(name)
-            if callable(getattr(self._generating, name, None)) and not isinstance(refused, RefusedMethod):
-                RefusedMethod(self._generating, name, PACKED, self._observed).install()
+        found = vars(self._generating).get("generate")
+        self._observed = found if isinstance(found, ObservedGenerate) else ObservedGenerate(self._generating)
+        if self._observer not in self._observed.observers:
+            self._observed.observers.append(self._observer)
+        self._observed.install()
+        if not isinstance(vars(self._generating).get("forward"), LabelsHook):
+            LabelsHook(self._generating, self._observed.observers).install()
+        name = "init_continuous_batching"
+        refused = vars(self._generating).get(name)
+        if callable(getattr(self._generating, name, None)) and not isinstance(refused, RefusedMethod):
+            RefusedMethod(self._generating, name, PACKED, self._observed).install()
 
     def remove(self) -> None:
         """Stops observing; after the last observer, `model.generate` is the original method again."""
-        with _LOCK:
-            if self._observed is None:
-                return
-            if self._observer in self._observed.observers:
-                self._observed.observers.remove(self._observer)
-            if self._observed.observers:
-                return
-            self._observed.remove()
-            for name, kind in (("forward", LabelsHook), ("init_continuous_batching", RefusedMethod)):
-                patch = vars(self._generating).get(name)
-                if isinstance(patch, kind):
-                    patch.remove()
+        if self._observed is None:
+            return
+        if self._observer in self._observed.observers:
+            self._observed.observers.remove(self._observer)
+        if self._observed.observers:
+            return
+        self._observed.remove()
+        for name, kind in (("forward", LabelsHook), ("init_continuous_batching", RefusedMethod)):
+            patch = vars(self._generating).get(name)
+            if isinstance(patch, kind):
+                patch.remove()
 
 
 def observe_generate(model: nn.Module, observer: GenerateObserver) -> GenerateObservation:

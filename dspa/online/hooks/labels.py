@@ -19,12 +19,12 @@ class LabelsHook(MethodPatch):
         self._observers = observers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        labels = None if torch.compiler.is_compiling() else kwargs.get("labels")
+        if not isinstance(labels, Tensor):
             return self.original(*args, **kwargs)
-        labels = kwargs.get("labels")
         try:
-            for observer in list(self._observers):  # None too: an interrupted call may not have told its end
-                observer.labels_passed(labels if isinstance(labels, Tensor) else None)
+            for observer in list(self._observers):
+                observer.labels_passed(labels)
             return self.original(*args, **kwargs)
         finally:
             for observer in list(self._observers):
