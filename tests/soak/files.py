@@ -111,7 +111,7 @@ def _use_policy(folder: Path) -> Any:
     options = (policy.k_prompt, policy.k_diff, policy.edit)
     again = lookup(DENSITY, matrix, *options, sign_guard=policy.sign_guard, backend="reference")
     assert _lists(edits) == _lists(again), "the backends select differently"
-    hidden = HIDDEN.to(policy.output_sae.dtype)[:, : policy.output_sae.d_model].contiguous()
+    hidden = HIDDEN.to(policy.output_sae.dtype)[:, : policy.output_sae.d_model].clone()
     token_step(hidden, policy.output_sae, edits, policy.alpha)
     return _lists(edits), hidden.tolist(), policy.input_layer, policy.output_layer, policy.uncounted_token_ids
 
@@ -133,7 +133,7 @@ def _use_store(folder: Path) -> Any:
 
 def _use_preferences(folder: Path) -> Any:
     (file,) = (path for path in folder.iterdir() if path.name.startswith("prefs."))
-    return len(load_preferences(str(file), TOKENIZER, skip_bad=True))
+    return len(load_preferences(str(file), TOKENIZER, skip_bad=True, chat=False))
 
 
 def _lists(edits: EditList) -> list[tuple[list[int], list[int]]]:
