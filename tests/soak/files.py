@@ -221,7 +221,7 @@ def mutate_tensors(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, 
     if kind == 0:
         del tensors[name]
     elif kind == 1:
-        tensors[rng.choice(("surplus", "input_sae.k", "output_sae.metadata", name + "x", "a.b.c"))] = tensor
+        tensors[rng.choice(("surplus", "input_sae.k", "output_sae.metadata", name + "x", "a.b.c"))] = tensor.clone()
     elif kind == 2:
         tensors[name] = tensor.to(rng.choice(DTYPES))
     elif kind == 3:
