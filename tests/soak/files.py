@@ -131,9 +131,8 @@ def _use_store(folder: Path) -> Any:
     return fitted.to_dense().tolist(), DensityStore.open(folder).run
 
 
-def _use_preferences(folder: Path) -> Any:
-    (file,) = (path for path in folder.iterdir() if path.name.startswith("prefs."))
-    return len(load_preferences(str(file), TOKENIZER, skip_bad=True, chat=False))
+def _use_preferences(name: str) -> Callable[[Path], Any]:
+    return lambda folder: len(load_preferences(str(folder / name), TOKENIZER, skip_bad=True, chat=False))
 
 
 def _lists(edits: EditList) -> list[tuple[list[int], list[int]]]:
@@ -145,8 +144,8 @@ KINDS = (
     Kind("conditional map", _map, _use_map),
     Kind("vector policy", _vector, _use_vector),
     Kind("density store", _store, _use_store),
-    Kind("preferences as JSON Lines", _preferences, _use_preferences),
-    Kind("preferences as parquet", _parquet, _use_preferences),
+    Kind("preferences as JSON Lines", _preferences, _use_preferences("prefs.jsonl")),
+    Kind("preferences as parquet", _parquet, _use_preferences("prefs.parquet")),
 )
 FOLDERS = {
     "policy": steering_policy.FOLDER,
@@ -222,7 +221,7 @@ def mutate_tensors(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, 
     if kind == 0:
         del tensors[name]
     elif kind == 1:
-        tensors[rng.choice(("surplus", "input_sae.k", "output_sae.metadata", name + "x", "a.b.c"))] = tensor
+        tensors[rng.choice(("surplus", "input_sae.k", "output_sae.metadata", name + "x", "a.b.c"))] = tensor.clone()
     elif kind == 2:
         tensors[name] = tensor.to(rng.choice(DTYPES))
     elif kind == 3:
