@@ -297,7 +297,8 @@ class ConditionalDifferenceMap:
                 raise CorruptFileError(f"{source}: {name} is not all {dtype} from {low} to {high}; fit it again")
         if prompts is not None:
             prompts.check(source)
-        return cls(matrix.check(), *(rows[name] for name in rows), run, options, prompts)
+        counts, thresholds, mean = rows["gate_counts"], rows["gate_thresholds"], rows["mean_difference"]
+        return cls(matrix.check(), counts, thresholds, mean, run, options, prompts)
 
 
 def _fit_nearest_prompts(store: DensityStore, options: FitOptions) -> ConditionalDifferenceMap:

@@ -32,7 +32,8 @@ def sae_from_config(config: SaeConfig, tensors: dict[str, Tensor]) -> SparseAuto
     arguments: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}
     if surplus := sorted(arguments.keys() & tensors.keys()):
         raise ValueError(f"{surplus[0]} is a tensor")
-    sae = SparseAutoencoder(**(arguments | tensors))
+    arguments |= tensors
+    sae = SparseAutoencoder(**arguments)
     if not sae.d_sae:
         raise ValueError("an SAE has no latents")
     for name, tensor in sae.tensors().items():

@@ -318,7 +318,7 @@ def run(cases: int, root: Path, *, first: int = 0, seconds: float = math.inf) ->
         kind.make(folder)
         originals[kind.name] = tiny.folder_bytes(folder), kind.use(folder)
     counts: Counter[str] = Counter()
-    slowest, until = 0.0, time.monotonic() + seconds
+    slowest, grown, until = 0.0, 0, time.monotonic() + seconds
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in range(first, first + cases):
         if time.monotonic() > until:
@@ -354,5 +354,5 @@ def run(cases: int, root: Path, *, first: int = 0, seconds: float = math.inf) ->
         assert grown < LARGEST, f"case {case} ({kind.name}, {way}) took {grown} bytes"
     counts["loads"] = sum(counts.values())
     counts["slowest load, ms"] = round(1000 * slowest)
-    counts["memory the loads added, MiB"] = grown // 2**20 if counts["loads"] else 0
+    counts["memory the loads added, MiB"] = grown // 2**20
     return dict(counts)

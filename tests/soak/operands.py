@@ -81,7 +81,7 @@ def _lists(rng: random.Random, batch: int) -> EditList:
 def _call(rng: random.Random, backend: str) -> Any:
     batch = rng.choice((1, 2, 3))
     hidden = _spoil(rng, _noise(rng, batch, D_MODEL))
-    alpha = rng.choice((*(0.2,) * 20, 0.0, -1, 1e308, math.nan, "x", _spoil(rng, torch.full((batch,), 0.2))))
+    alpha: Any = rng.choice((*(0.2,) * 20, 0.0, -1, 1e308, math.nan, "x", _spoil(rng, torch.full((batch,), 0.2))))
     stats = TokenStats.zeros(batch, D_SAE) if rng.random() < 0.5 else None
     enabled = _spoil(rng, torch.ones(batch, dtype=torch.bool)) if rng.random() < 0.5 else None
     options: dict[str, Any] = {
