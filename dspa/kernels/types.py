@@ -39,7 +39,9 @@ class CsrMap:
     columns: Tensor
     values: Tensor
     d_sae_out: int
-    _checked: list[Versions] = field(default_factory=list, init=False, repr=False)  # those that passed, one at most
+    _checked: list[Versions] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # those that passed, one at most
 
     @property
     def d_sae_in(self) -> int:
@@ -131,7 +133,9 @@ class EditList:
     latents: Tensor
     signs: Tensor
     counts: Tensor
-    _checked: list[object] = field(default_factory=list, init=False, repr=False)  # what passed `check`, one at most
+    _checked: list[object] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # what passed `check`, one at most
 
     def __post_init__(self) -> None:
         latents, signs, counts = self.latents, self.signs, self.counts

@@ -110,7 +110,9 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if is_dataclass(one):
-        return all(alike(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+        return all(
+            alike(getattr(one, field.name), getattr(other, field.name)) for field in fields(one) if field.compare
+        )
     return bool(one == other)
 
 

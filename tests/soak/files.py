@@ -24,13 +24,15 @@ from typing import Any
 import safetensors.torch
 import tiny_collection as tiny
 import torch
+from fsrl_cases import tiny_fsrl_policy
 from tiny_models import tiny_tokenizer
 from torch import Tensor
 
 import dspa
 from dspa.errors import DspaError
-from dspa.kernels import EditList, lookup, token_step
+from dspa.kernels import EditList, adapter_step, lookup, token_step
 from dspa.methods import conditional_map, steering_policy, vector_policy
+from dspa.methods.fsrl import policy as fsrl_policy
 from dspa.offline.density_store import DensityStore
 from dspa.offline.preferences import load_preferences
 from dspa.util.records import CHECKSUM, encode_record
@@ -80,6 +82,19 @@ def _map(folder: Path) -> None:
     fitted.save(folder)
 
 
+def _nearest(folder: Path) -> None:
+    _store(folder / "store")
+    fitted = conditional_map.ConditionalDifferenceMap.fit(
+        folder / "store", entries_per_side=3, estimator="nearest_prompts"
+    )
+    shutil.rmtree(folder / "store")
+    fitted.save(folder)
+
+
+def _fsrl(folder: Path) -> None:
+    tiny_fsrl_policy(dtype=torch.float32, masked_latents=(3,)).save_pretrained(folder)
+
+
 def _vector(folder: Path) -> None:
     dspa.VectorPolicy(torch.arange(16.0), 2, 0.5, model=tiny.FINGERPRINT).save_pretrained(folder)
 
@@ -121,6 +136,18 @@ def _use_map(folder: Path) -> Any:
     return loaded.to_dense().tolist(), loaded.always_on().tolist(), loaded.mean_difference.tolist(), loaded.run
 
 
+def _use_nearest(folder: Path) -> Any:
+    loaded = dspa.ConditionalDifferenceMap.load(folder)
+    return _lists(loaded.select(DENSITY, 5, 3, "both")), loaded.gate_counts.tolist(), loaded.run
+
+
+def _use_fsrl(folder: Path) -> Any:
+    policy = dspa.FsrlPolicy.from_pretrained(folder)
+    hidden = torch.randn(4, policy.sae.d_model, generator=torch.Generator().manual_seed(1)).to(policy.sae.dtype)
+    adapter_step(hidden, policy.sae, policy.adapter)
+    return hidden.tolist(), policy.layer, policy.scale, policy.masked_latents, policy.model
+
+
 def _use_vector(folder: Path) -> Any:
     policy = dspa.VectorPolicy.from_pretrained(folder)
     return policy.vector.tolist(), policy.layer, policy.scale, policy.model, policy.uncounted_token_ids
@@ -142,6 +169,8 @@ def _lists(edits: EditList) -> list[tuple[list[int], list[int]]]:
 KINDS = (
     Kind("policy", _policy, _use_policy),
     Kind("conditional map", _map, _use_map),
+    Kind("map of nearest prompts", _nearest, _use_nearest),
+    Kind("FSRL policy", _fsrl, _use_fsrl),
     Kind("vector policy", _vector, _use_vector),
     Kind("density store", _store, _use_store),
     Kind("preferences as JSON Lines", _preferences, _use_preferences("prefs.jsonl")),
@@ -150,6 +179,8 @@ KINDS = (
 FOLDERS = {
     "policy": steering_policy.FOLDER,
     "conditional map": conditional_map.FOLDER,
+    "map of nearest prompts": conditional_map.FOLDER,
+    "FSRL policy": fsrl_policy.FOLDER,
     "vector policy": vector_policy.FOLDER,
 }
 
