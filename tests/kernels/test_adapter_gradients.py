@@ -125,6 +125,7 @@ def test_values_and_gradients_equal_those_of_the_equations(
         torch.testing.assert_close(getattr(ours, name).grad, gradient, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("clip", [True, False])
 def test_gradcheck(form: str, clip: bool) -> None:

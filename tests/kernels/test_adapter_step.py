@@ -183,6 +183,7 @@ def test_batches(backend: Backend, batch: int) -> None:
     run_and_check((normal(generator(batch), batch, 37) * 2).bfloat16(), sae, adapter, backend)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
 def test_an_untrained_adapter_fires_almost_everywhere(

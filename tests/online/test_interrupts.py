@@ -27,9 +27,10 @@ def subject() -> Subject:
 
 
 STEPS = {"attach": 5, "detach": 1, "leave": 1, "select": 1, "generating": 97}
+LONG = ("attach", "generating")
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in SCENARIOS])
 def test_an_interrupt_leaves_nothing_behind(subject: Subject, name: str) -> None:
     """At every line of what is short, at some of what is long; `make soak` takes all of them."""
     count = at = 0

@@ -119,6 +119,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, served: Served) -> None:
     assert "cannot be loaded" in str(result.exception)
 
 
+@pytest.mark.long
 def test_a_busy_port_is_one_line_before_anything_is_loaded() -> None:
     with listening_socket("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
