@@ -126,6 +126,7 @@ def test_score_lm_eval(
     assert all(share * 8 == round(share * 8) for share in shares)
 
 
+@pytest.mark.long
 def test_serve_openai(policy: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openai", reason="the server needs dspa[serve]")
     pytest.importorskip("uvicorn", reason="the server needs dspa[serve]")

@@ -130,6 +130,7 @@ def test_a_token_with_lookup_is_one_launch(edit: EditKind, launches: list[Launch
 # ---- any order -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.product
 @pytest.mark.parametrize("slots", [2, 12])
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
@@ -147,6 +148,7 @@ def test_the_order_of_programs_changes_no_bit(kind: Kind, mode: StepMode, slots:
     assert_clean(sae, BATCH, 20)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 def test_rows_that_are_not_finite_hold_up_nobody(mode: StepMode) -> None:
     sae, rows, edits = case(Kind("topk"))
@@ -220,6 +222,7 @@ def test_a_launch_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) ->
     assert same_bits(run(sae, rows, edits, "lazy")[0], expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", "layer_norm")], ids=str)
 def test_what_is_left_in_the_scratch_is_not_read(kind: Kind, mode: StepMode) -> None:
@@ -279,6 +282,7 @@ def test_recent_argmax_latents_save_the_pass(kind: Kind) -> None:
     assert same_bits(run(sae, rows, edits, "lazy")[0], expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recent_argmax", [-1, 300, 2**31 - 1, 17], ids=str)
 def test_recent_argmax_latents_never_change_the_result(recent_argmax: int) -> None:
     sae, rows, edits = case(Kind())
@@ -437,6 +441,7 @@ def test_recent_argmax_latents_prove_no_more_than_every_pass_finds(kind: Kind, d
     assert (bounds == 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("proof", ["a leader", "another tile", "the list"])
 @pytest.mark.parametrize("kind", [Kind("relu"), Kind("gated", subtract_b_dec=True)], ids=str)
 def test_lazy_is_exact_where_a_latent_is_about_to_vanish(kind: Kind, proof: str) -> None:

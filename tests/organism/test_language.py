@@ -73,6 +73,7 @@ def test_reward_counts_preferred_minus_dispreferred_moves() -> None:
     assert reward("loss", ()) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_base_text_has_mean_reward_zero_for_every_kind(kind: str) -> None:
     rng = np.random.default_rng(1)
