@@ -13,7 +13,8 @@ from lm_eval.tasks import TaskManager
 
 from dspa.errors import InvalidInputError
 from dspa.evaluation.lm_eval_model import SteeredLM
-from dspa.methods.steering_policy import SteeringPolicy
+from dspa.methods.policy import Policy
+from dspa.methods.saved_policy import load_policy
 from dspa.online.summary import SteeringSummary
 from dspa.transformers_model import load_language_model
 
@@ -91,10 +92,10 @@ def run_eval(options: EvalOptions) -> Evaluation:
             else "no task was given; pass --tasks NAME"
         )
     changed = {} if options.alpha is None else {"alpha": options.alpha}
-    policy = None if options.policy is None else SteeringPolicy.from_pretrained(options.policy, **changed)
+    policy = None if options.policy is None else load_policy(options.policy, **changed)
     model, tokenizer = load_language_model(options.model, options.dtype, options.device)
 
-    def evaluated(under: SteeringPolicy | None) -> tuple[dict[str, Any], SteeringSummary | None]:
+    def evaluated(under: Policy | None) -> tuple[dict[str, Any], SteeringSummary | None]:
         scored = SteeredLM(model, under, tokenizer=tokenizer, batch_size=options.batch_size)
         try:
             evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its signature

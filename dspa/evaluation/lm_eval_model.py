@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dspa.errors import InvalidInputError
 from dspa.methods.policy import Policy
-from dspa.methods.steering_policy import SteeringPolicy
+from dspa.methods.saved_policy import load_policy
 from dspa.online.steering import Steering, steer
 
 Request = tuple[Any, list[int], list[int]]  # what lm-eval caches by, the context's tokens, the continuation's
@@ -37,7 +37,7 @@ class SteeredLM(HFLM):
 
     Args:
         pretrained: a model folder, a hub id, or a model.
-        policy: a policy, or the folder or hub id of a `SteeringPolicy`; None for the model as it is.
+        policy: a policy, or the folder or hub id of one; None for the model as it is.
         alpha: edit strength instead of the saved policy's.
         backend: the kernel backend.
         device: where a model that is loaded here runs; by default a GPU if there is one.
@@ -65,7 +65,7 @@ class SteeredLM(HFLM):
             raise InvalidInputError(f"the model is {self.backend}; expected a causal language model")
         changed = {} if alpha is None else {"alpha": float(alpha)}
         if isinstance(policy, (str, Path)):
-            policy = SteeringPolicy.from_pretrained(policy, **changed)
+            policy = load_policy(policy, **changed)
         elif changed:
             raise InvalidInputError("alpha is for a policy that is loaded here; set it when the policy is made")
         self.steering: Steering | None = None

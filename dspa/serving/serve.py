@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dspa.errors import InvalidInputError
 from dspa.methods.policy import Policy
-from dspa.methods.steering_policy import SteeringPolicy
+from dspa.methods.saved_policy import load_policy
 from dspa.transformers_model import load_language_model
 
 
@@ -28,7 +28,7 @@ def named_policies(sources: list[str]) -> dict[str, Policy]:
             name, folder = Path(source).name, source
         if not name or name in policies:
             raise InvalidInputError(f"policy {source!r} has the name {name!r}, as another one has; pass NAME=FOLDER")
-        policies[name] = SteeringPolicy.from_pretrained(folder)
+        policies[name] = load_policy(folder)
     if not policies:
         raise InvalidInputError("no policy was given; pass --policy FOLDER or --policy NAME=FOLDER")
     return policies

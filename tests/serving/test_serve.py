@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from fsrl_cases import tiny_fsrl_policy
 from naive_generation import naive_generate
-from tiny_models import prompts, tiny_model
+from tiny_models import D_MODEL, prompts, tiny_model
 from typer.testing import CliRunner
 
+from dspa import FsrlPolicy, SteeringPolicy, VectorPolicy
 from dspa.cli import app
 from dspa.errors import InvalidInputError
 from dspa.serving.serve import listening_socket, named_policies
@@ -104,6 +106,17 @@ def test_policies_that_cannot_be_named_or_loaded(sources: list[str], line: str, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InvalidInputError, match=line):
         named_policies(sources)
+
+
+def test_policies_of_every_kind_are_loaded(tmp_path: Path, served: Served) -> None:
+    vector = VectorPolicy(torch.ones(D_MODEL), 1, 0.5).save_pretrained(tmp_path / "vector")
+    adapter = tiny_fsrl_policy().save_pretrained(tmp_path / "adapter")
+    loaded = named_policies([served.sources[0], f"v={vector}", str(adapter)])
+    assert {name: type(policy) for name, policy in loaded.items()} == {
+        "a": SteeringPolicy,
+        "v": VectorPolicy,
+        "adapter": FsrlPolicy,
+    }
 
 
 def test_two_policies_of_one_name(served: Served) -> None:
