@@ -126,6 +126,7 @@ def test_dry_run_goes_through_every_step_and_claims_nothing(tmp_path: Path) -> N
     assert record.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compute_capability", [8, 9])
 def test_shapes_of_launches(compute_capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that only the CUDA backend has, on the shim of its kernels: a GPU before sm_90 has fewer shapes."""

@@ -197,6 +197,7 @@ def test_steering_moves_every_score(
             assert min(moved) > 1e-6
 
 
+@pytest.mark.long
 def test_without_a_policy_it_is_lm_evals_own_model(model: Any, tokenizer: Any, tasks: Path) -> None:
     from lm_eval.models import huggingface
 

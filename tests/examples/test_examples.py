@@ -96,6 +96,7 @@ def test_first_policy(folder: Path, expected: dict[str, str], capsys: pytest.Cap
     assert re.search(r"prompts 1, tokens seen [1-9]\d*, edited [1-9]\d*", printed)
 
 
+@pytest.mark.long
 def test_rows(policy: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     run("rows.py", "--policy", policy)
     printed = capsys.readouterr().out
@@ -104,6 +105,7 @@ def test_rows(policy: Path, expected: dict[str, str], capsys: pytest.CaptureFixt
     assert len(set(expected.values())) >= 3
 
 
+@pytest.mark.long
 def test_trace_plot(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the heat map needs dspa[plot]")
     picture = tmp_path / "made" / "trace.png"
@@ -114,6 +116,7 @@ def test_trace_plot(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_score_lm_eval(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ def test_the_same_inputs_give_the_same_bytes(folder: Path, tmp_path: Path) -> No
     assert outputs[0][3].startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_json_holds_everything_that_was_computed(folder: Path) -> None:
     record = json.loads(small(folder, "--json"))
     assert f"{record['published']['dspa']:.2e}" != "8.00e+13"  # by these lengths
@@ -126,6 +127,7 @@ def test_the_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
     assert "script" not in page.tags
 
 
+@pytest.mark.long
 def test_text_from_a_configuration_is_escaped(folder: Path) -> None:
     report = run_flops(options(folder), progress=False)
     shape = replace(report.models[0].shape, name="<script>[red]")
@@ -145,6 +147,7 @@ def test_markdown_tables_are_rectangular(folder: Path) -> None:
     assert len([table for table in tables if table]) == 6
 
 
+@pytest.mark.long
 def test_measured_counts_stand_beside_the_formulas(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "BANDWIDTH_BYTES", 2**16)
     monkeypatch.setattr(measuring, "MATRIX_SIZE", 16)
@@ -162,6 +165,7 @@ def test_measured_counts_stand_beside_the_formulas(folder: Path, monkeypatch: py
     assert "roofline" in to_html(report)
 
 
+@pytest.mark.long
 def test_a_machine_of_an_earlier_report_is_drawn(folder: Path, tmp_path: Path) -> None:
     machine = Machine("a machine", 1e12, 1e11, (MeasuredStep(32, 4096, "dense", 1e-4),))
     report = replace(run_flops(options(folder), progress=False), machine=machine)

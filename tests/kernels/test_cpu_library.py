@@ -50,6 +50,7 @@ def step_arguments(sae: SaeWeights, optional: bool) -> tuple[object, ...]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_token_step_passes_opcheck(kind: Kind, optional: bool) -> None:

@@ -195,6 +195,7 @@ MACHINES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", MACHINES.values(), ids=MACHINES)
 def test_who_runs_when_changes_no_bit(backend: Backend, changes: dict[str, Any]) -> None:
     for kind, mode in itertools.product((Kind(), Kind("topk"), Kind("gated", subtract_b_dec=True)), ("dense", "lazy")):
@@ -565,6 +566,7 @@ def test_warpgroups_count_within_rounding(
         assert torch.equal(count(rows, offsets, sae, backend), counts)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk")], ids=str)
 def test_warpgroups_with_a_few_tokens_at_a_time(backend: Backend, kind: Kind) -> None:
     sae = make_sae(kind, 40, 61, torch.bfloat16, seed=0)
@@ -676,6 +678,7 @@ def step_arguments(sae: SaeWeights) -> tuple[tuple[object, ...], tuple[object, .
     )
 
 
+@pytest.mark.long
 def test_operations_pass_opcheck() -> None:
     found = operations()
     sae = make_sae(Kind("gated", "layer_norm"), 40, 64, torch.bfloat16, seed=0)
@@ -721,6 +724,7 @@ def test_a_graph_may_follow_inference_mode() -> None:
     assert same_bits(torch.compile(block, fullgraph=True, backend="aot_eager")(rows), expected)
 
 
+@pytest.mark.long
 def test_one_graph_serves_every_batch() -> None:
     sae = make_sae(Kind(), 40, 64, torch.bfloat16, seed=0)
     rows, edits = normal(generator(1), 14, 40).bfloat16(), edit_list(*random_lists(sae, 14, 8, 2), 8)

@@ -110,6 +110,7 @@ def test_exact_arithmetic_gives_exact_counts(
         assert (count(rows, offsets, sae, backend).numpy() == expected).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
 def test_many_tokens(backend: Backend, dtype: torch.dtype) -> None:
     """More tokens than any block, segments that end inside one."""
@@ -162,6 +163,7 @@ def test_gates_on_the_boundary_do_not_depend_on_the_segmentation(backend: Backen
     assert torch.equal(count(rows, list(range(65)), sae, backend).sum(dim=0), whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("relu", "layer_norm")], ids=str)
 def test_runs_repeat(backend: Backend, kind: Kind) -> None:
     sae = make_sae(kind, 37, 70, torch.float16, seed=0)

@@ -114,6 +114,7 @@ def test_a_token_is_one_launch(kind: Kind, mode: StepMode, launches: list[Launch
     assert_clean(sae, BATCH, 20)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("edit", ["ablate", "both"])
 def test_a_token_with_lookup_is_one_launch(edit: EditKind, launches: list[Launch]) -> None:
     sae, rows, _ = case(Kind())
@@ -232,6 +233,7 @@ def test_what_is_left_in_the_scratch_is_not_read(kind: Kind, mode: StepMode) -> 
     assert same_bits(run(sae, rows, edits, mode)[0], expected)
 
 
+@pytest.mark.long
 def test_batches_share_their_scratch() -> None:
     """A prompt is a batch of its tokens: were there a scratch for each length, they would add up."""
     sae, rows, edits = case(Kind())
@@ -293,6 +295,7 @@ def test_recent_argmax_latents_never_change_the_result(recent_argmax: int) -> No
     assert torch.equal(stats.latent_edits, dense.latent_edits)
 
 
+@pytest.mark.long
 def test_recent_argmax_latents_are_the_latest_maxima() -> None:
     sae, rows, edits = case(Kind("relu"))
     f = torch.relu(rows.float() @ sae.W_enc.float().T + sae.b_enc)
@@ -639,6 +642,7 @@ def step_arguments(sae: SaeWeights, hidden: Tensor, lists: EditList, optional: b
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("kind", [Kind(), Kind("gated", "layer_norm")], ids=str)
 def test_passes_opcheck(kind: Kind, optional: bool) -> None:
@@ -674,6 +678,7 @@ def test_auto_never_interprets() -> None:
     assert operations.token_step.__module__ != "dspa.kernels.token_step.triton"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_products_in_parts_are_as_precise_as_float32(dtype: torch.dtype) -> None:
     """Parts of 8 bits that add up to all of a number: the product of one column has no error but the last rounding."""

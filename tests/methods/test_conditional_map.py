@@ -179,6 +179,7 @@ def test_what_cancels_is_dropped(tmp_path: Path) -> None:
     assert (found.mean_difference == 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block_bytes", [1, 8 * 60 * 7, 8 * 60 * 19, 2**28])
 @pytest.mark.parametrize("per_shard", [1, 7, 40])
 def test_blocks_and_shards_do_not_change_a_bit(
@@ -458,6 +459,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sparsify", ["per_row", "global_tau"])
 def test_no_tensor_is_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparsify: Any) -> None:
     """So a map of any width never exists dense, neither in one dtype nor in another."""

@@ -35,6 +35,7 @@ def doubtful(hidden: Tensor, sae: SparseAutoencoder) -> Tensor:
     return ((z - sae.threshold.clamp(min=0)).abs() <= ROUNDING * size).sum(dim=0)
 
 
+@pytest.mark.long
 def test_counts_are_equal_but_for_listed_gates_within_rounding(tmp_path: Path) -> None:
     pytest.importorskip("sae_lens")
     model, tokenizer = load_model()

@@ -250,6 +250,7 @@ def test_a_store_of_the_first_version_is_refused_in_one_line(folder: Path) -> No
         DensityStore.open(folder)
 
 
+@pytest.mark.long
 def test_every_single_bit_of_a_manifest_is_covered(tmp_path: Path) -> None:
     DensityStore.create_or_resume(tmp_path, replace(tiny.collection_run(3, 3, 3, 3), triples="t"))
     path = tmp_path / "manifest.json"

@@ -331,6 +331,7 @@ def test_generation_is_the_same_with_differentiable_edits() -> None:
     assert steering.summary().tokens_seen == NEW * len(ROWS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.long), True])
 def test_differentiable_edits_are_refused_in_a_compiled_model(frozen: bool) -> None:
     model = tiny_model().requires_grad_(not frozen)

@@ -105,6 +105,7 @@ def test_attaching_and_detaching_need_one_compilation_each(steered_first: bool) 
     assert counter.frame_count == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lengths", [pytest.param((6,), marks=pytest.mark.long), (6, 4)], ids=str)
 def test_the_compiled_decoding_of_generate(lengths: tuple[int, ...]) -> None:
     """Transformers compiles the decoding steps of a static cache by itself: on a GPU always, on a CPU when told to."""
