@@ -42,7 +42,12 @@ from dspa.errors import BackendUnavailableError, InvalidInputError
 from dspa.kernels import AdapterMode, AdapterWeights, SaeWeights, TokenStats, adapter_step
 from dspa.kernels.backends.registry import operations_for
 
-DTYPE_PAIRS = [(hidden, weights) for hidden in LOW_PRECISION for weights in LOW_PRECISION]
+DTYPE_PAIRS = [
+    *((dtype, dtype) for dtype in LOW_PRECISION),  # of the residual stream and of the SAE
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+]
 COUNTERS = ("seen", "edited", "nonfinite", "latent_edits")
 
 
