@@ -203,9 +203,11 @@ def prompt_densities(
 ) -> Tensor:
     """`[prompts, d_sae_in]` activation densities, as steering sees them."""
     recording = RecordingPolicy(policy.conditional_map, policy.input_sae, policy.output_sae)
-    with torch.no_grad(), steer(model, recording):
+    with torch.no_grad(), steer(model, recording) as steering:
         for start in range(0, len(prompts), PROMPTS_PER_BATCH):
-            model(**prompt_batch(tokenizer, prompts[start : start + PROMPTS_PER_BATCH]))
+            batch = prompt_batch(tokenizer, prompts[start : start + PROMPTS_PER_BATCH])
+            with steering.scoring(prompt_tokens=batch["attention_mask"].sum(dim=1).tolist()):
+                model(**batch)
     return torch.cat(recording.densities)
 
 
@@ -281,8 +283,9 @@ def _neutral_ids(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> T
 @torch.no_grad()
 def _neutral_loss(model: Gemma2ForCausalLM, ids: Tensor, policy: Policy | None) -> NDArray[np.float64]:
     """Mean loss of each text's tokens after its prefix; the prefix is the prompt, all that follows is steered."""
-    with nullcontext() if policy is None else steer(model, policy):
-        prefix = model(ids[:, :NEUTRAL_PREFIX], use_cache=True)
+    with nullcontext() if policy is None else steer(model, policy) as steering:
+        with nullcontext() if steering is None else steering.scoring(prompt_tokens=NEUTRAL_PREFIX):
+            prefix = model(ids[:, :NEUTRAL_PREFIX], use_cache=True)
         rest = model(ids[:, NEUTRAL_PREFIX:], past_key_values=prefix.past_key_values, use_cache=True)
     logits = torch.cat([prefix.logits[:, -1:], rest.logits[:, :-1]], dim=1).double()
     losses = torch.nn.functional.cross_entropy(
