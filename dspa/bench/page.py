@@ -102,7 +102,7 @@ def _bars(row: Row) -> str:
     figure = new_figure((7.2, 1.4 + 0.36 * len(row.columns)))
     axes: Any = figure.add_subplot()
     times = [column.measured.value for column in row.columns]
-    longest, shortest = max(times), min(times)
+    shortest, longest = min(times), max(*times, *(end for column in row.columns for end in column.spread or ()))
     logarithmic = longest > LARGEST_RATIO * shortest
     if logarithmic:
         axes.set_xscale("log")

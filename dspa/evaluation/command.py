@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ def run_eval(options: EvalOptions) -> Evaluation:
         InvalidInputError: if the model, the policy or a task cannot be found.
         MismatchError: if the policy belongs to another model.
     """
+    if not re.fullmatch(r"auto(:\d+(\.\d+)?)?|[1-9]\d*", options.batch_size):
+        raise InvalidInputError(f"batch size is {options.batch_size!r}; expected a positive number or auto")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, unknown = _task_manager(options.tasks, options.include_path)
     if unknown or not options.tasks:

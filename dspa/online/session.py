@@ -26,7 +26,13 @@ from torch import Tensor
 from dspa.errors import InvalidInputError
 from dspa.methods.policy import Policy
 from dspa.online.forward_pass import ForwardPass
-from dspa.online.forward_prompt import IGNORED_LABEL, PaddingTokens, prompt_lengths_of
+from dspa.online.forward_prompt import (
+    IGNORED_LABEL,
+    PaddingTokens,
+    check_lengths,
+    presence_of_mask,
+    prompt_lengths_of,
+)
 from dspa.online.generate_call import GenerateCall
 from dspa.online.hooks.running import Ownership, RunningCall
 from dspa.online.layer_editor import LayerEditor
@@ -44,7 +50,7 @@ class Session:
     Attributes:
         prompt: the prompts last read; None before the first pass.
         closed: whether the policies are being detached: calls that begin from then on are not followed.
-        prompt_lengths: in forward calls, how many tokens of each row are prompt; None for all.
+        prompt_lengths: in forward calls, how many tokens of each row are prompt, `[B]` or one number; None for all.
         response: in forward calls, `[B, T]` bool, which tokens are the response; None where that is not said.
         policies: by name.
         prompts_read: prompts that were read to their end so far.
@@ -71,7 +77,7 @@ class Session:
         self.prompt: Prompt | None = None
         self.closed = False
         self._call: GenerateCall | None = None
-        self.prompt_lengths: int | Sequence[int] | None = None
+        self.prompt_lengths: Tensor | None = None
         self.prompts_read = 0
         self.differentiable = differentiable
         self._readers = readers
@@ -307,14 +313,13 @@ class Session:
         steered = any(name is not None for name in prompt_policies)
         if mask is None and tokens.ndim == 2 and steered:
             mask = self._padding.presence(tokens)
-        elif mask is None or mask.shape != (batch, width):  # a mask already made into another form
+        elif mask is None or not steered:
             mask = torch.ones(batch, width, device=tokens.device)
+        else:
+            mask = presence_of_mask(mask, batch, width)
         lengths = None
         if self.prompt_lengths is not None:
-            lengths = torch.as_tensor(self.prompt_lengths, dtype=torch.int64)
-            if lengths.ndim and len(lengths) != batch:
-                raise InvalidInputError(f"scoring got {len(lengths)} prompt lengths for {batch} rows; expected as many")
-            lengths = lengths.expand(batch)
+            lengths = check_lengths(self.prompt_lengths, mask)
         else:
             response = self.response
             if response is not None and response.shape != mask.shape:
@@ -326,6 +331,8 @@ class Session:
                 response = self._labels != IGNORED_LABEL
             if response is not None:
                 lengths = prompt_lengths_of(response, mask)
+                if self.response is not None and lengths is not None and not bool((response & mask.bool()).any()):
+                    raise InvalidInputError("completion_mask marks no token; expected the tokens of the responses")
             if lengths is None and steered and width > 1 and not has_cache:
                 self._warn_of_assumed_prompt(prompt_policies, batch, width)
         token_ids = tokens if tokens.ndim == 2 else None

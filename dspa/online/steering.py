@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dspa.errors import InvalidInputError
@@ -203,7 +204,10 @@ class Steering:
 
     @contextmanager
     def scoring(
-        self, prompt_tokens: int | Sequence[int] | None = None, *, completion_mask: Tensor | None = None
+        self,
+        prompt_tokens: int | Sequence[int] | Tensor | None = None,
+        *,
+        completion_mask: Tensor | Sequence[Sequence[int]] | None = None,
     ) -> Iterator[None]:
         """Inside, forward calls without a cache are taken for prompts followed by responses, as when responses are
         scored: the logits are those with which `generate` would have chosen.
@@ -214,15 +218,17 @@ class Steering:
             completion_mask: instead, `[B, T]`, nonzero on the response, as TRL's collators make it.
 
         Raises:
-            InvalidInputError: unless exactly one of them is given.
+            InvalidInputError: unless exactly one of them is passed, or if it is no numbers. A forward call inside
+                raises it if a row has no prompt, or fewer tokens than its prompt, or no row has a response.
         """
         if (prompt_tokens is None) == (completion_mask is None):
             raise InvalidInputError("scoring needs either prompt_tokens or completion_mask")
+        lengths = None if prompt_tokens is None else _numbers("prompt_tokens", prompt_tokens)
+        response = None if completion_mask is None else _numbers("completion_mask", completion_mask) != 0
         session = self._session
         before = session.prompt_lengths, session.response
         try:
-            session.prompt_lengths = prompt_tokens
-            session.response = None if completion_mask is None else completion_mask != 0
+            session.prompt_lengths, session.response = lengths, response
             yield
         finally:
             session.prompt_lengths, session.response = before
@@ -337,3 +343,10 @@ def check_policies(policies: Mapping[str, Policy], model: ModelFingerprint | Non
                 f"policy {name!r} observes prompts after layer {observation.layer} and edits after layer "
                 f"{intervention.layer}; the prompt must be read before it is edited"
             )
+
+
+def _numbers(name: str, value: object) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"scoring got {name} {value!r:.80}; expected whole numbers") from error

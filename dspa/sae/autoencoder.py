@@ -16,6 +16,7 @@ from dspa.sae.encode import encode
 from dspa.sae.folders import load_folder
 from dspa.sae.metadata import SaeMetadata
 from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
+from dspa.util.scalars import check_integer
 
 if TYPE_CHECKING:
     import sae_lens
@@ -54,11 +55,14 @@ class SparseAutoencoder(SaeWeights):
             device: where the tensors go.
 
         Raises:
-            InvalidInputError: unknown release or id, files that are missing and cannot be fetched, no sae-lens.
+            InvalidInputError: unknown release or id, files that are missing and cannot be fetched, no sae-lens, a layer
+                that is no whole number from 0.
             UnsupportedSaeError: an SAE that cannot be represented exactly or is not on the residual stream.
             CorruptFileError: files that are truncated, altered, or hold NaN or Inf.
             MismatchError: if `layer` is not the one that the source names.
         """
+        if layer is not None:
+            check_integer("layer", layer, 0)
         weights, metadata = cls._load(source, sae_id, dtype)
         if layer is not None:
             if metadata.layer not in (None, layer):

@@ -33,7 +33,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> Loaded | None:
     """The SAE in a folder; None if the folder has none of these formats.
 
     Raises:
-        InvalidInputError: if only its subfolders hold SAEs.
+        InvalidInputError: if it holds no SAE or lacks its config, or only its subfolders hold SAEs.
         UnsupportedSaeError: if it cannot be represented exactly, or is not on the residual stream.
         CorruptFileError: if a file is truncated, altered, lacks a tensor, or holds NaN or Inf.
     """
@@ -48,11 +48,16 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> Loaded | None:
             except Exception as error:
                 reason = (str(error).strip().splitlines() or ["no details"])[0][:200]
                 raise CorruptFileError(f"{what}: cannot be read: {type(error).__name__}: {reason}") from error
+    for weights, config, _ in _FORMATS:
+        if config is not None and (folder / weights).is_file():
+            raise InvalidInputError(f"{folder} holds {weights}, but no {config}, which says what the tensors mean")
     if not (folder / "cfg.json").is_file():
         inner = sorted({path.parent.relative_to(folder) for name in _WEIGHT_FILES for path in folder.glob(f"*/{name}")})
         if inner:
             shown = ", ".join(str(path) for path in inner[:5])
             raise InvalidInputError(f"{folder} holds no SAE itself, but its folders do: {shown}; pass one of them")
+        if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+            raise InvalidInputError(f"{folder} holds no SAE; expected one of {', '.join(_WEIGHT_FILES)} in it")
     return None
 
 
@@ -83,6 +88,11 @@ class _Tensors:
         if not bool(tensor.isfinite().all()):
             raise CorruptFileError(f"{self._what}: {name} holds NaN or Inf")
         return tensor.to(self.small)
+
+    def stored(self, name: str) -> int | None:
+        """A whole number that may be among the tensors, read and dropped."""
+        value = self._tensors.pop(name, None)
+        return int(value) if isinstance(value, (Tensor, int)) else None
 
     def drop(self, *names: str) -> None:
         """Tensors that encoding does not read."""
@@ -139,6 +149,10 @@ def _sparsify(folder: Path, config: dict[str, Any], tensors: _Tensors, what: str
     activation = config.get("activation", "topk")
     if activation != "topk":
         raise _unsupported(what, f"activation {activation}", "topk")
+    if config.get("signed"):
+        raise _unsupported(what, "latents chosen by size and sign apart (signed)", "the k largest")
+    if folder.name.rpartition(".")[2] in ("embed_tokens", "wte", "embed_in", "norm", "ln_f", "final_layer_norm"):
+        raise _unsupported(what, f"hook point {folder.name}", "the output of a decoder block, such as layers.10")
     layer = _layer_of_hook(folder.name, what)
     weights = tensors.weights(
         "topk",
@@ -224,14 +238,17 @@ def _jumprelu_dictionary(t: _Tensors, trainer: dict[str, Any], d_sae: int, d_mod
 
 def _topk_dictionary(t: _Tensors, trainer: dict[str, Any], d_sae: int, d_model: int, what: str) -> SaeWeights:
     """`AutoEncoderTopK`. Its stored threshold is for an option of its encode; by default it selects by rank."""
-    t.drop("k", "threshold")
+    t.drop("threshold")
+    k, stored = _number(trainer, "k", what), t.stored("k")
+    if stored not in (None, k):
+        raise CorruptFileError(f"{what}: k is {stored} beside the weights and {k} in its config; expected the same")
     return t.weights(
         "topk",
         t.take("encoder.weight", d_sae, d_model),
         t.take("encoder.bias", d_sae),
         t.take("decoder.weight", d_model, d_sae).T,
         t.take("b_dec", d_model),
-        k=_number(trainer, "k", what),
+        k=k,
         subtract_b_dec=True,
     )
 
@@ -270,10 +287,13 @@ def _gemma_scope_2(folder: Path, config: dict[str, Any], tensors: _Tensors, what
     if hook_out not in (None, hook_in):
         raise _unsupported(what, f"a transcoder from {hook_in} to {hook_out}", "autoencoders of the residual stream")
     layer = _layer_of_gemma_scope(folder, what)
-    if layer is None and hook_in is not None:
-        layer = _layer_of_hook(str(hook_in), what)
-        if layer is None:
+    if hook_in is not None:
+        of_hook = _layer_of_hook(str(hook_in), what)
+        if of_hook is None:
             raise _unsupported(what, f"hook point {hook_in}", "the output of a decoder block")
+        if layer not in (None, of_hook):
+            raise CorruptFileError(f"{what}: its folder says layer {layer}, its config {hook_in}; expected the same")
+        layer = of_hook
     names = {name.lower(): name for name in tensors.names()}
     return _jumprelu_folder(tensors, names, config.get("model_name"), layer, what)
 

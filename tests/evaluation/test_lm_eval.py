@@ -26,6 +26,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from dspa.evaluation import SteeredLM
+from dspa.evaluation.command import EvalOptions, run_eval
 
 simple_evaluate: Any = lm_eval.simple_evaluate
 MMLU, HELLASWAG, GENERATION = TASKS = ("local_mmlu", "local_hellaswag", "local_generation")
@@ -322,3 +323,9 @@ def test_lm_evals_own_command_line(policy: Path, tasks: Path, tmp_path: Path) ->
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert MMLU in finished.stdout
+
+
+@pytest.mark.parametrize("size", ["x", "0", "-1", "2.5"])
+def test_a_batch_size_is_checked_before_anything_is_loaded(size: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"batch size is '{size}'; expected a positive number or auto"):
+        run_eval(EvalOptions("nowhere", ["task"], batch_size=size))

@@ -102,7 +102,14 @@ def test_labels_are_forgotten_after_their_call(model: Any, policy: SteeringPolic
         ({}, "either prompt_tokens or completion_mask"),
         ({"prompt_tokens": 3, "completion_mask": torch.ones(1, 9)}, "either prompt_tokens or completion_mask"),
         ({"completion_mask": torch.ones(2, 9)}, "expected the same shape"),
+        ({"completion_mask": torch.zeros(1, 9)}, "marks no token"),
+        ({"completion_mask": "no"}, "expected whole numbers"),
         ({"prompt_tokens": [3, 4]}, "2 prompt lengths for 1 rows"),
+        ({"prompt_tokens": 3.5}, "expected a whole number for each row"),
+        ({"prompt_tokens": None, "completion_mask": [[0, 1, 0, 1, 1, 0, 0, 0, 0]]}, "more than one response"),
+        ({"prompt_tokens": "3"}, "expected whole numbers"),
+        ({"prompt_tokens": 0}, "got 0 prompt tokens for row 0, which has 9 tokens"),
+        ({"prompt_tokens": [10]}, "got 10 prompt tokens for row 0, which has 9 tokens"),
     ],
 )
 def test_what_contradicts_itself(model: Any, policy: SteeringPolicy, said: dict[str, Any], line: str) -> None:
@@ -113,6 +120,54 @@ def test_what_contradicts_itself(model: Any, policy: SteeringPolicy, said: dict[
         steering.scoring(**said),
     ):
         model(torch.tensor(ROWS[:1]))
+
+
+@pytest.mark.parametrize("said", ["labels", "completion_mask"])
+def test_rows_of_several_responses_are_refused(model: Any, policy: SteeringPolicy, said: str) -> None:
+    """Packed sequences and conversations of several turns. The end of the sequence may be left out of the labels."""
+    row = ROWS[0]
+    turns = torch.tensor([[-100, -100, *row[2:4], -100, *row[5:]]])
+    one = torch.tensor([[-100] * 4 + row[4:8] + [-100]])
+    with steer(model, policy) as steering, torch.no_grad():
+
+        def run(labels: torch.Tensor) -> None:
+            if said == "labels":
+                model(torch.tensor([row]), labels=labels)
+                return
+            with steering.scoring(completion_mask=labels != -100):
+                model(torch.tensor([row]))
+
+        run(one)
+        with pytest.raises(InvalidInputError, match="row 0 of a forward call has more than one response"):
+            run(turns)
+
+
+def test_packed_rows_are_refused(model: Any, policy: SteeringPolicy) -> None:
+    """Without a mask, transformers tells the sequences of a row by their positions."""
+    ids, width = torch.tensor([ROWS[0] + ROWS[1]]), len(ROWS[0])
+    positions = torch.tensor([[*range(width), *range(len(ROWS[1]))]])
+    with steer(model, policy) as steering, torch.no_grad(), steering.scoring(prompt_tokens=3):
+        model(ids, position_ids=torch.arange(ids.shape[1])[None])
+        with pytest.raises(InvalidInputError, match="as packed rows have"):
+            model(ids, position_ids=positions)
+
+
+@pytest.mark.parametrize("form", ["bool", "added"])
+def test_masks_of_what_each_position_attends_to(model: Any, policy: SteeringPolicy, form: str) -> None:
+    """They are followed where nothing is hidden, and refused where something is: it may be padding."""
+    expected = expected_logits(model, policy)[:1]
+    ids, width = torch.tensor(ROWS[:1]), len(ROWS[0])
+
+    def mask(seen: torch.Tensor) -> torch.Tensor:
+        return seen if form == "bool" else torch.where(seen, 0.0, -1e9).double()
+
+    causal = torch.ones(1, 1, width, width, dtype=torch.bool).tril()
+    hiding = causal.clone()
+    hiding[..., 0] = False
+    with steer(model, policy) as steering, torch.no_grad(), steering.scoring(prompt_tokens=PROMPTS[0]):
+        assert_scored(model, policy, expected, model(ids, attention_mask=mask(causal)).logits)
+        with pytest.raises(InvalidInputError, match="does not say which tokens are padding"):
+            model(ids, attention_mask=mask(hiding))
 
 
 # ------------------------------------------------------------------------------------------------ what is warned of
@@ -206,6 +261,8 @@ def test_padding_that_may_be_an_end_is_refused(model: Any, policy: SteeringPolic
         with pytest.raises(InvalidInputError, match="may be padding or ends of sequence; pass attention_mask"):
             model(two)
         model(two, attention_mask=torch.ones_like(two))
+        with pytest.raises(InvalidInputError, match=rf"padding \(token {EOS}\) on the left and no attention mask"):
+            model(torch.tensor([[EOS, *ROWS[0]]]))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +273,7 @@ def test_padding_that_may_be_an_end_is_refused(model: Any, policy: SteeringPolic
         (PaddingTokens(0, frozenset(), None), [[0, 0]], [[0, 0]]),
         (PaddingTokens(0, frozenset(), None), [[0]], [[1]]),
         (PaddingTokens(1, frozenset({2}), 1), [[1, 5, 6]], [[1, 1, 1]]),
+        (PaddingTokens(1, frozenset({1}), 1), [[1, 5, 1]], [[1, 1, 1]]),
     ],
 )
 def test_presence(tokens: PaddingTokens, rows: list[list[int]], expected: list[list[int]]) -> None:
@@ -227,7 +285,8 @@ def test_presence(tokens: PaddingTokens, rows: list[list[int]], expected: list[l
     [
         ([[0, 0, 1, 1]], [[1, 1, 1, 1]], [2]),
         ([[0, 0, 1, 1]], [[0, 1, 1, 1]], [1]),
-        ([[0, 1, 0, 1], [0, 0, 0, 0]], [[1, 1, 1, 1], [1, 1, 1, 0]], [1, 3]),
+        ([[0, 1, 1, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [1, 1, 1, 0]], [1, 3]),
+        ([[0, 1, 0, 1]], [[1, 1, 0, 1]], [1]),  # what is in between is padding
         ([[1, 1, 1, 1]], [[1, 1, 1, 1]], None),
         ([[0, 1, 1]], [[1, 1, 1, 1]], None),
     ],

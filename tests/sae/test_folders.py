@@ -85,7 +85,10 @@ def test_sparsify_by_its_expansion_factor(tmp_path: Path) -> None:
         ("layers.3", {"transcode": True}, "a transcoder"),
         ("layers.3", {"skip_connection": True}, "a skip connection"),
         ("layers.3", {"activation": "groupmax"}, "activation groupmax"),
+        ("layers.3", {"signed": True}, "size and sign apart"),
         ("layers.3.mlp", {}, "hook point layers.3.mlp"),
+        ("model.embed_tokens", {}, "hook point model.embed_tokens"),
+        ("norm", {}, "hook point norm"),
         ("model.layers.3.self_attn", {}, "hook point model.layers.3.self_attn"),
     ],
 )
@@ -249,6 +252,14 @@ def test_dictionaries_that_are_refused(kind: str, changes: dict[str, Any], line:
         SparseAutoencoder.from_sae_lens(dictionary_folder(tmp_path, kind, **changes))
 
 
+def test_a_k_that_its_config_contradicts(tmp_path: Path) -> None:
+    folder = dictionary_folder(tmp_path, "AutoEncoderTopK")
+    tensors = torch.load(folder / "ae.pt", weights_only=True)
+    torch.save({**tensors, "k": torch.tensor(K + 3)}, folder / "ae.pt")
+    with pytest.raises(CorruptFileError, match=f"k is {K + 3} beside the weights and {K} in its config"):
+        SparseAutoencoder.from_sae_lens(folder)
+
+
 def test_an_unknown_tensor_is_not_left_out(tmp_path: Path) -> None:
     tensors = {**DICTIONARIES["AutoEncoder"], "W_skip": random(D_MODEL, D_MODEL)}
     with pytest.raises(UnsupportedSaeError, match="found tensor W_skip"):
@@ -326,6 +337,12 @@ def test_gemma_scope_2_that_is_refused(
         SparseAutoencoder.from_sae_lens(gemma_scope_2_folder(tmp_path / place, extra, **changes))
 
 
+def test_a_layer_that_its_folder_contradicts(tmp_path: Path) -> None:
+    folder = gemma_scope_2_folder(tmp_path / "resid_post/layer_9_w", hf_hook_point_in="model.layers.12.output")
+    with pytest.raises(CorruptFileError, match=r"folder says layer 9, its config model\.layers\.12\.output"):
+        SparseAutoencoder.from_sae_lens(folder)
+
+
 # ------------------------------------------------------------------------------------------- what is wrong, in a line
 
 
@@ -373,6 +390,21 @@ def test_the_layer_where_the_source_does_not_say(tmp_path: Path) -> None:
     assert SparseAutoencoder.from_sae_lens(named, layer=3).metadata.layer == 3
     with pytest.raises(MismatchError, match="layer is 4; the SAE says it was trained on layer 3"):
         SparseAutoencoder.from_sae_lens(named, layer=4)
+
+
+@pytest.mark.parametrize("layer", [-1, True, 2.0, "3"])
+def test_a_layer_is_a_whole_number(layer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="layer is "):
+        SparseAutoencoder.from_sae_lens(sparsify_folder(tmp_path / "renamed"), layer=layer)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    (dictionary_folder(tmp_path, "AutoEncoder") / "config.json").unlink()
+    with pytest.raises(InvalidInputError, match=r"holds ae\.pt, but no config\.json"):
+        SparseAutoencoder.from_sae_lens(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidInputError, match="empty holds no SAE; expected one of"):
+        SparseAutoencoder.from_sae_lens(tmp_path / "empty")
 
 
 def test_dtype_is_for_the_matrices(tmp_path: Path) -> None:

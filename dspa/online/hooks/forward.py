@@ -23,6 +23,11 @@ from dspa.online.hooks.method_patch import MethodPatch
 from dspa.online.hooks.running import Ownership, RunningCall
 from dspa.transformers_model import HOOKS_ATTRIBUTE, DecoderStack, device_of, hidden_of, with_hidden
 
+PACKED_ROWS = (
+    "a forward call has no attention mask and position_ids that do not count up, as packed rows have, whose sequences "
+    "each have a prompt of their own; pass each sequence as a row of a padded batch, with an attention mask"
+)
+
 _NUMBERS = itertools.count()
 _models: WeakValueDictionary[int, ModelHooks] = WeakValueDictionary()
 
@@ -173,6 +178,8 @@ class DecoderHook(MethodPatch):
         cache_length = 0 if cache is None else cache.get_seq_length()  # of a static cache, a tensor
         if not isinstance(mask, Tensor):
             mask = None  # one already made into the form of some kind of attention
+        if mask is None and _restarts(arguments.get("position_ids")):
+            raise InvalidInputError(PACKED_ROWS)
         if torch.compiler.is_compiling():
             number, lengths = (0, cache_length) if isinstance(cache_length, Tensor) else (cache_length, None)
             number = number if cache is not None else -1
@@ -188,6 +195,14 @@ class DecoderHook(MethodPatch):
             return output
         finally:
             self._hooks.passes.release(running)
+
+
+def _restarts(position_ids: object) -> bool:
+    """Whether `[B, T]` positions are those of several sequences in a row, as transformers tells it where there is no
+    attention mask. Where the decoder is compiled, nothing is known of them."""
+    if torch.compiler.is_compiling() or not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        return False
+    return bool((position_ids.diff(dim=1) != 1).any())
 
 
 class LayerHook(MethodPatch):
