@@ -143,3 +143,31 @@ def test_a_fault_in_the_output_layer_itself_is_warned_of(value: float, call: str
             else:
                 with torch.no_grad():
                     model(torch.tensor(rows))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", ["hook on the output layer", "later layer"])
+def test_a_fault_behind_the_edit_is_warned_of_once(place: str, value: float) -> None:
+    """A hook runs after the edit of its layer, and no editor sees what it does."""
+    model, rows = tiny_model("llama", dtype=torch.float32), prompts((6, 3))
+    policy = tiny_policy(model, dtype=torch.float32)
+    layer = layer_of(model, policy.output_layer + (place == "later layer"))
+
+    def spoil(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+        hidden[1, -1, 0] = value
+        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+    handle = layer.register_forward_hook(spoil)
+    with warnings.catch_warnings(record=True) as caught, steer(model, policy):
+        warnings.simplefilter("always")
+        generate(model, rows, 3)
+        generate(model, rows, 3)
+        handle.remove()
+        generate(model, rows, 3)
+    faults = [str(warning.message) for warning in caught if "NaN or Inf" in str(warning.message)]
+    assert len(faults) == 1, faults
+    assert "came up behind layer 2" in faults[0]
+    assert caught[[str(warning.message) for warning in caught].index(faults[0])].filename.endswith(
+        "naive_generation.py"
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import random
 import sys
-import time
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from dspa.errors import DspaError
 from dspa.kernels import CsrMap, EditList, SaeWeights, TokenStats, encode_density, lookup, token_step
 from dspa.kernels.token_step import token_step_with_lookup
+from soak.deadline import Deadline
 
 D_MODEL, D_SAE = 19, 48
 VALUES = (0.0, -1.0, 1e30, -1e30, 1e38, 1e-45, math.nan, math.inf, -math.inf)
@@ -122,12 +122,12 @@ def _outcome(case: int, backend: str) -> Any:
         raise AssertionError(f"case {case}, {backend}: {error!r}") from error
 
 
-def run(cases: int, *, first: int = 0, seconds: float = math.inf) -> dict[str, int]:
+def run(cases: int, *, first: int = 0, until: Deadline | None = None) -> dict[str, int]:
     """So many calls, or as many as fit into the time, each with the CPU kernels and with the reference."""
     torch.set_num_threads(1)
-    until, counts = time.monotonic() + seconds, {"kernel calls, refused": 0, "kernel calls, computed": 0}
+    until, counts = until or Deadline(), {"kernel calls, refused": 0, "kernel calls, computed": 0}
     for case in range(first, first + cases):
-        if time.monotonic() > until:
+        if until.passed:
             break
         found, expected = _outcome(case, "auto"), _outcome(case, "reference")
         assert (found is None) == (expected is None), f"case {case} is refused by one backend only"

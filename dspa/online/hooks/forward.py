@@ -53,8 +53,9 @@ class PassObserver(Protocol):
         cached positions. `mask` is what was passed for the attention mask, if that was a tensor. `cache` is the cache
         itself; None where there is none, and in a compiled model, which cannot tell."""
 
-    def pass_ends(self, cache: object | None) -> None:
-        """The decoder has returned, with this cache or without one. Not called by compiled models."""
+    def pass_ends(self, cache: object | None, hidden: Tensor) -> None:
+        """The decoder has returned `hidden [B, T, d_model]`, with this cache or without one. Not called by compiled
+        models."""
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """A hooked layer has returned `hidden [B, T, d_model]`, which may be edited in place; returns what takes its
@@ -117,9 +118,9 @@ class ModelHooks:
         for observer in self.observers:
             observer.pass_begins(tokens, mask, cache_length, has_cache, cache)
 
-    def end_pass(self, cache: object | None) -> None:
+    def end_pass(self, cache: object | None, hidden: Tensor) -> None:
         for observer in self.observers:
-            observer.pass_ends(cache)
+            observer.pass_ends(cache, hidden)
 
     @property
     def differentiable(self) -> bool:
@@ -184,7 +185,7 @@ class DecoderHook(MethodPatch):
                 raise InvalidInputError("two threads run this steered model at once; run one at a time")
             self._hooks.begin_pass(tokens, mask, cache_length, cache is not None, cache)
             output = self.original(*args, **kwargs)
-            self._hooks.end_pass(_cache_in(output) if cache is None else cache)
+            self._hooks.end_pass(_cache_in(output) if cache is None else cache, hidden_of(output))
             return output
         finally:
             self._hooks.passes.release(running)
