@@ -200,9 +200,6 @@ class EditList:
             raise InvalidInputError(f"edit lists have {self.counts.tolist()[:8]} entries; expected 0 to {self.k}")
         valid = self.valid()
         listed, signs = self.latents[valid].long(), self.signs[valid]
-        if not bool((signs.abs() == 1).all()):
-            odd = int(signs[signs.abs() != 1][0])
-            raise InvalidInputError(f"edit lists have the sign {odd}; expected +1 (augment) or -1 (ablate)")
         if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < sae.d_sae:
             raise InvalidInputError(
                 f"edit lists name latents {int(listed.min())} to {int(listed.max())}; expected 0 to {sae.d_sae - 1}"
@@ -211,6 +208,9 @@ class EditList:
             found = sae.decoder_rows[listed]
             if not 0 <= int(found.min()) <= int(found.max()) < rows:
                 raise InvalidInputError("edit lists name latents without a decoder row in this SAE; pass the whole SAE")
+        odd = signs[signs.abs() != 1]
+        if odd.numel():
+            raise InvalidInputError(f"edit lists have the sign {int(odd[0])}; expected +1 (augment) or -1 (ablate)")
         self._checked[:] = [known]
 
     @property

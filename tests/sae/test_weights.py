@@ -95,6 +95,14 @@ def test_topk_keeps_no_negative_value(k: int) -> None:
     assert not encode(normal(generator(0), 4, 8).float(), sae).any()
 
 
+def test_topk_keeps_k_beside_nan() -> None:
+    b_enc = torch.full((16,), 1e3)
+    b_enc[3] = torch.nan
+    found = encode(normal(generator(0), 4, 8).float(), replace(TOPK, k=15, b_enc=b_enc))
+    assert ((found > 0).sum(dim=-1) == 15).all()
+    assert (found[:, 3] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("dtypes", "expected"),
     [

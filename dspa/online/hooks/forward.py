@@ -46,6 +46,10 @@ class PassObserver(Protocol):
     differentiable: bool
     policies: Mapping[str, Policy]
 
+    @property
+    def call(self) -> object | None:
+        """The running generate call that it follows, if any."""
+
     def pass_begins(
         self, tokens: Tensor, mask: Tensor | None, cache_length: int | Tensor, has_cache: bool, cache: object | None
     ) -> None:
@@ -72,6 +76,7 @@ class ModelHooks:
         self.observers: list[PassObserver] = []
         self.passes = Ownership()  # held during a pass, unless it is compiled
         self._layers_of: dict[PassObserver, frozenset[int]] = {}
+        self._following: list[PassObserver] = []  # the observers of the pass
         with torch.inference_mode(False):  # it is used outside as well
             self.order = torch.zeros(1, device=device_of(stack.module))
         from torch._dynamo import mark_static_address  # takes long, but transformers has it when there is a model
@@ -115,11 +120,15 @@ class ModelHooks:
         has_cache: bool,
         cache: object | None = None,
     ) -> None:
-        for observer in self.observers:
+        """A pass begins. One of a generate call is shown to those that saw the call begin: who was attached in its
+        middle does not know its prompt."""
+        observers = list(self.observers)
+        self._following = [observer for observer in observers if observer.call is not None] or observers
+        for observer in self._following:
             observer.pass_begins(tokens, mask, cache_length, has_cache, cache)
 
     def end_pass(self, cache: object | None, hidden: Tensor) -> None:
-        for observer in self.observers:
+        for observer in self._following:
             observer.pass_ends(cache, hidden)
 
     @property
@@ -130,7 +139,7 @@ class ModelHooks:
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """What takes the place of `hidden`, or None if it was edited in place or not at all."""
         replacement = None
-        for observer in self.observers:
+        for observer in self._following:
             found = observer.layer_computed(layer, hidden)
             if found is not None:
                 hidden = replacement = found
