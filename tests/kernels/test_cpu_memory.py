@@ -17,15 +17,12 @@ pytestmark = [
     pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}"),
     pytest.mark.skipif(not hasattr(LIBC, "mallinfo2"), reason="the C library has no mallinfo2 (glibc 2.33 has)"),
 ]
+COUNTS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 D_MODEL, D_SAE, BATCH, CALLS = 37, 64, 3, 300
 
 
 class Mallinfo2(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")
-        + ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    )
+    _fields_ = tuple((name, ctypes.c_size_t) for name in COUNTS)
 
 
 def allocated() -> int:
