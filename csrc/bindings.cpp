@@ -58,12 +58,12 @@ constexpr int64_t work_counters = 7;
 
 void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                 OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
-                std::string activation, int64_t k, std::string normalization, Tensor W_dec, OptionalTensor decoder_rows,
+                Word activation, int64_t k, Word normalization, Tensor W_dec, OptionalTensor decoder_rows,
                 Tensor latents, Tensor signs, Tensor counts, double alpha, OptionalTensor alpha_of_row,
                 OptionalTensor enabled, OptionalTensor seen, OptionalTensor edited, OptionalTensor nonfinite,
                 OptionalTensor maximum, OptionalTensor maximum_sum, OptionalTensor maximum_known,
                 OptionalTensor latent_edits, OptionalTensor recent_argmax, OptionalTensor codes,
-                OptionalTensor code_factors, OptionalTensor work, std::string step_mode) {
+                OptionalTensor code_factors, OptionalTensor work, Word step_mode) {
   cpu::TokenStep step;
   step.hidden = strided_matrix(hidden, "hidden");
   step.sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias, activation, k,
@@ -93,9 +93,9 @@ constexpr int64_t adapter_work_counters = 6;
 
 void adapter_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                   OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
-                  std::string activation, int64_t k, std::string normalization, Tensor W_dec,
+                  Word activation, int64_t k, Word normalization, Tensor W_dec,
                   OptionalTensor decoder_rows, Tensor weight, Tensor bias, Tensor adapter_threshold,
-                  std::string adapter_activation, bool clip, OptionalTensor enabled, OptionalTensor seen,
+                  Word adapter_activation, bool clip, OptionalTensor enabled, OptionalTensor seen,
                   OptionalTensor edited, OptionalTensor nonfinite, OptionalTensor latent_edits, OptionalTensor codes,
                   OptionalTensor code_factors, OptionalTensor work) {
   cpu::AdapterStep step;
@@ -120,7 +120,7 @@ void adapter_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, O
 
 void encode_density(Tensor hidden, Tensor offsets, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                     OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
-                    std::string activation, int64_t k, std::string normalization, Tensor counts) {
+                    Word activation, int64_t k, Word normalization, Tensor counts) {
   const dspa::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
                                activation, k, normalization);
   const dspa::StridedMatrix rows = strided_matrix(hidden, "hidden");
@@ -149,7 +149,7 @@ void lookup_of(const Tensor& density, const Tensor& row_offsets, const Tensor& c
 }
 
 void lookup(Tensor density, Tensor row_offsets, Tensor columns, Tensor values, int64_t d_sae_out, int64_t k_prompt,
-            int64_t k_diff, std::string edit, bool sign_guard, Tensor latents, Tensor signs, Tensor counts) {
+            int64_t k_diff, Word edit, bool sign_guard, Tensor latents, Tensor signs, Tensor counts) {
   STD_TORCH_CHECK(density.dim() == 2, "density must be [B, d_sae_in]");
   const dspa::LookupOptions options{k_prompt, k_diff, edit_kind_of(edit), sign_guard};
   STD_TORCH_CHECK(k_prompt >= 0 && k_prompt <= density.size(1) && k_diff >= 0 && k_diff <= d_sae_out,

@@ -122,7 +122,7 @@ void run_lookup(const Tensor& density, const Arguments&... arguments) {
 }
 
 void lookup(Tensor density, Tensor row_offsets, Tensor columns, Tensor values, int64_t d_sae_out, int64_t k_prompt,
-            int64_t k_diff, std::string edit, bool sign_guard, Tensor latents, Tensor signs, Tensor counts) {
+            int64_t k_diff, Word edit, bool sign_guard, Tensor latents, Tensor signs, Tensor counts) {
   const bool wide_density = density.scalar_type() == ScalarType::Double;
   const bool wide_values = values.scalar_type() == ScalarType::Double;
   const auto call = [&](auto run) {
@@ -174,12 +174,12 @@ cuda::TokenStep token_step_of(const Tensor& hidden, const dspa::Sae& encoder, co
 
 void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                 OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
-                std::string activation, int64_t k, std::string normalization, Tensor W_dec, OptionalTensor decoder_rows,
+                Word activation, int64_t k, Word normalization, Tensor W_dec, OptionalTensor decoder_rows,
                 Tensor latents, Tensor signs, Tensor counts, double alpha, OptionalTensor alpha_of_row,
                 OptionalTensor enabled, OptionalTensor seen, OptionalTensor edited, OptionalTensor nonfinite,
                 OptionalTensor maximum, OptionalTensor maximum_sum, OptionalTensor maximum_known,
                 OptionalTensor latent_edits, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor work,
-                std::string step_mode) {
+                Word step_mode) {
   const dspa::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
                                activation, k, normalization);
   const dspa::Stats stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits,
@@ -193,14 +193,14 @@ void token_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, Opt
 
 void token_step_with_lookup(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                             OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
-                            std::string activation, int64_t k, std::string normalization, Tensor W_dec,
+                            Word activation, int64_t k, Word normalization, Tensor W_dec,
                             OptionalTensor decoder_rows, Tensor density, Tensor row_offsets, Tensor columns,
-                            Tensor values, int64_t k_prompt, int64_t k_diff, std::string edit, bool sign_guard,
+                            Tensor values, int64_t k_prompt, int64_t k_diff, Word edit, bool sign_guard,
                             Tensor latents, Tensor signs, Tensor counts, double alpha, OptionalTensor alpha_of_row,
                             OptionalTensor enabled, OptionalTensor seen, OptionalTensor edited,
                             OptionalTensor nonfinite, OptionalTensor maximum, OptionalTensor maximum_sum,
                             OptionalTensor maximum_known, OptionalTensor latent_edits, Tensor work,
-                            std::string step_mode) {
+                            Word step_mode) {
   const dspa::Sae sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias,
                                activation, k, normalization);
   const dspa::Stats stats = stats_of(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits,
@@ -218,7 +218,7 @@ void token_step_with_lookup(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor th
 
 void encode_density(Tensor hidden, Tensor offsets, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                     OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
-                    std::string activation, int64_t k, std::string normalization, Tensor counts) {
+                    Word activation, int64_t k, Word normalization, Tensor counts) {
   cuda::EncodeDensity task;
   task.sae = encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias, activation, k,
                      normalization);
@@ -239,9 +239,9 @@ constexpr int64_t most_adapter_entries = int64_t{16} << 20;  // of all lists at 
 
 void adapter_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, OptionalTensor b_dec,
                   OptionalTensor decoder_norm, OptionalTensor magnitude_scale, OptionalTensor magnitude_bias,
-                  std::string activation, int64_t k, std::string normalization, Tensor W_dec,
+                  Word activation, int64_t k, Word normalization, Tensor W_dec,
                   OptionalTensor decoder_rows, Tensor weight, Tensor bias, Tensor adapter_threshold,
-                  std::string adapter_activation, bool clip, OptionalTensor enabled, OptionalTensor seen,
+                  Word adapter_activation, bool clip, OptionalTensor enabled, OptionalTensor seen,
                   OptionalTensor edited, OptionalTensor nonfinite, OptionalTensor latent_edits, OptionalTensor,
                   OptionalTensor, OptionalTensor) {
   cuda::AdapterStep step;

@@ -16,6 +16,7 @@
 #include "common/adapter.h"
 #include "common/edit_lists.h"
 #include "common/sae.h"
+#include "word.h"
 
 namespace dspa::binding {
 

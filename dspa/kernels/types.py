@@ -186,7 +186,8 @@ class EditList:
         a GPU would have to be waited for.
 
         Raises:
-            InvalidInputError: for a length beyond the list, a latent out of range, or one without a decoder row.
+            InvalidInputError: for a length beyond the list, a sign other than +1 and -1, a latent out of range, or one
+                without a decoder row.
         """
         if not can_be_read(self.latents):
             return
@@ -197,7 +198,8 @@ class EditList:
             return
         if self.batch and not 0 <= int(self.counts.min()) <= int(self.counts.max()) <= self.k:
             raise InvalidInputError(f"edit lists have {self.counts.tolist()[:8]} entries; expected 0 to {self.k}")
-        listed = self.latents[self.valid()].long()
+        valid = self.valid()
+        listed, signs = self.latents[valid].long(), self.signs[valid]
         if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < sae.d_sae:
             raise InvalidInputError(
                 f"edit lists name latents {int(listed.min())} to {int(listed.max())}; expected 0 to {sae.d_sae - 1}"
@@ -206,6 +208,9 @@ class EditList:
             found = sae.decoder_rows[listed]
             if not 0 <= int(found.min()) <= int(found.max()) < rows:
                 raise InvalidInputError("edit lists name latents without a decoder row in this SAE; pass the whole SAE")
+        odd = signs[signs.abs() != 1]
+        if odd.numel():
+            raise InvalidInputError(f"edit lists have the sign {int(odd[0])}; expected +1 (augment) or -1 (ablate)")
         self._checked[:] = [known]
 
     @property

@@ -134,14 +134,18 @@ class SparseCounts:
         tensors = (self.offsets, self.latents, self.counts, self.tokens)
         dtypes = (torch.int64, torch.int32, torch.int32, torch.int32)
         flat = all(tensor.ndim == 1 and tensor.dtype == dtype for tensor, dtype in zip(tensors, dtypes, strict=True))
-        sized = flat and len(self.tokens) == triples and len(self.latents) == len(self.counts)
-        rising = sized and len(self.offsets) == triples + 1 and offsets_rise(self.offsets, len(self.latents))
-        bounded = not len(self.latents) or (int(self.latents.min()) >= 0 and int(self.latents.max()) < d_sae)
-        if not (rising and bounded) or bool((self.tokens < 1).any()) or not self._counts_possible():
+        if not flat or not self._in_bounds(triples, d_sae):
             raise CorruptFileError(f"{name} holds counts out of their bounds; delete it and collect again")
         return self
 
-    def _counts_possible(self) -> bool:
+    def _in_bounds(self, triples: int, d_sae: int) -> bool:
+        entries = len(self.latents)
+        if len(self.tokens) != triples or len(self.counts) != entries or len(self.offsets) != triples + 1:
+            return False
+        if not offsets_rise(self.offsets, entries) or bool((self.tokens < 1).any()):
+            return False
+        if entries and not 0 <= int(self.latents.min()) <= int(self.latents.max()) < d_sae:
+            return False
         return bool(((self.counts >= 1) & (self.counts <= self.tokens[self.triple_of_entry])).all())
 
 

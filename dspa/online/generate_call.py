@@ -20,6 +20,8 @@ class GenerateCall:
         attention_mask: `[prompts, P]`, nonzero where a prompt has a token.
         totals_before: of each editor, its totals when the call began.
         running: tells its thread, and whether it still runs.
+        last_hidden: `[B, d_model]`, what the decoder returned at the last position so far; None before its first pass,
+            and in a compiled model.
     """
 
     mask: PromptMask
@@ -27,3 +29,4 @@ class GenerateCall:
     attention_mask: Tensor
     totals_before: list[Tensor]
     running: RunningCall
+    last_hidden: Tensor | None = None

@@ -41,7 +41,13 @@ from dspa.online.prompt_mask import PromptMask
 from dspa.online.prompt_reader import PromptReader
 from dspa.online.row_selection import RowSelection
 from dspa.online.trace import TraceRecorder
-from dspa.online.warn import warn_of_assumed_prompt, warn_of_cached_prompt, warn_of_no_edit, warn_of_nonfinite
+from dspa.online.warn import (
+    warn_of_assumed_prompt,
+    warn_of_cached_prompt,
+    warn_of_no_edit,
+    warn_of_nonfinite,
+    warn_of_nonfinite_later,
+)
 
 
 class Session:
@@ -147,6 +153,8 @@ class Session:
                 if new_tokens is not None:
                     warn_of_no_edit(call, prompt, self.policies, self._editors)
             self.warn_of_nonfinite(stacklevel=5)
+            if not self._warned_of_nonfinite and prompt is not None and prompt.steered:
+                self._warned_of_nonfinite = warn_of_nonfinite_later(call, self._editors)
         finally:
             self._call = None
             self.generating.release(running)
@@ -203,10 +211,14 @@ class Session:
         if self._recorder is not None:
             self._recorder.read(tokens if tokens.ndim == 2 else None, start)
 
-    def pass_ends(self, cache: object | None) -> None:
-        """Remembers which cache the prompt is in, or that it is in none."""
+    def pass_ends(self, cache: object | None, hidden: Tensor) -> None:
+        """Remembers which cache the prompt is in, or that it is in none, and what came out at the last position."""
         if self._following and self.prompt is not None:
             self.prompt.cache = _no_cache if cache is None else weakref.ref(cache)
+            call = self.call
+            if call is not None:
+                last = hidden.detach()[:, -1]
+                call.last_hidden = last if hidden.shape[1] == 1 else last.clone()  # which holds no whole prompt
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Reads prompt positions of `hidden [B, T, d_model]` and edits what is to be edited, in place where autograd

@@ -300,8 +300,9 @@ class Steering:
         """Any line can be the last: what was done so far is undone."""
         try:
             self._session.opens()
-            self._observation.install()
+            # In this order: a generate call of another thread that begins between the two is not followed at all.
             self._hooks.add(self._session, self._layers)
+            self._observation.install()
             self._attached = True
         except BaseException:
             self._session.closed = True

@@ -26,6 +26,21 @@ def warn_of_nonfinite(editors: Sequence[LayerEditor], stacklevel: int) -> bool:
     return found
 
 
+def warn_of_nonfinite_later(call: GenerateCall, editors: Sequence[LayerEditor]) -> bool:
+    """Warns of NaN or Inf that came up behind the edits, where no editor sees them: in a hook on an edited layer, or
+    later. Each later position reads them, through the cache, and so the last one has them. Returns whether there are
+    any."""
+    if call.last_hidden is None or bool(call.last_hidden.isfinite().all()):
+        return False
+    warnings.warn(
+        "the last hidden states of the model hold NaN or Inf, which came up behind layer "
+        f"{max(editor.group.layer for editor in editors)}, where the policies edit; look for a hook on that layer, or "
+        "for an overflow in the model (float16 is a common cause)",
+        stacklevel=5,
+    )
+    return True
+
+
 def warn_of_assumed_prompt(policies: Sequence[Policy], batch: int, width: int, labels: bool) -> bool:
     """Says for what the input of a forward call was taken, if that makes a difference; returns whether it does."""
     affected = [p for p in policies if p.observation is not None or p.edit_positions != "all"]

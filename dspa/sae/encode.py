@@ -60,6 +60,7 @@ def activations(product: Tensor, sae: SaeWeights) -> Tensor:
     if sae.activation == "topk":
         assert sae.k is not None  # SaeWeights checks it
         # A stable sort keeps equal values in index order, which breaks ties towards the lower index.
+        z = torch.where(z.isnan(), -math.inf, z)  # NaN is not active, and takes nobody's place
         kept = z.sort(dim=-1, descending=True, stable=True).indices[..., : sae.k]
         return torch.zeros_like(z).scatter(-1, kept, z.gather(-1, kept).relu())
     return z.relu() * (z > sae.threshold)

@@ -138,6 +138,8 @@ STEP: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "enabled on meta": lambda o: {"enabled": o["enabled"].to(META)},
     "stats on meta": lambda o: {"stats": TokenStats.zeros(BATCH, D_SAE, META)},
     "latents of another SAE": lambda o: {"edits": replace(o["edits"], latents=o["edits"].latents + D_SAE)},
+    "signs of another strength": lambda o: {"edits": replace(o["edits"], signs=o["edits"].signs * 48)},
+    "signs of neither direction": lambda o: {"edits": replace(o["edits"], signs=o["edits"].signs * 0)},
     "counts beyond the lists": lambda o: {"edits": replace(o["edits"], counts=o["edits"].counts + 9)},
 }
 

@@ -213,6 +213,8 @@ def with_notes(notes: dict[str, str] | None) -> Callable[[Path], bytes]:
         with_tensors(lambda t: t.update(prompt_offsets=t["prompt_offsets"].int())),
         with_tensors(lambda t: t.update(prompt_latents=t["prompt_latents"].reshape(1, -1))),
         with_tensors(lambda t: t.update(prompt_tokens=torch.tensor(3, dtype=torch.int32))),
+        with_tensors(lambda t: t.update(prompt_latents=torch.tensor(3, dtype=torch.int32))),
+        with_tensors(lambda t: t.update(prompt_latents=t["prompt_latents"][:0])),
         with_tensors(lambda t: t["prompt_offsets"].__setitem__(slice(1, 3), torch.tensor([2**63 - 1, -2]))),
         with_notes(None),
         with_notes({"dspa": "{}"}),

@@ -16,6 +16,7 @@ from dspa.sae.encode import compute_dtype, encode
 
 PLAIN = make_sae(Kind(), 8, 16, torch.bfloat16, seed=0)
 GATED = make_sae(Kind("gated"), 8, 16, torch.float32, seed=0)
+COMPACT = make_sae(Kind(compact=True), 8, 16, torch.float32, seed=0)
 TOPK = make_sae(Kind("topk"), 8, 16, torch.float32, seed=0)
 
 REFUSED: dict[str, tuple[SaeWeights, dict[str, object], str]] = {
@@ -25,6 +26,7 @@ REFUSED: dict[str, tuple[SaeWeights, dict[str, object], str]] = {
     "W_enc of integers": (PLAIN, {"W_enc": torch.zeros(16, 8, dtype=torch.int8)}, "W_enc is .* torch.int8"),
     "W_enc transposed in memory": (PLAIN, {"W_enc": torch.zeros(8, 16).bfloat16().T}, r"W_enc .*\(not contiguous\)"),
     "W_dec of another shape": (PLAIN, {"W_dec": torch.zeros(15, 8).bfloat16()}, r"W_dec is \(15, 8\)"),
+    "W_dec scalar beside decoder rows": (COMPACT, {"W_dec": torch.zeros(())}, r"W_dec is \(\)"),
     "W_dec of another dtype": (PLAIN, {"W_dec": torch.zeros(16, 8)}, "W_dec is .* torch.float32"),
     "b_enc too short": (PLAIN, {"b_enc": torch.zeros(15)}, r"b_enc is \(15,\)"),
     "b_enc in bfloat16": (PLAIN, {"b_enc": torch.zeros(16).bfloat16()}, "b_enc is .* torch.bfloat16"),
@@ -91,6 +93,14 @@ def test_encode_equals_the_equations(kind: Kind) -> None:
 def test_topk_keeps_no_negative_value(k: int) -> None:
     sae = replace(TOPK, k=k, b_enc=torch.full((16,), -1e3))
     assert not encode(normal(generator(0), 4, 8).float(), sae).any()
+
+
+def test_topk_keeps_k_beside_nan() -> None:
+    b_enc = torch.full((16,), 1e3)
+    b_enc[3] = torch.nan
+    found = encode(normal(generator(0), 4, 8).float(), replace(TOPK, k=15, b_enc=b_enc))
+    assert ((found > 0).sum(dim=-1) == 15).all()
+    assert (found[:, 3] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from dspa.methods.fsrl import policy as fsrl_policy
 from dspa.offline.density_store import DensityStore
 from dspa.offline.preferences import load_preferences
 from dspa.util.records import CHECKSUM, encode_record
+from soak.deadline import Deadline
 
 SLOWEST = 2.0  # seconds a load may take
 LARGEST = 2**30  # bytes a load may add to the process
@@ -336,7 +337,7 @@ def check_message(case: str, message: str) -> None:
 # --- the campaign -----------------------------------------------------------------------------------------------------
 
 
-def run(cases: int, root: Path, *, first: int = 0, seconds: float = math.inf) -> dict[str, int]:
+def run(cases: int, root: Path, *, first: int = 0, until: Deadline | None = None) -> dict[str, int]:
     """Runs so many cases, or as many as fit into the time, and counts how they ended.
 
     Raises:
@@ -349,10 +350,10 @@ def run(cases: int, root: Path, *, first: int = 0, seconds: float = math.inf) ->
         kind.make(folder)
         originals[kind.name] = tiny.folder_bytes(folder), kind.use(folder)
     counts: Counter[str] = Counter()
-    slowest, grown, until = 0.0, 0, time.monotonic() + seconds
+    slowest, grown, until = 0.0, 0, until or Deadline()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in range(first, first + cases):
-        if time.monotonic() > until:
+        if until.passed:
             break
         rng = random.Random(case)
         kind = KINDS[rng.randrange(len(KINDS))]

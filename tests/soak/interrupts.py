@@ -21,6 +21,7 @@ from torch import Tensor
 
 import dspa
 from dspa.online.steering import Steering, steer
+from soak.deadline import Deadline
 
 PACKAGE = str(Path(dspa.__file__).parent)
 ENTRIES = ("remove", "__exit__")
@@ -85,7 +86,7 @@ class Subject:
         out = self.model.generate(
             self.inputs,
             attention_mask=torch.ones_like(self.inputs),
-            max_new_tokens=3,
+            max_new_tokens=2,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,
@@ -179,16 +180,16 @@ def interrupted(subject: Subject, name: str, at: int) -> Interrupt | None:
     return interrupt
 
 
-def run(every: int = 1) -> dict[str, int]:
+def run(every: int = 1, *, until: Deadline | None = None) -> dict[str, int]:
     """Interrupts each scenario at every line, or at every so many, and counts."""
     torch.set_num_threads(1)
-    subject = Subject()
+    subject, until = Subject(), until or Deadline()
     counts: dict[str, int] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in SCENARIOS:
             at, found, on_entry = 1, 0, 0
-            while (interrupt := interrupted(subject, name, at)) is not None:
+            while not until.passed and (interrupt := interrupted(subject, name, at)) is not None:
                 found += 1
                 on_entry += interrupt.on_entry
                 at += every

@@ -16,6 +16,10 @@ import tiny_collection as tiny
 import torch
 
 import dspa
+from soak.deadline import Deadline
+
+UNFINISHED_STORE = "with an unfinished store"
+UNFINISHED_POLICY = "with files of an unfinished save"
 
 
 def _collect(folder: Path) -> None:
@@ -75,27 +79,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in tiny.folder_bytes(folder).items() if not name.endswith(".partial")}
 
 
-def run(kills: int, root: Path, seed: int = 0) -> dict[str, int]:
+def run(kills: int, root: Path, seed: int = 0, *, until: Deadline | None = None) -> dict[str, int]:
     """A third of the kills for each of collecting, fitting and saving over a policy."""
     torch.set_num_threads(1)
-    rng = random.Random(seed)
+    rng, until = random.Random(seed), until or Deadline()
     _collect.model = tiny.tiny_model()  # type: ignore[attr-defined]
     whole_store, whole_policy = root / "whole-store", root / "whole-policy"
     takes_collect = duration(lambda: _collect(whole_store))
     takes_fit = duration(lambda: _fit(whole_store, whole_policy))
-    counts = {"kills of collect": 0, "kills of fit": 0, "kills of save": 0, "reads beside saves": 0}
+    counts = {f"kills of {what}": 0 for what in ("collect", "fit", "save")}
+    counts |= {f"of these, {what}": 0 for what in (UNFINISHED_STORE, UNFINISHED_POLICY)} | {"reads beside saves": 0}
 
-    folder = root / "collect"
-    while counts["kills of collect"] < -(-kills // 3):
+    folder, whole = root / "collect", tiny.folder_bytes(whole_store)
+    while not until.passed and counts["kills of collect"] < -(-kills // 3):
         shutil.rmtree(folder, ignore_errors=True)
         for _ in range(rng.choice((1, 1, 2, 4))):
             in_the_middle = killed(lambda: _collect(folder), rng.uniform(0, takes_collect))
             counts["kills of collect"] += in_the_middle
+            counts[f"of these, {UNFINISHED_STORE}"] += in_the_middle and tiny.folder_bytes(folder) not in ({}, whole)
         _collect(folder)
-        assert tiny.folder_bytes(folder) == tiny.folder_bytes(whole_store), "a resumed collection has other bytes"
+        assert tiny.folder_bytes(folder) == whole, "a resumed collection has other bytes"
 
     folder = root / "fit"
-    while counts["kills of fit"] < kills // 3:
+    while not until.passed and counts["kills of fit"] < kills // 3:
         shutil.rmtree(folder, ignore_errors=True)
         counts["kills of fit"] += killed(lambda: _fit(whole_store, folder), rng.uniform(0, takes_fit))
         _fit(whole_store, folder)
@@ -104,23 +110,26 @@ def run(kills: int, root: Path, seed: int = 0) -> dict[str, int]:
     old = dspa.SteeringPolicy.from_pretrained(whole_policy)
     vectors = [dspa.VectorPolicy(torch.full((50_000,), float(n)), n) for n in range(2)]
     folder = root / "save"
-    vectors[0].save_pretrained(folder)
 
     def save_over_and_over() -> None:
         for n in range(10**6):
             vectors[n % 2].save_pretrained(folder)
 
-    while counts["kills of save"] < kills - kills // 3 - -(-kills // 3):
+    while not until.passed and counts["kills of save"] < kills - kills // 3 - -(-kills // 3):
+        shutil.rmtree(folder, ignore_errors=True)
+        vectors[0].save_pretrained(folder)
+        files = len(list(folder.iterdir()))
         process = os.fork()
         if process == 0:
             save_over_and_over()
-        until = time.monotonic() + rng.uniform(0.002, 0.06)
-        while time.monotonic() < until:
+        killed_at = time.monotonic() + rng.uniform(0.002, 0.06)
+        while time.monotonic() < killed_at:
             _check_vector(folder)
             counts["reads beside saves"] += 1
         os.kill(process, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
         counts["kills of save"] += 1
+        counts[f"of these, {UNFINISHED_POLICY}"] += len(list(folder.iterdir())) > files
         _check_vector(folder)
     assert old.k_prompt == 5
     return counts

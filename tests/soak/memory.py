@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dspa.online.steering import steer
+from soak.deadline import Deadline
 from soak.interrupts import Subject
 
 ALLOWED = 8 * 2**20  # bytes; what allocators keep for reuse, however often something is called
@@ -20,27 +21,33 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def run(generates: int, attachings: int) -> dict[str, int]:
+def run(generates: int, attachings: int, *, until: Deadline | None = None) -> dict[str, int]:
     torch.set_num_threads(1)
+    until = until or Deadline()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         subject = Subject()
 
-        def generate(count: int) -> None:
-            with steer(subject.model, subject.policies, select="a") as steering:
-                for call in range(count):
-                    steering.select("ab"[call % 2])
-                    subject.generate()
-
-        def attach(count: int) -> None:
-            for _ in range(count):
+        def attach(count: int) -> int:
+            done = 0
+            while done < count and not until.passed:
                 steer(subject.model, subject.policies, select="a").remove()
+                done += 1
+            return done
 
-        generate(max(generates // 10, 20))
+        def generate(count: int) -> int:
+            done = 0
+            with steer(subject.model, subject.policies, select="a") as steering:
+                while done < count and not until.passed:
+                    steering.select("ab"[done % 2])
+                    subject.generate()
+                    done += 1
+            return done
+
         attach(max(attachings // 10, 20))
+        generate(max(generates // 10, 20))
         before = resident()
-        generate(generates)
-        attach(attachings)
+        attached, generated = attach(attachings), generate(generates)
         grown = resident() - before
     assert grown < ALLOWED, f"the process grew by {grown} bytes"
-    return {"generate calls": generates, "attachings": attachings, "growth of the process, KiB": max(grown, 0) // 1024}
+    return {"generate calls": generated, "attachings": attached, "growth of the process, KiB": max(grown, 0) // 1024}

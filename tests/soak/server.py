@@ -3,6 +3,7 @@ request waits for one that is gone, and the server does not grow."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -13,6 +14,7 @@ import httpx
 from serving.served import Served
 
 from dspa.serving.engine import ServerLimits
+from soak.deadline import Deadline
 from soak.memory import ALLOWED, resident
 
 CHAT = "/v1/chat/completions"
@@ -43,7 +45,7 @@ def _malformed(rng: random.Random, models: list[str]) -> bytes | dict[str, Any]:
             {**good, "chat_template_kwargs": {"chat_template": "{% for a in range(10**9) %}{% endfor %}"}},
             {**good, "max_tokens": 10**9},
             {**good, "temperature": "warm"},
-            {**good, "surplus": odd},
+            {**good, "surplus": 1 if odd is None else odd},  # null is as good as not there
             rng.randbytes(40),
         )
     )
@@ -52,8 +54,16 @@ def _malformed(rng: random.Random, models: list[str]) -> bytes | dict[str, Any]:
 class Client(threading.Thread):
     """Sends so many requests, one after the other, and counts how they ended."""
 
-    def __init__(self, served: Served, number: int, requests: int, expected: dict[tuple[str, str, int], str]) -> None:
+    def __init__(
+        self,
+        served: Served,
+        number: int,
+        requests: int,
+        expected: dict[tuple[str, str, int], str],
+        until: Deadline,
+    ) -> None:
         super().__init__(daemon=True)
+        self.until = until
         self.address = f"http://127.0.0.1:{served.port}"
         self.rng = random.Random(number)
         self.requests = requests
@@ -67,6 +77,8 @@ class Client(threading.Thread):
         try:
             with httpx.Client(base_url=self.address, timeout=PATIENCE) as http:
                 for _ in range(self.requests):
+                    if self.until.passed:
+                        break
                     draw = self.rng.random()
                     if draw < 0.7:
                         self._ask(http)
@@ -109,8 +121,9 @@ class Client(threading.Thread):
         self.refused += 1
 
 
-def run(requests: int, root: Path, clients: int = 8) -> dict[str, int]:
+def run(requests: int, root: Path, clients: int = 8, *, until: Deadline | None = None) -> dict[str, int]:
     """So many requests from each client."""
+    until = until or Deadline()
     served = Served(root, ServerLimits(context_tokens=4 * ENDLESS, request_bytes=100_000))
     try:
         models = [served.name, f"{served.name}@a", f"{served.name}@b"]
@@ -118,22 +131,27 @@ def run(requests: int, root: Path, clients: int = 8) -> dict[str, int]:
             key: served.http.post(CHAT, json=_request(*key)).json()["choices"][0]["message"]["content"]
             for key in ((model, prompt, tokens) for model in models for prompt in PROMPTS for tokens in TOKENS)
         }
-        _run_all([Client(served, 1000 + n, max(2, requests // 10), expected) for n in range(clients)])
-        before = resident()
-        all_clients = [Client(served, n, requests, expected) for n in range(clients)]
-        _run_all(all_clients)
-        grown = resident() - before
+        _run_all([Client(served, 1000 + n, max(2, requests // 10), expected, until) for n in range(clients)])
+        sizes, all_clients = [resident()], list[Client]()
+        for half in range(2):
+            now = [Client(served, 100 * half + n, -(-requests // 2), expected, until) for n in range(clients)]
+            _run_all(now)
+            all_clients += now
+            sizes.append(resident())
+        first, second = (after - before for before, after in itertools.pairwise(sizes))
         health = served.http.get("/health").status_code
     finally:
         served.stop()
     assert health == 200
-    assert grown < 4 * ALLOWED, f"the server grew by {grown} bytes"
+    assert first < 4 * ALLOWED, f"the server grew by {first} bytes in the first half of the requests"
+    assert second < ALLOWED, f"the server grew by {second} bytes in the second half of the requests"
     return {
         "requests answered as alone": sum(client.answers for client in all_clients),
         "clients that left": sum(client.left for client in all_clients),
         "malformed requests refused": sum(client.refused for client in all_clients),
         "slowest answer, ms": round(1000 * max(client.slowest for client in all_clients)),
-        "growth of the server, KiB": max(grown, 0) // 1024,
+        "growth in the first half, KiB": max(first, 0) // 1024,
+        "growth in the second half, KiB": max(second, 0) // 1024,
     }
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from soak.__main__ import PARTS
+from soak.__main__ import PARTS, run_part
+from soak.deadline import Deadline
 
 SHARES = {"files": 0.01, "kills": 0.06, "interrupts": 0.02, "operands": 0.02, "server": 0.02, "memory": 0.01}
 
@@ -14,5 +15,13 @@ SHARES = {"files": 0.01, "kills": 0.06, "interrupts": 0.02, "operands": 0.02, "s
 @pytest.mark.long
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_campaign(part: str, tmp_path: Path) -> None:
-    counts = PARTS[part](SHARES[part], tmp_path)
+    counts = run_part(part, SHARES[part], tmp_path, Deadline())
     assert sum(counts.values()) > 5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_ends_at_its_deadline(part: str, tmp_path: Path) -> None:
+    until = Deadline(0)
+    run_part(part, 1.0, tmp_path, until)
+    assert until.hit

@@ -51,6 +51,10 @@ class PassObserver(Protocol):
     differentiable: bool
     policies: Mapping[str, Policy]
 
+    @property
+    def call(self) -> object | None:
+        """The running generate call that it follows, if any."""
+
     def pass_begins(
         self, tokens: Tensor, mask: Tensor | None, cache_length: int | Tensor, has_cache: bool, cache: object | None
     ) -> None:
@@ -58,8 +62,9 @@ class PassObserver(Protocol):
         cached positions. `mask` is what was passed for the attention mask, if that was a tensor. `cache` is the cache
         itself; None where there is none, and in a compiled model, which cannot tell."""
 
-    def pass_ends(self, cache: object | None) -> None:
-        """The decoder has returned, with this cache or without one. Not called by compiled models."""
+    def pass_ends(self, cache: object | None, hidden: Tensor) -> None:
+        """The decoder has returned `hidden [B, T, d_model]`, with this cache or without one. Not called by compiled
+        models."""
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """A hooked layer has returned `hidden [B, T, d_model]`, which may be edited in place; returns what takes its
@@ -76,6 +81,7 @@ class ModelHooks:
         self.observers: list[PassObserver] = []
         self.passes = Ownership()  # held during a pass, unless it is compiled
         self._layers_of: dict[PassObserver, frozenset[int]] = {}
+        self._following: list[PassObserver] = []  # the observers of the pass
         with torch.inference_mode(False):  # it is used outside as well
             self.order = torch.zeros(1, device=device_of(stack.module))
         from torch._dynamo import mark_static_address  # takes long, but transformers has it when there is a model
@@ -119,12 +125,16 @@ class ModelHooks:
         has_cache: bool,
         cache: object | None = None,
     ) -> None:
-        for observer in self.observers:
+        """A pass begins. One of a generate call is shown to those that saw the call begin: who was attached in its
+        middle does not know its prompt."""
+        observers = list(self.observers)
+        self._following = [observer for observer in observers if observer.call is not None] or observers
+        for observer in self._following:
             observer.pass_begins(tokens, mask, cache_length, has_cache, cache)
 
-    def end_pass(self, cache: object | None) -> None:
-        for observer in self.observers:
-            observer.pass_ends(cache)
+    def end_pass(self, cache: object | None, hidden: Tensor) -> None:
+        for observer in self._following:
+            observer.pass_ends(cache, hidden)
 
     @property
     def differentiable(self) -> bool:
@@ -134,7 +144,7 @@ class ModelHooks:
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
         """What takes the place of `hidden`, or None if it was edited in place or not at all."""
         replacement = None
-        for observer in self.observers:
+        for observer in self._following:
             found = observer.layer_computed(layer, hidden)
             if found is not None:
                 hidden = replacement = found
@@ -191,7 +201,7 @@ class DecoderHook(MethodPatch):
                 raise InvalidInputError("two threads run this steered model at once; run one at a time")
             self._hooks.begin_pass(tokens, mask, cache_length, cache is not None, cache)
             output = self.original(*args, **kwargs)
-            self._hooks.end_pass(_cache_in(output) if cache is None else cache)
+            self._hooks.end_pass(_cache_in(output) if cache is None else cache, hidden_of(output))
             return output
         finally:
             self._hooks.passes.release(running)

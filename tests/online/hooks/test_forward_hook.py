@@ -23,6 +23,7 @@ class Recorder:
     """Records its calls, and adds a number to what one layer returns."""
 
     differentiable = False
+    call: object | None = None
     policies: Mapping[str, Policy] = {}
 
     def __init__(self, added: float = 0.0, in_place: bool = True) -> None:
@@ -37,7 +38,7 @@ class Recorder:
         self.events.append((tuple(tokens.shape), shape, int(cache_length), has_cache))
         self.passed = cache
 
-    def pass_ends(self, cache: object | None) -> None:
+    def pass_ends(self, cache: object | None, hidden: Tensor) -> None:
         self.caches.append((self.passed, cache))
 
     def layer_computed(self, layer: int, hidden: Tensor) -> Tensor | None:
