@@ -75,10 +75,10 @@ def audit(
     Raises:
         InvalidInputError: if a model comes without its tokenizer, prompts without a model, triples without densities,
             or the policy has nothing to say without prompts; if the model is steered or a file cannot be read.
-        MismatchError: if the policy, the model, the densities or the triples do not belong together.
+        MismatchError: if the policy, the model, the labels, the densities or the triples do not belong together.
     """
     _check(policy, model, tokenizer, prompts, densities, triples)
-    known = {} if labels is None else read_labels(labels)
+    known = {} if labels is None else _labels(policy, labels)
     by_latent = MapByLatent(policy) if isinstance(policy, SteeringPolicy) else None
     if model is not None and policy.model is not None:
         policy.model.check(model)
@@ -125,6 +125,13 @@ def _check(
         raise InvalidInputError(f"a {kind} has no map, so no triple supports its edits; audit it without densities")
     if prompts is None and not isinstance(policy, (SteeringPolicy, StaticPolicy)):
         raise InvalidInputError(f"a {kind} names no latents by itself; audit it with a model and prompts")
+
+
+def _labels(policy: Policy, file: str | Path) -> dict[int, Label]:
+    sae = getattr(policy.intervention, "sae", None)
+    if not isinstance(sae, SparseAutoencoder):
+        raise InvalidInputError(f"a {type(policy).__name__} edits no latents; audit it without labels")
+    return read_labels(file, sae.d_sae, sae.metadata.neuronpedia_id)
 
 
 def _latents(policy: Policy, by_latent: MapByLatent | None, measurement: Measurement | None) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from dspa.auditing.records import LatentClass
-from dspa.errors import InvalidInputError
+from dspa.errors import InvalidInputError, MismatchError
 from dspa.util.records import parse_json
 
 
@@ -22,16 +22,22 @@ class Label:
     latent_class: LatentClass | None
 
 
-def read_labels(file: str | Path) -> dict[int, Label]:
+def read_labels(file: str | Path, latents: int | None = None, neuronpedia_id: str | None = None) -> dict[int, Label]:
     """Labels by latent.
 
     The file is what neuronpedia.org exports, as JSON (a list, or an object with a list of `explanations`) or as JSON
     Lines, gzip-compressed or not: objects with an `index` (the latent) and a `description`. A `class`, which that
     format does not have, may be added: discourse, style or content. Of several descriptions of a latent the first
-    counts; other fields are not read.
+    counts. `modelId` and `layer` say of which SAE an entry is; other fields are not read.
+
+    Args:
+        file: where it is.
+        latents: how many the SAE has; None to take any.
+        neuronpedia_id: the SAE's id there, such as `gemma-2-2b/24-gemmascope-res-16k`; None to take any.
 
     Raises:
         InvalidInputError: if the file cannot be read, or an entry is none of these.
+        MismatchError: if an entry is of another SAE.
     """
     path = Path(file)
     try:
@@ -42,6 +48,11 @@ def read_labels(file: str | Path) -> dict[int, Label]:
     labels: dict[int, Label] = {}
     for place, entry in _entries(content, path):
         latent, label = _label(entry, place)
+        if latents is not None and latent >= latents:
+            raise MismatchError(f"{place} labels latent {latent}; this SAE's are 0 to {latents - 1}")
+        source = "/".join(str(entry[name]) for name in ("modelId", "layer") if entry.get(name) is not None)
+        if neuronpedia_id is not None and "/" in source and source != neuronpedia_id:
+            raise MismatchError(f"{place} is of {source}; expected labels of {neuronpedia_id}")
         labels.setdefault(latent, label)
     if not labels:
         raise InvalidInputError(f"{path} holds no label; expected objects with an index and a description")

@@ -16,6 +16,7 @@ from dspa.offline.density_store import DensityStore, SparseCounts
 from dspa.offline.triples import PreferenceTriples
 
 SUPPORTS = 3  # triples named for a latent
+SUPPORTED = 256  # latents for which triples are named: so many columns are dense at a time
 
 
 def supporting_triples(
@@ -34,7 +35,7 @@ def supporting_triples(
 
     Args:
         by_latent: the policy's map.
-        latents: of the output SAE.
+        latents: of the output SAE; the first `SUPPORTED` of them count.
         store: the densities that the map was fitted from.
         picks: on how many prompts a row was picked while a latent was listed; None for each row that names it, once.
         listed: on how many prompts each latent was listed; contributions are means over them. None without prompts.
@@ -46,6 +47,7 @@ def supporting_triples(
     run = by_latent.map.run
     if store.run.digest() != run.digest():
         raise MismatchError(f"{store.folder} holds other densities than those the policy's map was fitted from")
+    latents = latents[:SUPPORTED]
     contributions = _contributions(by_latent, latents, store, picks)
     found = {}
     for column, latent in enumerate(latents):
@@ -96,14 +98,14 @@ def _contributions(
     """`[triples, latents]` float64, summed over prompts."""
     fitted, run = by_latent.map, store.run
     weights = torch.zeros(fitted.matrix.d_sae_in, len(latents), dtype=torch.float64)
-    entries = torch.zeros_like(weights)
     for column, latent in enumerate(latents):
         rows, values = by_latent.entries_of(latent)
         times = [1 if picks is None else picks.get((row, latent), 0) for row in rows.tolist()]
         weights[rows, column] = torch.tensor(times, dtype=torch.float64)
-        entries[rows, column] = values
+        if fitted.prompts is not None:
+            weights[rows, column] *= values
     if fitted.prompts is not None:
-        return weights * entries
+        return weights
     used = weights.any(dim=1).nonzero().flatten()
     weights, chosen = weights[used], torch.tensor(latents, dtype=torch.int64)
     thresholds = fitted.gate_thresholds.cpu()[used]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import tiny_model, tiny_policy, tiny_tokenizer
 
-from dspa import InvalidInputError, audit
+from dspa import InvalidInputError, MismatchError, audit
 from dspa.auditing.classes import EditedTokens, token_kinds
 from dspa.auditing.forward import Decoding
 from dspa.auditing.labels import Label, read_labels
@@ -80,6 +80,16 @@ def test_labels_that_cannot_be_used(tmp_path: Path, content: bytes, line: str) -
     with pytest.raises(InvalidInputError, match=line) as caught:
         read_labels(file)
     assert "\n" not in str(caught.value)
+
+
+def test_labels_of_another_sae(tmp_path: Path) -> None:
+    file = tmp_path / "labels.jsonl"
+    file.write_bytes(lines(EXPORTED))
+    assert read_labels(file, 8, "gemma-2-2b/24-gemmascope-res-16k") == LABELS
+    with pytest.raises(MismatchError, match=r"labels.jsonl:2 labels latent 7; this SAE's are 0 to 6"):
+        read_labels(file, 7)
+    with pytest.raises(MismatchError, match=r":1 is of gemma-2-2b/24-gemmascope-res-16k; expected labels of gemma"):
+        read_labels(file, 8, "gemma-2-2b/23-gemmascope-res-16k")
 
 
 def test_labels_decide_before_the_rule(tmp_path: Path) -> None:

@@ -252,6 +252,11 @@ def test_texts_of_tokens_in_their_places() -> None:
         ("vector", {}, "a VectorPolicy names no latents by itself; audit it with a model and prompts"),
         ("fsrl", {"model": True, "tokenizer": True}, "names no latents by itself"),
         ("static", {"densities": "nowhere"}, "a StaticPolicy has no map, so no triple supports"),
+        (
+            "vector",
+            {"model": True, "tokenizer": True, "prompts": ["w5"], "labels": "nowhere"},
+            "a VectorPolicy edits no latents; audit it without labels",
+        ),
         ("dspa", {"model": True}, "comes without its tokenizer"),
         ("dspa", {"prompts": ["w5"]}, "prompts need a model"),
         ("dspa", {"model": True, "tokenizer": True, "prompts": []}, "there is no prompt"),

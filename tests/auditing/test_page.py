@@ -112,6 +112,8 @@ def test_details_open_and_show_shaded_examples(page: Browser, found: PolicyAudit
     assert page.run(shown) == 0
     click(page, "#latents button.more")
     assert page.run(shown) == 1
+    scroller = "document.querySelector('#latents').parentElement"
+    assert page.run(f"{scroller}.scrollWidth - {scroller}.clientWidth") == 0
     first = found.latents[0]
     example = page.run("document.querySelector('#latents .example').textContent")
     assert example.startswith("".join(token.text for token in first.examples[0].tokens))
