@@ -82,13 +82,12 @@ def shown_registers(found: PolicyAudit) -> dict[int, str]:
 def test_examples_show_the_latents_that_carry_registers(
     organism: tuple[Any, Any, dspa.SteeringPolicy, PolicyAudit],
 ) -> None:
-    """Were registers nothing to these latents, four examples of one latent would be of one register for about one
-    latent in sixty."""
+    """Were registers nothing to these latents, four examples of one latent would be of one register for about two
+    latents of the sixty, by the shares of registers among the examples. Measured with seven seeds: 25 to 33."""
     *_, found = organism
     shown = Counter(shown_registers(found).values())
     assert sum(shown.values()) >= 15
     assert set(shown) == set(REGISTERS)
-    assert min(shown.values()) >= 2
 
 
 @torch.no_grad()
