@@ -19,6 +19,8 @@ from dspa.errors import (
 
 if TYPE_CHECKING:
     from dspa import kernels
+    from dspa.auditing.audit import audit
+    from dspa.auditing.report import PolicyAudit
     from dspa.kernels import AdapterWeights
     from dspa.methods.conditional_map import ConditionalDifferenceMap, FitOptions
     from dspa.methods.explanation import PolicyExplanation
@@ -42,6 +44,8 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "kernels": "dspa.kernels",
     "AdapterWeights": "dspa.kernels",
+    "PolicyAudit": "dspa.auditing.report",
+    "audit": "dspa.auditing.audit",
     "FsrlPolicy": "dspa.methods.fsrl.policy",
     "collect": "dspa.offline.collection",
     "ConditionalDifferenceMap": "dspa.methods.conditional_map",
@@ -75,6 +79,7 @@ __all__ = [
     "InvalidInputError",
     "MismatchError",
     "Policy",
+    "PolicyAudit",
     "PolicyExplanation",
     "PreferenceTriple",
     "PreferenceTriples",
@@ -87,6 +92,7 @@ __all__ = [
     "SteeringTrace",
     "UnsupportedSaeError",
     "VectorPolicy",
+    "audit",
     "collect",
     "kernels",
     "load_preferences",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dspa import __version__
+from dspa.auditing.app import audit_command
 from dspa.errors import DspaError
 from dspa.methods.fsrl.app import fsrl_app
 from dspa.util.options import DeviceOption, DtypeOption, JsonOption, ModelOption, SaeHelp
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(fsrl_app, name="fsrl")
+app.command(name="audit")(audit_command)
 
 
 def _print_version(requested: bool) -> None:

@@ -55,6 +55,53 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "densities", root / "policy"
 
 
+def test_audit(
+    folders: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    densities, policy = map(str, folders)
+    assert run(monkeypatch, "audit", policy, "--json") == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert (alone["measured"], alone["map"]["triples"]) == (None, 12)
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n{PROMPT}\nunread\n")
+    with_model = ["--model", MODEL, "--prompts", str(tmp_path / "prompts.txt"), "--limit", "2", "--max-new-tokens", "4"]
+    triples = ["--densities", densities, "--preferences", str(triples_file()), "--preference-limit", "12"]
+    reports = ["--html", str(tmp_path / "a.html"), "--markdown", str(tmp_path / "a.md")]
+    assert run(monkeypatch, "audit", policy, *with_model, *triples, *reports, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [prompt["text"] for prompt in record["measured"]["prompts"]] == [PROMPT, PROMPT]
+    assert record["measured"]["overlap"]["mean"] == 1
+    assert any(support["chosen"] for latent in record["latents"] for support in latent["support"])
+    assert "<title>Audit of a SteeringPolicy</title>" in (tmp_path / "a.html").read_text()
+    assert "## Output latents" in (tmp_path / "a.md").read_text()
+    assert run(monkeypatch, "audit", policy) == 0
+    assert "Rows of the map" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--prompts", "p.txt"], "--prompts needs a model to steer"),
+        (["--preferences", "p.jsonl"], "pass --densities and --model as well"),
+        (["--labels", "nowhere.json"], "labels nowhere.json cannot be read"),
+        (["--densities", "nowhere"], "no densities in nowhere"),
+    ],
+)
+def test_an_audit_that_cannot_be_done(
+    folders: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    line: str,
+) -> None:
+    assert run(monkeypatch, "audit", str(folders[1]), *arguments) == 2
+    told = capsys.readouterr().err
+    assert line in told
+    assert told.count("\n") == 1
+
+
 def test_generate(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,7 @@ def test_python_compiles_and_its_names_exist(page: Path) -> None:
         ("fit", "usage.md"),
         ("generate", "usage.md"),
         ("explain", "usage.md"),
+        ("audit", "usage.md"),
         ("eval", "usage.md"),
         ("serve", "usage.md"),
         ("flops", "flops.md"),

@@ -1,0 +1,144 @@
+"""What an audit says of a map and of the triples behind it, against docs/method.md written out in numpy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_collection as tiny
+
+from dspa import ConditionalDifferenceMap, MismatchError, SteeringPolicy, audit
+from dspa.auditing.map_facts import MapByLatent
+from dspa.auditing.support import supporting_triples
+from dspa.offline.density_store import DensityStore
+
+TRIPLES, D_IN, D_OUT, K_DIFF = 14, 12, 18, 3
+
+
+@pytest.fixture(scope="module")
+def densities() -> tiny.Densities:
+    return tiny.random_densities(TRIPLES, D_IN, D_OUT, seed=5, active=0.6)
+
+
+@pytest.fixture(scope="module")
+def store(densities: tiny.Densities, tmp_path_factory: pytest.TempPathFactory) -> DensityStore:
+    saes = tiny.tiny_sae(D_IN, 1), tiny.tiny_sae(D_OUT, 2)
+    return tiny.write_store(tmp_path_factory.mktemp("store"), densities, per_shard=4, saes=saes)
+
+
+def policy_of(store: DensityStore, edit: Any = "ablate", **fit: Any) -> SteeringPolicy:
+    fitted = ConditionalDifferenceMap.fit(store, **{"gate_percentile": 60, "sparsify": "none", **fit})
+    return SteeringPolicy(fitted, tiny.tiny_sae(D_IN, 1), tiny.tiny_sae(D_OUT, 2), k_prompt=4, k_diff=K_DIFF, edit=edit)
+
+
+def gates(densities: tiny.Densities, percentile: float) -> tiny.Matrix:
+    rho = densities.prompt.density
+    return (rho >= np.percentile(rho, percentile, axis=0)).astype(float)
+
+
+@pytest.mark.parametrize("edit", ["ablate", "augment", "both"])
+def test_rows_and_columns(store: DensityStore, densities: tiny.Densities, edit: Any) -> None:
+    g = gates(densities, 60)
+    A = g.T @ densities.difference / TRIPLES
+    found = audit(policy_of(store, edit))
+    assert found.map is not None
+    assert (found.map.shape, found.map.triples, found.map.rows_of) == ((D_IN, D_OUT), TRIPLES, "prompt latent")
+    assert found.map.entries == (A != 0).sum()
+    assert found.map.sparsity == pytest.approx(1 - (A != 0).mean())
+    assert found.map.always_open == (g.sum(axis=0) == TRIPLES).sum() > 0
+    mass = np.abs(A).sum(axis=1)
+    assert found.map.always_open_mass == pytest.approx(mass[g.sum(axis=0) == TRIPLES].sum() / mass.sum())
+    heaviest = found.map.heaviest
+    assert [row.mass for row in heaviest] == pytest.approx(sorted(mass[mass > 0], reverse=True))
+    assert [row.mass for row in heaviest] == pytest.approx([mass[row.row] for row in heaviest])
+    assert [row.gate_count for row in heaviest] == [g[:, row.row].sum() for row in heaviest]
+    shares = np.cumsum(sorted(mass, reverse=True)) / mass.sum()
+    assert found.map.rows_for_half_the_mass == int((shares < 0.5).sum()) + 1
+    assert [latent.latent for latent in found.latents] == np.argsort(-np.abs(A).sum(axis=0), kind="stable").tolist()
+
+    for latent in found.latents:
+        column, use = A[:, latent.latent], latent.map
+        assert use is not None
+        assert (use.raising, use.lowering) == ((column > 0).sum(), (column < 0).sum())
+        assert use.mean == pytest.approx(column[column != 0].mean(), abs=1e-7)
+        assert use.strongest == pytest.approx(column[np.abs(column).argmax()], abs=1e-7)
+        assert use.share == pytest.approx(np.abs(column).sum() / np.abs(A).sum())
+        wanted = {"ablate": -column, "augment": column, "both": np.abs(column)}[edit]
+        assert [lead.entry for lead in use.leads] == pytest.approx(
+            [column[i] for i in np.argsort(-wanted, kind="stable")[:5] if wanted[i] > 0], abs=1e-7
+        )
+        extremes = 0
+        for row in A:
+            up = [j for j in np.argsort(-row, kind="stable")[:K_DIFF] if row[j] > 0]
+            down = [j for j in np.argsort(row, kind="stable")[:K_DIFF] if row[j] < 0]
+            extremes += (edit != "ablate" and latent.latent in up) or (edit != "augment" and latent.latent in down)
+        assert use.in_extremes == extremes
+
+
+@pytest.mark.parametrize("gate_rule", ["ge", "positive_ge"])
+def test_contributions_of_triples_are_the_score(store: DensityStore, densities: tiny.Densities, gate_rule: Any) -> None:
+    """By hand for each triple, and all of them together: the mean of s_j over the prompts that list the latent."""
+    policy = policy_of(store, gate_rule=gate_rule)
+    g = gates(densities, 60) * (densities.prompt.density > 0 if gate_rule == "positive_ge" else 1)
+    D = densities.difference
+    latents = [0, 7, 11]
+    picks = {(i, j): (i + j) % 3 for i in range(D_IN) for j in latents}
+    listed = {0: 2, 7: 3, 11: 4}
+    found = supporting_triples(MapByLatent(policy), latents, store, picks, listed)
+    for j in latents:
+        by_hand = np.sum([g[:, i] * D[:, j] * picks[i, j] for i in range(D_IN)], axis=0) / TRIPLES / listed[j]
+        A = policy.conditional_map.to_dense().double().numpy()
+        assert by_hand.sum() == pytest.approx(sum(A[i, j] * picks[i, j] for i in range(D_IN)) / listed[j], abs=1e-7)
+        expected = [k for k in np.argsort(by_hand, kind="stable")[:3] if by_hand[k] < 0]
+        assert [each.triple for each in found[j]] == expected
+        assert [each.contribution for each in found[j]] == pytest.approx([by_hand[k] for k in expected])
+        assert [each.difference for each in found[j]] == pytest.approx([D[k, j] for k in expected])
+        assert found[j][0].prompt is None
+
+
+def test_without_prompts_every_row_that_names_a_latent_counts_once(
+    store: DensityStore, densities: tiny.Densities
+) -> None:
+    found = audit(policy_of(store, "augment"), densities=store.folder)
+    g, D = gates(densities, 60), densities.difference
+    A = g.T @ D / TRIPLES
+    for latent in found.latents:
+        j = latent.latent
+        by_hand = np.sum([g[:, i] * D[:, j] for i in range(D_IN) if A[i, j] != 0], axis=0) / TRIPLES
+        expected = [k for k in np.argsort(-by_hand, kind="stable")[:3] if by_hand[k] > 0]
+        assert [each.contribution for each in latent.support] == pytest.approx([by_hand[k] for k in expected])
+
+
+def test_a_map_of_nearest_prompts_has_triples_as_rows(store: DensityStore) -> None:
+    policy = policy_of(store, estimator="nearest_prompts")
+    found = audit(policy, densities=store)
+    assert found.map is not None
+    assert (found.map.rows_of, found.map.shape) == ("triple", (TRIPLES, D_OUT))
+    assert (found.map.always_open, found.map.heaviest[0].gate_count) == (None, None)
+    A = policy.conditional_map.to_dense().numpy()
+    for latent in found.latents:
+        expected = sorted(value for value in A[:, latent.latent] if value < 0)[:3]
+        assert [each.contribution for each in latent.support] == pytest.approx(expected)
+
+
+def test_densities_of_another_collection_are_refused(store: DensityStore) -> None:
+    other = replace(store, run=replace(store.run, triples="others"))
+    with pytest.raises(MismatchError, match="other densities than those the policy's map was fitted from"):
+        audit(policy_of(store), densities=other)
+
+
+def test_links_to_pages_of_latents(store: DensityStore) -> None:
+    policy = policy_of(store)
+    for which in ("input", "output"):
+        sae = getattr(policy, f"{which}_sae")
+        named = replace(sae, metadata=replace(sae.metadata, neuronpedia_id=f"tiny/{which}"))
+        policy = replace(policy, **{f"{which}_sae": named})
+    found = audit(policy)
+    first = next(latent for latent in found.latents if latent.map is not None and latent.map.leads)
+    assert first.link == f"https://www.neuronpedia.org/tiny/output/{first.latent}"
+    assert first.map is not None
+    assert first.map.leads[0].link == f"https://www.neuronpedia.org/tiny/input/{first.map.leads[0].row}"
+    assert found.map is not None
+    assert found.map.heaviest[0].link == f"https://www.neuronpedia.org/tiny/input/{found.map.heaviest[0].row}"
