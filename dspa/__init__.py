@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dspa.methods.explanation import PolicyExplanation
     from dspa.methods.fsrl.policy import FsrlPolicy
     from dspa.methods.policy import Policy
+    from dspa.methods.policy_merge import merge
     from dspa.methods.static_policy import StaticPolicy
     from dspa.methods.steering_policy import SteeringPolicy
     from dspa.methods.vector_policy import VectorPolicy
@@ -55,6 +56,7 @@ _MODULE_OF = {
     "VectorPolicy": "dspa.methods.vector_policy",
     "PreferenceTriple": "dspa.offline.triples",
     "PreferenceTriples": "dspa.offline.triples",
+    "merge": "dspa.methods.policy_merge",
     "load_preferences": "dspa.offline.preferences",
     "SparseAutoencoder": "dspa.sae.autoencoder",
     "Steering": "dspa.online.steering",
@@ -90,6 +92,7 @@ __all__ = [
     "collect",
     "kernels",
     "load_preferences",
+    "merge",
     "steer",
 ]
 
