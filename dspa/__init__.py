@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dspa.methods.conditional_map import ConditionalDifferenceMap, FitOptions
     from dspa.methods.explanation import PolicyExplanation
     from dspa.methods.fsrl.policy import FsrlPolicy
+    from dspa.methods.personal import Overlay, PersonalPolicy, personalise
     from dspa.methods.policy import Policy
     from dspa.methods.policy_merge import merge
     from dspa.methods.static_policy import StaticPolicy
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from dspa.online.trace import SteeringTrace
     from dspa.sae.autoencoder import SparseAutoencoder
     from dspa.sae.metadata import SaeMetadata
+    from dspa.tuning.settings import TuningGrid
+    from dspa.tuning.tune import TuningOptions, tune
 
 __version__ = "0.1.0"
 
@@ -47,6 +50,9 @@ _MODULE_OF = {
     "collect": "dspa.offline.collection",
     "ConditionalDifferenceMap": "dspa.methods.conditional_map",
     "FitOptions": "dspa.methods.conditional_map",
+    "Overlay": "dspa.methods.personal",
+    "PersonalPolicy": "dspa.methods.personal",
+    "personalise": "dspa.methods.personal",
     "PolicyExplanation": "dspa.methods.explanation",
     "SaeMetadata": "dspa.sae.metadata",
     "DensityStore": "dspa.offline.density_store",
@@ -63,6 +69,9 @@ _MODULE_OF = {
     "SteeringSummary": "dspa.online.summary",
     "SteeringTrace": "dspa.online.trace",
     "steer": "dspa.online.steering",
+    "tune": "dspa.tuning.tune",
+    "TuningGrid": "dspa.tuning.settings",
+    "TuningOptions": "dspa.tuning.tune",
 }
 
 __all__ = [
@@ -76,6 +85,8 @@ __all__ = [
     "FsrlPolicy",
     "InvalidInputError",
     "MismatchError",
+    "Overlay",
+    "PersonalPolicy",
     "Policy",
     "PolicyExplanation",
     "PreferenceTriple",
@@ -87,13 +98,17 @@ __all__ = [
     "SteeringPolicy",
     "SteeringSummary",
     "SteeringTrace",
+    "TuningGrid",
+    "TuningOptions",
     "UnsupportedSaeError",
     "VectorPolicy",
     "collect",
     "kernels",
     "load_preferences",
     "merge",
+    "personalise",
     "steer",
+    "tune",
 ]
 
 
