@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditKind
@@ -111,14 +111,14 @@ def load_function(name: str) -> Reward:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-        found: Any = getattr(module, attribute)
+        found = getattr(module, attribute)
     except (OSError, ImportError, AttributeError, ValueError) as error:
         raise InvalidInputError(
             f"{name!r} names no function ({error}); expected FILE.py:NAME or MODULE:NAME"
         ) from error
     if not callable(found):
         raise InvalidInputError(f"{name!r} is a {type(found).__name__}; expected a function of prompt and response")
-    return found
+    return cast("Reward", found)
 
 
 def _grid(command: TuneCommand) -> TuningGrid:

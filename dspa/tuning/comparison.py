@@ -131,7 +131,7 @@ class Comparison:
             for answer in each.answers:
                 text = "".join(_html_token(token) for token in answer.tokens)
                 heading = f"<h3>{html.escape(answer.policy)}</h3>"
-                note = f'<p class="note">{answer.edited} of {len(answer.tokens)} tokens</p>'
+                note = f'<p class="note">{answer.edited} of {len(answer.tokens)} tokens edited</p>'
                 body.append(f"<div>{heading}<p>{text}</p>{note}</div>")
             body.append("</div>")
         return html_page("Policies side by side", body)

@@ -17,6 +17,7 @@ import dspa
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError
 from dspa.kernels import EditKind, EditList, token_step
 from dspa.methods.policy_merge import merge
+from dspa.methods.static_policy import StaticPolicy
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import steer
 
@@ -78,6 +79,15 @@ def test_changes_follow_one_another() -> None:
     assert lists_of(one.select(density)) == lists_of(policy.only([a, c]).select(density))
     assert one.changes == (f"only latents {', '.join(map(str, sorted((a, b, c))))}", f"without latent {b}")
     assert policy.changes == ()
+
+
+def test_the_static_counterpart_leaves_out_what_is_switched_off() -> None:
+    policy = tiny_policy(MODEL)
+    static = StaticPolicy.from_mean_difference(policy)
+    latent, other = static.edits.augmented(0)[1], static.edits.ablated(0)[0]
+    found = StaticPolicy.from_mean_difference(policy.without([latent, other])).edits
+    assert found.augmented(0) == [j for j in static.edits.augmented(0) if j != latent]
+    assert found.ablated(0) == [j for j in static.edits.ablated(0) if j != other]
 
 
 def test_a_latent_switched_off_stays_as_it_is_while_generating() -> None:
