@@ -36,9 +36,10 @@ test: $(READY)
 test-all: test
 	$(PYTEST) --remaining-cases
 
-# The GPU kernels, compiled for GPUs that are not here and under sanitizers: minutes. A file's tests share what is compiled.
+# The GPU kernels, compiled for GPUs that are not here and under sanitizers, and all tests of the CUDA kernels on threads:
+# minutes. Tests of one group share what is compiled.
 test-compilers: $(READY)
-	$(PYTEST) --dist loadfile --timeout 1200 -m 'compilers and not slow'
+	$(PYTEST) --dist loadgroup --timeout 1200 -m 'compilers and not slow'
 
 # Builds the wheel and the sdist, and installs the wheel where there is no compiler.
 test-packaging: $(READY)

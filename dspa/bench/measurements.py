@@ -77,6 +77,7 @@ class Row:
         columns: what was measured; empty for a row that failed.
         reference: the column whose times the others are divided by.
         failed: why the check of its results failed, else None.
+        left_out: what was not timed because a single call takes too long, and how long.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Row:
     columns: tuple[Column, ...]
     reference: str | None = None
     failed: str | None = None
+    left_out: str = ""
 
     def column(self, name: str) -> Column | None:
         return next((column for column in self.columns if column.name == name), None)

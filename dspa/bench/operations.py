@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,9 @@ EAGER = "eager with error term"
 DELTA = "eager delta"
 PRODUCT = "matrix product alone"
 EAGER_DENSITY = "eager encode and count"
+EAGER_PRODUCTS, EAGER_ADAPTER_PRODUCTS = 3, 4  # of a row with a matrix of the SAE: encode, adapter, decode twice
+ROWS_TRIED = 8
+SHORTEST_LIMIT = 0.05  # seconds of a call that are never too long
 OURS: tuple[tuple[str, StepMode, str], ...] = (
     ("dense", "dense", NEEDS_MAXIMUM),
     ("lazy, none active", "lazy", "none active"),
@@ -59,6 +63,11 @@ class Subject:
     def device(self) -> str:
         return str(self.case.hidden.device)
 
+    @property
+    def seconds_a_call(self) -> float:
+        """How long a call may take, for enough of them to be timed beside the other ways."""
+        return max(SHORTEST_LIMIT, self.seconds / self.at_least)
+
     def timed(self, ways: list[Way], reference: str) -> tuple[Column, ...]:
         return timed(ways, reference, seconds=self.seconds, at_least=self.at_least, device=self.device)
 
@@ -81,10 +90,11 @@ def measure_token_step(subject: Subject) -> Row:
     lists = tuple(kind for kind in LISTS if kind in case.lists)
     try:
         case.check(("dense", "lazy", "screened"), lists)
-        eager = eager_ways(case)
+        dtypes, left_out = eager_dtypes(subject, case.sae, EAGER_PRODUCTS * len(case.hidden))
+        eager = eager_ways(case, dtypes)
         ways = [read_way(case.sae.W_enc), *eager, *our_ways(case)]
         reference = eager[0].name if eager else "dense"
-        return Row(name, "token_step", subject.timed(ways, reference), reference)
+        return Row(name, "token_step", subject.timed(ways, reference), reference, left_out=left_out)
     except AssertionError as failure:
         return failed_row(name, "token_step", failure)
 
@@ -106,25 +116,48 @@ def our_ways(case: Case) -> list[Way]:
     ]
 
 
-def eager_ways(case: Case) -> list[Way]:
-    """The eager edit with error term and as a delta, on a CPU in float32 as well where the weights have 16 bits:
-    without matrix units for them that is faster. None for an SAE that normalizes its input."""
+def eager_ways(case: Case, dtypes: list[torch.dtype]) -> list[Way]:
+    """The eager edit with error term and as a delta, in each dtype. None for an SAE that normalizes its input."""
     latents = padded_latents(case, NEEDS_MAXIMUM)
     ways = []
-    for dtype in _eager_dtypes(case):
+    for dtype in dtypes:
         sae = plain_sae(in_dtype(case.sae, dtype))
         if sae is None:
             return []
-        suffix = "" if dtype == case.shape.dtype else f", {str(dtype).removeprefix('torch.')}"
+        suffix = "" if dtype == case.shape.dtype else f", {name_of(dtype)}"
         ways += _eager_pair(sae, case.hidden.to(dtype), latents, case.alpha, suffix)
     return ways
 
 
-def _eager_dtypes(case: Case) -> list[torch.dtype]:
-    dtypes = [case.shape.dtype]
-    if case.hidden.device.type == "cpu" and case.shape.dtype.itemsize == 2:
-        dtypes.append(torch.float32)
-    return dtypes
+def eager_dtypes(subject: Subject, sae: SaeWeights, products: int) -> tuple[list[torch.dtype], str]:
+    """The dtypes that the eager form is timed in, and which was left out. On a CPU that is float32 as well, which is
+    faster without matrix units for 16 bits. Without instructions for them, 16 bits are hundreds of times slower, and
+    left out where a call would take too long.
+
+    Args:
+        products: of one row with a matrix of the SAE's shape, in a call.
+    """
+    if sae.device.type != "cpu" or sae.dtype.itemsize != 2:
+        return [sae.dtype], ""
+    row = torch.ones(1, sae.d_model, dtype=sae.dtype)
+    encoder = sae.W_enc.T.contiguous()
+    row @ encoder
+    start = time.perf_counter()
+    row @ encoder
+    alone = time.perf_counter() - start
+    together = torch.ones(min(products, ROWS_TRIED), sae.d_model, dtype=sae.dtype)
+    if alone <= subject.seconds_a_call:  # rows share what is read, where there are instructions
+        start = time.perf_counter()
+        together @ encoder
+        alone = (time.perf_counter() - start) / len(together)
+    expected = products * alone
+    if expected <= subject.seconds_a_call:
+        return [sae.dtype, torch.float32], ""
+    return [torch.float32], f"plain torch in {name_of(sae.dtype)}, about {expected:.2g} s a call on this CPU"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _eager_pair(sae: EncoderDecoder, hidden: Tensor, latents: Tensor, alpha: float, suffix: str) -> list[Way]:
@@ -170,19 +203,19 @@ def measure_adapter_step(subject: Subject) -> Row:
     name = str(subject.case.shape)
     try:
         adapters.check()
-        eager = eager_adapter_ways(adapters)
+        dtypes, left_out = eager_dtypes(subject, adapters.case.sae, EAGER_ADAPTER_PRODUCTS * len(adapters.case.hidden))
+        eager = eager_adapter_ways(adapters, dtypes)
         ways = [read_way(adapters.adapter.weight, READ_ADAPTER), *eager, *adapter_ways(adapters)]
         reference = eager[0].name if eager else "dense"
-        return Row(name, "adapter_step", subject.timed(ways, reference), reference)
+        return Row(name, "adapter_step", subject.timed(ways, reference), reference, left_out=left_out)
     except AssertionError as failure:
         return failed_row(name, "adapter_step", failure)
 
 
-def eager_adapter_ways(adapters: AdapterCase) -> list[Way]:
-    """The eager form, on a CPU in float32 as well where the weights have 16 bits. None for an SAE that normalizes its
-    input."""
+def eager_adapter_ways(adapters: AdapterCase, dtypes: list[torch.dtype]) -> list[Way]:
+    """The eager form in each dtype. None for an SAE that normalizes its input."""
     case, ways = adapters.case, []
-    for dtype in _eager_dtypes(case):
+    for dtype in dtypes:
         sae = plain_sae(in_dtype(case.sae, dtype))
         if sae is None:
             return []
@@ -199,7 +232,7 @@ def measure_encode_density(subject: Subject) -> Row | None:
     sae = subject.input_sae
     if sae is None:
         return None
-    name = f"{sae.d_model}x{sae.d_sae}-{str(sae.dtype).removeprefix('torch.')}-{subject.tokens} tokens"
+    name = f"{sae.d_model}x{sae.d_sae}-{name_of(sae.dtype)}-{subject.tokens} tokens"
     rng = torch.Generator().manual_seed(1)
     hidden = torch.randn(subject.tokens, sae.d_model, generator=rng).to(sae.device, sae.dtype)
     offsets = torch.tensor([0, subject.tokens // 3, subject.tokens], device=sae.device)
@@ -207,13 +240,14 @@ def measure_encode_density(subject: Subject) -> Row | None:
         check_counts(encode_density(hidden, offsets, sae, backend=subject.backend), hidden, offsets, sae)
     except AssertionError as failure:
         return failed_row(name, "encode_density", failure)
-    ways = []
-    dtypes = [sae.dtype, torch.float32] if sae.device.type == "cpu" and sae.dtype.itemsize == 2 else [sae.dtype]
+    ways: list[Way] = []
+    dtypes, left_out = eager_dtypes(subject, sae, subject.tokens)
     for dtype in dtypes:
-        suffix = "" if dtype == sae.dtype else f", {str(dtype).removeprefix('torch.')}"
+        suffix = "" if dtype == sae.dtype else f", {name_of(dtype)}"
         ways += _density_pair(in_dtype(sae, dtype), hidden.to(dtype), offsets, suffix)
     ways.append(Way("encode_density", lambda: encode_density(hidden, offsets, sae, backend=subject.backend)))
-    return Row(name, "encode_density", subject.timed(ways, EAGER_DENSITY), EAGER_DENSITY)
+    reference = ways[0].name
+    return Row(name, "encode_density", subject.timed(ways, reference), reference, left_out=left_out)
 
 
 def _density_pair(sae: SaeWeights, hidden: Tensor, offsets: Tensor, suffix: str) -> list[Way]:

@@ -17,6 +17,7 @@ from dspa.util.report_parts import COLORS, Table, html_figure, html_page, new_fi
 if TYPE_CHECKING:
     from rich.console import Console
 
+LARGEST_RATIO = 50.0  # of the times in a chart whose axis is linear: beyond it the short bars cannot be seen
 EXPLANATIONS = {
     "token_step": "Time of editing one token in each row of the batch, the caches emptied before each sample. This "
     "package is blue, plain torch orange; reading the encoder once, which a full pass cannot beat, is green.",
@@ -100,17 +101,29 @@ def _bars(row: Row) -> str:
     """A horizontal bar for each column, with its quartiles, its time, and how many times faster than the reference."""
     figure = new_figure((7.2, 1.4 + 0.36 * len(row.columns)))
     axes: Any = figure.add_subplot()
-    longest = max(column.measured.value for column in row.columns)
+    times = [column.measured.value for column in row.columns]
+    longest, shortest = max(times), min(times)
+    logarithmic = longest > LARGEST_RATIO * shortest
+    if logarithmic:
+        axes.set_xscale("log")
     for y, column in enumerate(row.columns):
         time = column.measured.value
         low, high = column.spread or (time, time)
         axes.barh(y, time, xerr=[[time - low], [high - time]], color=_color(column), height=0.66, ecolor="0.35")
-        ratio = f", {1 / column.relative.value:.3g}x" if column.relative and column.name != row.reference else ""
-        axes.text(max(time, high) + 0.012 * longest, y, f"{digits(time)} ms{ratio}", va="center", fontsize=8)
+        ratio = f", {digits(1 / column.relative.value)}x" if column.relative and column.name != row.reference else ""
+        end = max(time, high)
+        axes.text(
+            1.06 * end if logarithmic else end + 0.012 * longest,
+            y,
+            f"{digits(time)} ms{ratio}",
+            va="center",
+            fontsize=8,
+        )
     axes.set_yticks(range(len(row.columns)), [column.name for column in row.columns], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.3 * longest)
-    axes.set_xlabel(f"ms, median with quartiles; x: times faster than {row.reference}", fontsize=8)
+    axes.set_xlim(*((shortest / 2, longest * (longest / shortest) ** 0.4) if logarithmic else (0, 1.3 * longest)))
+    scale = "ms, logarithmic" if logarithmic else "ms"
+    axes.set_xlabel(f"{scale}; median with quartiles; x: times faster than {row.reference}", fontsize=8)
     axes.set_title(row.group, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return svg_element(figure)

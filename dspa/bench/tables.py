@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dspa.bench.measurements import Column, Interval, Row
-from dspa.bench.operations import READ
+from dspa.bench.operations import READ, READ_ADAPTER
 from dspa.util.report_parts import Table
 
 COLUMNS = ("row", "measured", "value", "GB/s", "of read bandwidth", "reference / it")
@@ -18,6 +18,8 @@ def group_tables(rows: Sequence[Row]) -> Iterator[Table]:
         note = (
             "Medians with quartiles for times, 95 % intervals for what is estimated, plain numbers for what is counted."
         )
+        left_out = dict.fromkeys(row.left_out for row in rows if row.group == group and row.left_out)
+        note += "".join(f" Left out: {text}." for text in left_out)
         used = [i for i in range(len(COLUMNS)) if i < 3 or any(line[i] for line in cells)]
         kept = tuple(tuple(line[i] for i in used) for line in cells)
         yield Table(group, note, tuple(COLUMNS[i] for i in used), kept, ("measured",))
@@ -27,7 +29,7 @@ def _row_cells(row: Row) -> Iterator[tuple[str, ...]]:
     if row.failed is not None:
         yield (row.name, f"FAILED: {row.failed}", "", "", "", "")
         return
-    read = row.column(READ)
+    read = row.column(READ) or row.column(READ_ADAPTER)
     bandwidth = None if read is None else read.bandwidth
     for column in row.columns:
         speed = column.bandwidth
@@ -37,7 +39,7 @@ def _row_cells(row: Row) -> Iterator[tuple[str, ...]]:
             _value(column),
             f"{speed:.3g}" if speed else "",
             f"{speed / bandwidth:.0%}" if speed and bandwidth else "",
-            f"{1 / column.relative.value:.3g}x" if column.relative else "",
+            f"{digits(1 / column.relative.value)}x" if column.relative else "",
         )
 
 

@@ -19,8 +19,9 @@ from dspa.bench.command import BenchOptions, run_bench
 from dspa.bench.density_check import check_counts
 from dspa.bench.eager import as_delta, plain_sae, with_error_term
 from dspa.bench.measurements import Column, Interval, Row
-from dspa.bench.operations import EAGER, OURS, READ, READ_ADAPTER, padded_latents
+from dspa.bench.operations import EAGER, OURS, READ, READ_ADAPTER, Subject, eager_dtypes, padded_latents
 from dspa.bench.report import read_bandwidth, token_costs
+from dspa.bench.tables import group_tables
 from dspa.cli import app
 from dspa.errors import InvalidInputError, MismatchError
 from dspa.kernels import AdapterMode, SaeWeights, StepMode, adapter_step, available, encode_density, token_step
@@ -261,3 +262,16 @@ def test_an_sae_that_edits_nothing_is_refused() -> None:
     nothing = replace(sae, decoder_rows=torch.full((sae.d_sae,), -1, dtype=torch.int32))
     with pytest.raises(InvalidInputError, match="one of 0 latents with a decoder row"):
         Case.from_sae(nothing, 1, 0.2, "auto")
+
+
+@pytest.mark.parametrize(("products", "dtypes"), [(1, ["bfloat16", "float32"]), (10**9, ["float32"])], ids=str)
+def test_a_call_of_16_bits_that_takes_too_long_is_left_out(products: int, dtypes: list[str]) -> None:
+    case = Case(SHAPE, "auto")
+    subject = Subject(case, case.sae, tokens=3, backend="auto", seconds=7)
+    found, left_out = eager_dtypes(subject, case.sae, products)
+    assert [str(dtype).removeprefix("torch.") for dtype in found] == dtypes
+    assert left_out.startswith("plain torch in bfloat16, about ") == ("bfloat16" not in dtypes)
+    row = Row("row", "group", (), left_out=left_out)
+    assert Row.from_json(row.as_json()) == row
+    [table] = group_tables([row])
+    assert ("Left out" in table.note) == bool(left_out)

@@ -271,23 +271,28 @@ def test_nonfinite_rows_are_left_alone(
 
 @pytest.mark.product
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("where", ["weight", "encoder"])
+@pytest.mark.parametrize("where", ["weight", "weight without a threshold", "encoder", "encoder bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_products_that_overflow_are_nonfinite(
     backend: Backend, dtype: torch.dtype, where: str, mode: AdapterMode | None
 ) -> None:
     """A finite hidden state with an infinite y, or an infinite activation that the clip needs; masked, no harm."""
     sae = make_sae(Kind("relu"), 8, 16, dtype, seed=0)
-    adapter = replace(make_adapter(Version(), sae, dtype, seed=1), threshold=torch.ones(16))
-    huge = torch.full((8,), 3e38).to(dtype)
-    if where == "weight":
+    threshold = torch.ones(16)
+    adapter = make_adapter(Version(), sae, dtype, seed=1)
+    if where.startswith("weight"):
         weight = adapter.weight.clone()
-        weight[5] = huge
+        weight[5] = 3e38
+        if where == "weight without a threshold":
+            threshold[5] = 0.0
         adapter = replace(adapter, weight=weight)
     else:
-        bias, W_enc = adapter.bias.clone(), sae.W_enc.clone()
-        bias[5], W_enc[5] = -1e3, huge
-        adapter, sae = replace(adapter, bias=bias), replace(sae, W_enc=W_enc)
+        bias, W_enc, b_enc = adapter.bias.clone(), sae.W_enc.clone(), sae.b_enc.clone()
+        bias[5], W_enc[5] = -1e3, 3e38
+        if where == "encoder bias":  # the product is finite, and so is the bias; their sum is not
+            W_enc[5], b_enc[5] = 1.5e37, 3e38
+        adapter, sae = replace(adapter, bias=bias), replace(sae, W_enc=W_enc, b_enc=b_enc)
+    adapter = replace(adapter, threshold=threshold)
     rows = (normal(generator(0), 2, 8) * 0.5).to(dtype)
     rows[0] = 2.0
     rows[1] = 2.0**-120
@@ -297,8 +302,7 @@ def test_products_that_overflow_are_nonfinite(
     added = counted(stats, 2, 16)
     assert added.nonfinite.tolist() == [1, 0]
     assert not added.edited[0]
-    threshold = torch.ones(16)
-    threshold[5] = math.inf
+    threshold = threshold.index_fill(0, torch.tensor([5]), math.inf)
     masked = fresh_stats(2, 16, backend.device)
     written = adapt(rows, sae, replace(adapter, threshold=threshold), backend=backend, stats=masked, mode=mode)
     assert not counted(masked, 2, 16).nonfinite.any()

@@ -56,12 +56,14 @@ def spanning() -> list[dict[str, object]]:
 
 
 @pytest.mark.compilers
+@pytest.mark.xdist_group("triton")
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_kernels_compile_without_spills(architecture: str, spanning: list[dict[str, object]]) -> None:
     check([kernel for kernel in spanning if kernel["architecture"] == architecture], architecture)
 
 
 @pytest.mark.compilers
+@pytest.mark.xdist_group("triton")
 def test_every_kernel_is_compiled(spanning: list[dict[str, object]]) -> None:
     assert {str(kernel["kernel"]) for kernel in spanning} == KERNELS
 

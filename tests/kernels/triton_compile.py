@@ -94,7 +94,7 @@ class Compiled:
 
     Attributes:
         kernel, case, architecture: which kernel.
-        registers: of a thread.
+        registers: of a thread; on an AMD GPU its vector registers and the scalar ones of its wave.
         stack_bytes: memory of a thread for what does not fit into registers; 0 if nothing is spilled.
         shared_bytes: shared memory of a program.
     """
@@ -226,7 +226,8 @@ def resources_of(binary: Any) -> tuple[int, int]:
     """Registers and bytes of stack of a thread."""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
-        found = [re.findall(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size")]
+        names = ("vgpr_count", "sgpr_count", "private_segment_fixed_size")
+        found = [re.findall(rf"\.{name}:\s+(\d+)", text) for name in names]
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
@@ -235,8 +236,8 @@ def resources_of(binary: Any) -> tuple[int, int]:
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = [re.findall(rf"{name}:(\d+)", text) for name in ("REG", "STACK")]
     assert all(found), text
-    registers, stack = (max(int(number) for number in numbers) for numbers in found)
-    return registers, stack
+    *registers, stack = (max(int(number) for number in numbers) for numbers in found)
+    return sum(registers), stack
 
 
 def main() -> None:

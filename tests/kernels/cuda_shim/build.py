@@ -30,11 +30,16 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def counts_branches() -> bool:
+    """Whether the kernels of `library` do."""
+    return coverage.unavailable(compiler()) is None
+
+
 @cache
 def library() -> Path:
     """The operations `torch.ops.dspa_cuda_shim.*`, on CPU tensors, from the kernels and their binding as they are. The
     kernels count their branches if they can; see `branches_taken`."""
-    counts = coverage.unavailable(compiler()) is None
+    counts = counts_branches()
     of_kernels = (*coverage.FLAGS, "-include", "optimized.h") if counts else ("-O2",)
     folder = _folder(("library", *of_kernels))
     built = folder / "dspa_cuda_shim.so"
