@@ -149,12 +149,14 @@ class TuningReport:
                 )
         front = pareto_front(self.choosing)
         axes.plot([row.kl.mean for row in front], [row.gain.mean for row in front], color="0.4", linewidth=0.8)
-        axes.axvline(self.guard.max_kl, color=COLORS[4], linestyle="--", linewidth=0.8, label="the guard's KL")
+        largest = max(row.kl.mean for row in (*self.choosing, *self.reported))
+        if self.guard.max_kl <= 1.2 * largest:  # a limit far from every setting would only press them together
+            axes.axvline(self.guard.max_kl, color=COLORS[4], linestyle="--", linewidth=0.8, label="the guard's KL")
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set_xlabel("damage: KL to the unsteered model on neutral text, nats per token")
         axes.set_ylabel("gain over the unsteered model")
         axes.set_title("Gain against damage, 95 % intervals", loc="left")
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
         write_atomically(png, png_bytes(figure))
         return True
 
