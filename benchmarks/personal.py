@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"malformed {row['malformed']:.1%}, {row['numbers']} latents, {row['bytes']} bytes",
             flush=True,
         )
-    # The control: everyone under the overlay of the next user, of the last number of examples.
+    # The control: everyone under the overlay of the next user, of the last number of examples
     others = dict(zip(USERS, [*list(made.values())[1:], next(iter(made.values()))], strict=True))
     found, _ = respond(
         organism, prompts, {user: PersonalPolicy(shared, overlay) for user, overlay in others.items()}, options.seed
