@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from dspa.methods.conditional_map import ConditionalDifferenceMap, FitOptions
     from dspa.methods.explanation import PolicyExplanation
     from dspa.methods.fsrl.policy import FsrlPolicy
+    from dspa.methods.personal import Overlay, PersonalPolicy, personalise
     from dspa.methods.policy import Policy
+    from dspa.methods.policy_merge import merge
     from dspa.methods.static_policy import StaticPolicy
     from dspa.methods.steering_policy import SteeringPolicy
     from dspa.methods.vector_policy import VectorPolicy
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from dspa.online.trace import SteeringTrace
     from dspa.sae.autoencoder import SparseAutoencoder
     from dspa.sae.metadata import SaeMetadata
+    from dspa.tuning.settings import TuningGrid
+    from dspa.tuning.tune import TuningOptions, tune
 
 __version__ = "0.1.0"
 
@@ -50,6 +54,9 @@ _MODULE_OF = {
     "collect": "dspa.offline.collection",
     "ConditionalDifferenceMap": "dspa.methods.conditional_map",
     "FitOptions": "dspa.methods.conditional_map",
+    "Overlay": "dspa.methods.personal",
+    "PersonalPolicy": "dspa.methods.personal",
+    "personalise": "dspa.methods.personal",
     "PolicyExplanation": "dspa.methods.explanation",
     "SaeMetadata": "dspa.sae.metadata",
     "DensityStore": "dspa.offline.density_store",
@@ -59,12 +66,16 @@ _MODULE_OF = {
     "VectorPolicy": "dspa.methods.vector_policy",
     "PreferenceTriple": "dspa.offline.triples",
     "PreferenceTriples": "dspa.offline.triples",
+    "merge": "dspa.methods.policy_merge",
     "load_preferences": "dspa.offline.preferences",
     "SparseAutoencoder": "dspa.sae.autoencoder",
     "Steering": "dspa.online.steering",
     "SteeringSummary": "dspa.online.summary",
     "SteeringTrace": "dspa.online.trace",
     "steer": "dspa.online.steering",
+    "tune": "dspa.tuning.tune",
+    "TuningGrid": "dspa.tuning.settings",
+    "TuningOptions": "dspa.tuning.tune",
 }
 
 __all__ = [
@@ -78,6 +89,8 @@ __all__ = [
     "FsrlPolicy",
     "InvalidInputError",
     "MismatchError",
+    "Overlay",
+    "PersonalPolicy",
     "Policy",
     "PolicyAudit",
     "PolicyExplanation",
@@ -90,13 +103,18 @@ __all__ = [
     "SteeringPolicy",
     "SteeringSummary",
     "SteeringTrace",
+    "TuningGrid",
+    "TuningOptions",
     "UnsupportedSaeError",
     "VectorPolicy",
     "audit",
     "collect",
     "kernels",
     "load_preferences",
+    "merge",
+    "personalise",
     "steer",
+    "tune",
 ]
 
 

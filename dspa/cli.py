@@ -14,6 +14,7 @@ from dspa import __version__
 from dspa.auditing.app import audit_command
 from dspa.errors import DspaError
 from dspa.methods.fsrl.app import fsrl_app
+from dspa.tuning.app import compare, tune
 from dspa.util.options import DeviceOption, DtypeOption, JsonOption, ModelOption, SaeHelp
 from dspa.util.terminal import console as _console
 from dspa.util.terminal import print_record as _print_record
@@ -28,6 +29,8 @@ app = typer.Typer(
 
 app.add_typer(fsrl_app, name="fsrl")
 app.command(name="audit")(audit_command)
+app.command()(tune)
+app.command()(compare)
 
 
 def _print_version(requested: bool) -> None:

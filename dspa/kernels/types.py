@@ -229,6 +229,24 @@ class EditList:
         """The lists of the rows in `index` (int64), as new tensors."""
         return EditList(self.latents[index], self.signs[index], self.counts[index])
 
+    def where(self, keep: Tensor, longest: int | None = None) -> EditList:
+        """The lists without the entries for which `keep [B, k]` is False, in the same order, as new tensors.
+
+        Nothing waits for a device.
+
+        Args:
+            keep: bool.
+            longest: how many entries a row keeps at most, if that is known; the lists become so narrow.
+        """
+        kept = keep & self.valid()
+        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, : self.k if longest is None else longest]
+        present = kept.gather(1, order)
+        return EditList(
+            torch.where(present, self.latents.gather(1, order), 0),
+            torch.where(present, self.signs.gather(1, order), 0),
+            kept.sum(dim=1, dtype=torch.int32),
+        )
+
     def copy_(self, other: EditList) -> None:
         """Takes over the lists of another of the same shape, in place.
 

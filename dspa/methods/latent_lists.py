@@ -15,7 +15,7 @@ from dspa.kernels.token_step.equation import edited_activations
 from dspa.methods.policy import Intervention, LatentChange, TokenEdit
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.sae.encode import encode
-from dspa.sae.weights import encode_alike
+from dspa.sae.weights import decode_alike, encode_alike
 from dspa.transformers_model import ModelFingerprint, check_sae_fits
 
 
@@ -43,7 +43,7 @@ class LatentLists:
     def shares_launch_with(self, other: Intervention) -> bool:
         if not isinstance(other, LatentLists) or type(self) is not type(other):  # a subclass may edit in another way
             return False
-        return self.layer == other.layer and encode_alike(self.sae, other.sae)
+        return self.layer == other.layer and encode_alike(self.sae, other.sae) and decode_alike(self.sae, other.sae)
 
     def editor(
         self, sharing: Mapping[str, Intervention], device: torch.device, backend: str, mode: StepMode | None

@@ -68,7 +68,8 @@ class StaticPolicy:
 
     @classmethod
     def from_mean_difference(cls, policy: SteeringPolicy) -> StaticPolicy:
-        """The prompt-blind counterpart of a policy: the extremes of the mean of D, as many as the policy edits."""
+        """The prompt-blind counterpart of a policy: the extremes of the mean of D, as many as the policy edits, without
+        those that it may not edit."""
         mean = policy.conditional_map.mean_difference
         highest = mean.sort(descending=True, stable=True).indices[: policy.k_diff].tolist()
         lowest = mean.sort(stable=True).indices[: policy.k_diff].tolist()
@@ -76,7 +77,10 @@ class StaticPolicy:
         ablate = lowest if policy.edit != "augment" else []
         in_both = set(augment) & set(ablate)  # their edits would cancel, as in `lookup`
         lists = [[latent for latent in side if latent not in in_both] for side in (augment, ablate)]
-        return cls.with_edits(policy, EditList.from_lists([lists[0]], [lists[1]]))
+        edits = EditList.from_lists([lists[0]], [lists[1]])
+        if policy.editable is not None:
+            edits = edits.where(policy.editable[edits.latents.long()])
+        return cls.with_edits(policy, edits)
 
     def __repr__(self) -> str:
         return (

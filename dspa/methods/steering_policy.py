@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
 from dspa.kernels import EditKind, EditList
+from dspa.methods import policy_edits
 from dspa.methods.conditional_map import ConditionalDifferenceMap, MapConfig
 from dspa.methods.hub import local_folder, upload_folder
 from dspa.methods.latent_lists import LatentLists
@@ -35,6 +36,7 @@ from dspa.util.scalars import LARGEST_FLOAT32, check_number, check_switch
 if TYPE_CHECKING:
     from dspa.methods.explanation import PolicyExplanation
 
+EDITABLE = "editable"  # the tensor of that name in the folder
 OPTIONS = ("k_prompt", "k_diff", "alpha", "edit", "sign_guard", "edit_positions")
 
 
@@ -53,6 +55,10 @@ class SteeringPolicy:
         sign_guard: drop selected latents whose score has the other sign; the literal rule keeps them.
         edit_positions: "from_last_prompt" edits the last prompt token and every generated one, "generated" only these,
             "all" every prompt token that is counted as well.
+        editable: `[d_sae_out]` bool on the CPU, the output latents that may be edited; None for all. A selected latent
+            that may not is left out of the list, and no other takes its place.
+        changes: what was done to the policy since it was fitted, a line each; see `without`, `only`, `scaled`,
+            `with_options` and `dspa.merge`.
 
     Raises:
         InvalidInputError: for an option out of range.
@@ -69,6 +75,8 @@ class SteeringPolicy:
     edit: EditKind = "ablate"
     sign_guard: bool = False
     edit_positions: EditPositions = "from_last_prompt"
+    editable: Tensor | None = None
+    changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, which in (("input_sae", "input"), ("output_sae", "output")):
@@ -91,6 +99,13 @@ class SteeringPolicy:
                 raise MismatchError(f"the {which} SAE has {sae.d_sae} latents; expected {width} as in the map")
             if sae.encoder_only().fingerprint() != fingerprint:
                 raise MismatchError(f"the {which} SAE is not the one the map was collected with; pass that one")
+        if self.editable is not None and (
+            self.editable.dtype != torch.bool or tuple(self.editable.shape) != (self.output_sae.d_sae,)
+        ):
+            raise InvalidInputError(
+                f"editable is {tuple(self.editable.shape)} {self.editable.dtype}; expected [{self.output_sae.d_sae}] "
+                "bool, one for each output latent"
+            )
         if self.output_sae.W_dec is None:
             raise InvalidInputError("the output SAE has no decoder, so no edit can be decoded; pass the whole SAE")
         if self.output_sae.decoder_rows is not None:
@@ -119,8 +134,12 @@ class SteeringPolicy:
 
     @property
     def intervention(self) -> LatentLists:
-        directions = 2 if self.edit == "both" else 1
-        return LatentLists(self.output_layer, self.output_sae, self.alpha, directions * self.k_diff)
+        return LatentLists(self.output_layer, self.output_sae, self.alpha, self._longest_list)
+
+    @property
+    def _longest_list(self) -> int:
+        longest = (2 if self.edit == "both" else 1) * self.k_diff
+        return longest if self.editable is None else min(longest, int(self.editable.sum()))
 
     @property
     def uncounted_token_ids(self) -> tuple[int, ...]:
@@ -153,7 +172,56 @@ class SteeringPolicy:
         Raises:
             InvalidInputError: if the shape does not fit.
         """
-        return self.conditional_map.select(density, self.k_prompt, self.k_diff, self.edit, sign_guard=self.sign_guard)
+        edits = self.conditional_map.select(density, self.k_prompt, self.k_diff, self.edit, sign_guard=self.sign_guard)
+        if self.editable is None:
+            return edits
+        return edits.where(self.editable.to(density.device)[edits.latents.long()], self._longest_list)
+
+    def without(self, latents: Iterable[int]) -> SteeringPolicy:
+        """The policy that edits everything it edits now but these output latents: their places in the lists stay empty,
+        so that nothing else is edited instead.
+
+        Raises:
+            InvalidInputError: for a latent out of range, or none.
+        """
+        editable, change = policy_edits.without_latents(self.editable, self.output_sae.d_sae, latents)
+        return replace(self, editable=editable, changes=(*self.changes, change))
+
+    def only(self, latents: Iterable[int]) -> SteeringPolicy:
+        """The policy that, of everything it edits now, edits these output latents alone.
+
+        Raises:
+            InvalidInputError: for a latent out of range, or none.
+        """
+        editable, change = policy_edits.only_latents(self.editable, self.output_sae.d_sae, latents)
+        return replace(self, editable=editable, changes=(*self.changes, change))
+
+    def scaled(self, factors: Mapping[int, float]) -> SteeringPolicy:
+        """The policy in which what an edit of these output latents adds to the residual stream is multiplied.
+
+        For an augmented latent that is the edit with `factor * alpha`. Of an ablated one, `factor` times what the
+        ablation removes is removed. The factor is folded into the latent's decoder row, in the dtype of the SAE.
+
+        Args:
+            factors: by output latent, at least 0.
+
+        Raises:
+            InvalidInputError: for a latent or a factor out of range, or none.
+        """
+        output_sae, change = policy_edits.scaled_decoder(self.output_sae, factors)
+        return replace(self, output_sae=output_sae, changes=(*self.changes, change))
+
+    def with_options(self, **options: Any) -> SteeringPolicy:
+        """The policy with other options, such as `alpha=0.1` or `k_diff=8`.
+
+        Raises:
+            InvalidInputError: for an option that is unknown or out of range.
+            MismatchError: if an option needs decoder rows that were not saved.
+        """
+        _check_options(options)
+        differing = {name: value for name, value in options.items() if getattr(self, name) != value}
+        lines = tuple(f"{name} {getattr(self, name)} -> {value}" for name, value in differing.items())
+        return replace(self, **options, changes=(*self.changes, *lines))
 
     def explain(
         self,
@@ -187,7 +255,8 @@ class SteeringPolicy:
         touched = torch.zeros(self.output_sae.d_sae, dtype=torch.bool)
         touched[self.conditional_map.matrix.columns.long().cpu()] = True
         untouched = (~touched).nonzero().flatten()[: self.k_diff]
-        return torch.cat([touched.nonzero().flatten(), untouched]).sort().values
+        found = torch.cat([touched.nonzero().flatten(), untouched]).sort().values
+        return found if self.editable is None else found[self.editable[found]]
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the policy to a folder that needs nothing else: its tensors and `config.json`.
@@ -204,6 +273,7 @@ class SteeringPolicy:
             "conditional_map": self.conditional_map.config(),
             "input_sae": sae_config(self.input_sae),
             "output_sae": sae_config(self.output_sae),
+            **({"changes": list(self.changes)} if self.changes else {}),
         }
         parts = {
             "conditional_map": self.conditional_map.tensors(),
@@ -211,6 +281,8 @@ class SteeringPolicy:
             "output_sae": self.output_sae.with_decoder_rows(self.selectable_latents()).tensors(),
         }
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        if self.editable is not None:
+            tensors[EDITABLE] = self.editable.to(torch.uint8)
         saved = FOLDER.write(folder, config, tensors)
         write_card(saved, self.model_card("path/of/this/policy"))
         return saved
@@ -278,6 +350,7 @@ class SteeringPolicy:
                 "map entries": matrix.nonzeros,
                 "preference triples": run.triple_count,
                 "counted tokens": counted_tokens(run.count_bos, run.count_template, run.count_eos),
+                **({"changed since it was fitted": "; ".join(self.changes)} if self.changes else {}),
             },
             audit_of_map(matrix, page) if counts is None else audit_of_counts(counts, page),
         )
@@ -296,9 +369,8 @@ class SteeringPolicy:
             MismatchError: if an option needs decoder rows that were not saved.
         """
         config, tensors = FOLDER.read(local_folder(source, FOLDER.patterns))
-        unknown = sorted(set(options) - set(OPTIONS))
-        if unknown:
-            raise InvalidInputError(f"option {unknown[0]!r} is not known; expected one of {', '.join(OPTIONS)}")
+        _check_options(options)
+        editable = _editable_from(tensors.pop(EDITABLE, None), str(source))
         parts: dict[str, dict[str, Tensor]] = {"conditional_map": {}, "input_sae": {}, "output_sae": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
@@ -314,9 +386,24 @@ class SteeringPolicy:
             output_sae = sae_from_config(config.output_sae, parts["output_sae"])
             if output_sae.W_dec is None:
                 raise ValueError("output_sae.W_dec is missing")
+            if editable is not None and len(editable) != output_sae.d_sae:
+                raise ValueError(f"{EDITABLE} is for {len(editable)} latents; expected {output_sae.d_sae}")
         except (TypeError, ValueError, UnsupportedSaeError) as error:
             raise CorruptFileError(f"{source} does not hold a whole policy ({error}); make it again") from error
-        return cls(conditional_map, input_sae, output_sae, **{**saved, **options})
+        more: dict[str, Any] = {"editable": editable, "changes": config.changes}
+        return cls(conditional_map, input_sae, output_sae, **{**saved, **more, **options})
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise InvalidInputError(f"option {unknown[0]!r} is not known; expected one of {', '.join(OPTIONS)}")
+
+
+def _editable_from(stored: Tensor | None, source: str) -> Tensor | None:
+    if stored is not None and (stored.dtype != torch.uint8 or stored.ndim != 1 or bool((stored > 1).any())):
+        raise CorruptFileError(f"{source}: {EDITABLE} is not a row of zeros and ones; make the policy again")
+    return None if stored is None else stored.bool()
 
 
 def check_policy_names(edit: str, edit_positions: str) -> None:
@@ -339,6 +426,7 @@ class _Config:
     conditional_map: MapConfig
     input_sae: SaeConfig
     output_sae: SaeConfig
+    changes: tuple[str, ...] = ()
 
 
 FOLDER = TensorFolder("policy", 2, _Config, version_without_checksum=1)

@@ -69,7 +69,7 @@ def editing_groups(policies: Mapping[str, Policy]) -> list[EditingGroup]:
     for name, policy in policies.items():
         intervention = policy.intervention
         for group in groups:
-            if next(iter(group.values())).shares_launch_with(intervention):
+            if all(member.shares_launch_with(intervention) for member in group.values()):
                 group[name] = intervention
                 break
         else:

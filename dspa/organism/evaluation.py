@@ -22,6 +22,7 @@ from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.density_store import DensityStore
 from dspa.online.steering import steer
 from dspa.organism.language import KINDS, MAX_RESPONSE_TOKENS, RULES, Prompt, neutral_text, parse
+from dspa.util.estimate import Estimate
 from dspa.util.progress import track
 
 if TYPE_CHECKING:
@@ -31,24 +32,6 @@ PROMPTS_PER_BATCH = 120
 NEUTRAL_TEXTS = 240
 NEUTRAL_PREFIX = 12  # tokens of a neutral text that are given; they are its prompt
 NEUTRAL_SCORED = 36  # tokens after them, whose likelihood is measured under steering
-NORMAL_95 = 1.959964  # half width of a 95 % interval in standard errors
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the half width of its 95 % interval (normal approximation)."""
-
-    mean: float
-    half_width: float
-
-    @classmethod
-    def from_samples(cls, samples: NDArray[np.floating] | NDArray[np.integer]) -> Estimate:
-        error = samples.std(ddof=1) / np.sqrt(len(samples)) if len(samples) > 1 else np.nan
-        return cls(float(samples.mean()), float(NORMAL_95 * error))
-
-    def excludes(self, value: float) -> bool:
-        """Whether a value lies outside the interval."""
-        return abs(self.mean - value) > self.half_width
 
 
 @dataclass(frozen=True, eq=False)

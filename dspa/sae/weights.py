@@ -154,3 +154,19 @@ def encode_alike(one: SaeWeights, other: SaeWeights) -> bool:
         elif (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) or not torch.equal(a, b):
             return False
     return True
+
+
+def decode_alike(one: SaeWeights, other: SaeWeights) -> bool:
+    """Whether two SAEs of one width decode every latent alike for which both hold a row of the decoder."""
+    if (
+        one.W_dec is None
+        or other.W_dec is None
+        or (one.W_dec is other.W_dec and one.decoder_rows is other.decoder_rows)
+    ):
+        return True
+    rows = [
+        torch.arange(sae.d_sae, device=sae.device) if sae.decoder_rows is None else sae.decoder_rows.long()
+        for sae in (one, other)
+    ]
+    known = (rows[0] >= 0) & (rows[1] >= 0)
+    return torch.equal(one.W_dec[rows[0][known]], other.W_dec[rows[1][known]])

@@ -124,6 +124,8 @@ def test_python_compiles_and_its_names_exist(page: Path) -> None:
         ("audit", "usage.md"),
         ("eval", "usage.md"),
         ("serve", "usage.md"),
+        ("tune", "usage.md"),
+        ("compare", "usage.md"),
         ("flops", "flops.md"),
         ("bench", "benchmarks.md"),
     ],

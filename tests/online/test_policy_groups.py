@@ -82,9 +82,14 @@ def test_rows_under_saved_policies(tmp_path: Path) -> None:
         assert steering.counters(2).seen.tolist() == [6, 6]  # one launch, one set of counters
 
 
-def test_decoders_that_contradict_each_other_are_refused() -> None:
+def test_decoders_that_contradict_each_other_are_served_by_two_launches() -> None:
+    """Whichever comes first, and also where the first of three contradicts neither of the others."""
     policy = tiny_policy(MODEL)
     assert policy.output_sae.W_dec is not None
     other = replace(policy, output_sae=replace(policy.output_sae, W_dec=2 * policy.output_sae.W_dec))
+    static = StaticPolicy.with_edits(policy, EditList.from_lists([[]], [[]]))
+    neither = replace(static, output_sae=policy.output_sae.with_decoder_rows(torch.tensor([], dtype=torch.int64)))
+    groups = editing_groups({"neither": neither, "a": policy, "b": other, "c": policy})
+    assert [group.names for group in groups] == [("neither", "a", "c"), ("b",)]
     with pytest.raises(MismatchError, match="same encoder and different decoders"):
-        steer(MODEL, {"a": policy, "b": other})
+        with_all_decoder_rows([policy.output_sae, other.output_sae])
