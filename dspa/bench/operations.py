@@ -141,14 +141,14 @@ def eager_dtypes(subject: Subject, sae: SaeWeights, products: int) -> tuple[list
         return [sae.dtype], ""
     row = torch.ones(1, sae.d_model, dtype=sae.dtype)
     encoder = sae.W_enc.T.contiguous()
-    row @ encoder
+    row.matmul(encoder)
     start = time.perf_counter()
-    row @ encoder
+    row.matmul(encoder)
     alone = time.perf_counter() - start
     together = torch.ones(min(products, ROWS_TRIED), sae.d_model, dtype=sae.dtype)
     if alone <= subject.seconds_a_call:  # rows share what is read, where there are instructions
         start = time.perf_counter()
-        together @ encoder
+        together.matmul(encoder)
         alone = (time.perf_counter() - start) / len(together)
     expected = products * alone
     if expected <= subject.seconds_a_call:
