@@ -285,6 +285,7 @@ def test_the_model_is_known_by_name(policy: Path, tasks: Path) -> None:
     assert 0 <= run["results"][MMLU]["acc,none"] <= 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["--policy", "{policy}"], []])
 def test_the_command(
     arguments: list[str], policy: Path, tasks: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]

@@ -81,6 +81,7 @@ def test_collection_on_the_published_models(published: PublishedModel) -> None:
     assert ratio >= LEAST_RATIO[published.config]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_counts_as_its_formula(name: str) -> None:
     """The formulas charge an embedding that is only looked up, and the counter does not, so it is taken out of P."""

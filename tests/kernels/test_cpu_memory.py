@@ -46,6 +46,7 @@ def operations() -> dict[str, Callable[[], object]]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["lookup", "encode_density", "token_step"])
 def test_a_call_leaves_nothing_allocated(name: str) -> None:
     torch.set_num_threads(1)

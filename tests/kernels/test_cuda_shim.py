@@ -29,18 +29,21 @@ def test_it_does_what_cuda_does(sanitizer: str, engine: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_a_race_is_found() -> None:
     done = run("threads", "race")
     assert done.returncode != 0
     assert "data race" in done.stderr
 
 
+@pytest.mark.long
 def test_an_overrun_of_shared_memory_is_found() -> None:
     done = run("addresses", "overrun")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mistake", "refusal"),
     [

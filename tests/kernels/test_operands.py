@@ -49,6 +49,7 @@ for column, d_sae_out in ((10**6, 64), (-1, 64), (64, 64), (7, 1)):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_maps_out_of_bounds_are_refused(backend: str) -> None:
     arguments = [sys.executable, "-c", OUT_OF_BOUNDS, backend]

@@ -462,6 +462,7 @@ def load_offline(cache: Path, source: str) -> tuple[str, str]:
     return run.stdout.strip(), run.stderr.strip()
 
 
+@pytest.mark.long
 def test_a_policy_from_the_hub_cache_without_network(tmp_path: Path, saved: Path, policy: SteeringPolicy) -> None:
     hub_cache.write_repo(tmp_path, "someone/policy", tiny.folder_bytes(saved))
     output, errors = load_offline(tmp_path, "someone/policy")

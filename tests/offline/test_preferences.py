@@ -229,6 +229,7 @@ for name, split in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.long
 def test_hub_name_offline(tmp_path: Path) -> None:
     """A repository in the hub cache is found by name without a network."""
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -27,7 +27,7 @@ def subject() -> Subject:
 
 
 STEPS = {"attach": 5, "detach": 1, "leave": 1, "select": 1, "generating": 97}
-LONG = ("attach", "leave", "generating")
+LONG = ("attach", "detach", "leave", "generating")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in SCENARIOS])

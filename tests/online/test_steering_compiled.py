@@ -127,6 +127,7 @@ def test_the_compiled_decoding_of_generate(lengths: tuple[int, ...]) -> None:
     assert frames[2] == frames[1]
 
 
+@pytest.mark.long
 def test_rows_under_policies_that_change_between_calls_need_no_recompilation() -> None:
     model, rows = tiny_model("llama"), prompts((6, 6))
     policies = {"a": tiny_policy(model), "b": tiny_policy(model, alpha=0.9)}

@@ -53,6 +53,7 @@ def tune_arguments(folder: Path, out: str, **changes: str) -> list[str]:
     return ["tune", *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
+@pytest.mark.long
 def test_tune_with_other_gates(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

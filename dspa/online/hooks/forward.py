@@ -104,6 +104,7 @@ class ModelHooks:
 
     def _install_what_is_observed(self) -> None:
         self.observers = list(self._layers_of)
+        self._following = [observer for observer in self._following if observer in self._layers_of]
         observed = frozenset[int]().union(*self._layers_of.values())
         for layer in observed - self._layer_hooks.keys():
             self._layer_hooks[layer] = LayerHook(self, layer, self.stack.layers[layer])
@@ -186,10 +187,10 @@ class DecoderHook(MethodPatch):
             raise InvalidInputError(PACKED)
         cache = arguments.get("past_key_values")
         cache_length = 0 if cache is None else cache.get_seq_length()  # of a static cache, a tensor
-        if not isinstance(mask, Tensor):
-            mask = None  # one already made into the form of some kind of attention
         if mask is None and _restarts(arguments.get("position_ids")):
             raise InvalidInputError(PACKED_ROWS)
+        if not isinstance(mask, Tensor):
+            mask = None  # one already made into the form of some kind of attention
         if torch.compiler.is_compiling():
             number, lengths = (0, cache_length) if isinstance(cache_length, Tensor) else (cache_length, None)
             number = number if cache is not None else -1
