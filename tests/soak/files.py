@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import math
 import random
@@ -344,6 +345,7 @@ def run(cases: int, root: Path, *, first: int = 0, until: Deadline | None = None
         AssertionError: for a case that ended in another way; it names the case.
     """
     torch.set_num_threads(1)
+    importlib.import_module("datasets")  # some preference files need it; its first import is no load's time
     originals: dict[str, tuple[dict[str, bytes], Any]] = {}
     for kind in KINDS:
         folder = root / "original" / kind.name
