@@ -153,7 +153,8 @@ def compare(
     """Answers of several policies to the same prompts.
 
     Args:
-        model, tokenizer: the model, not steered at the moment.
+        model: the model, not steered at the moment.
+        tokenizer: its tokenizer.
         policies: by name.
         prompts: texts.
         unsteered: whether the model as it is answers as well, first.

@@ -46,7 +46,8 @@ class Objective:
     """Gains of policies over the unsteered model, example by example, on some triples and neutral texts.
 
     Attributes:
-        model, tokenizer: the model.
+        model: the model.
+        tokenizer: its tokenizer.
         scorer: scores its responses.
         triples: the examples.
         texts: neutral texts, as prompt and continuation.

@@ -96,7 +96,8 @@ def tune(
     matplotlib is installed; `evaluations.jsonl`, by which an interrupted tuning goes on.
 
     Args:
-        model, tokenizer: the model, not steered at the moment.
+        model: the model, not steered at the moment.
+        tokenizer: its tokenizer.
         policy: where to start from.
         preferences: triples that the policy was not fitted from.
         out: the folder.
