@@ -77,6 +77,7 @@ def search(page: Browser, table: str, words: str) -> str:
     return page.run(f"document.getElementById('{table}-count').textContent")
 
 
+@pytest.mark.long
 def test_every_column_of_every_table_sorts(page: Browser, found: PolicyAudit) -> None:
     assert page.run("document.title") == "Audit of a SteeringPolicy"
     assert column(page, "latents", 0) == [str(latent.latent) for latent in found.latents]

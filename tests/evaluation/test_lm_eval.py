@@ -150,6 +150,7 @@ def steered(model: Any, tokenizer: Any, policy: Path, tasks: Path) -> dict[int, 
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", [MMLU, pytest.param(HELLASWAG, marks=pytest.mark.long)])
 def test_scores_are_those_of_a_loop_at_every_batch_size(
     steered: dict[int, dict[str, list[Any]]], model: Any, tokenizer: Any, chosen: Any, tasks: Path, task: str

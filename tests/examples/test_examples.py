@@ -88,6 +88,7 @@ def test_scripts_are_short_and_use_public_names(script: Path) -> None:
     assert script.name in Path(__file__).read_text()  # each one is run below
 
 
+@pytest.mark.long
 def test_first_policy(folder: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     run("first_policy.py", "--triples", 50, "--out", folder)  # the densities are there already
     printed = capsys.readouterr().out

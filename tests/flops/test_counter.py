@@ -60,6 +60,7 @@ def triple(prompt: int, chosen: int, rejected: int) -> PreferenceTriple:
     return PreferenceTriple((1,) * prompt, (1,) * chosen, (1,) * rejected, chosen, rejected, "counted")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "published",
     [PUBLISHED_MODELS[0], *(pytest.param(model, marks=pytest.mark.long) for model in PUBLISHED_MODELS[1:])],

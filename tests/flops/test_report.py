@@ -114,6 +114,7 @@ def test_published_figures_are_printed() -> None:
         assert figure in text
 
 
+@pytest.mark.long
 def test_the_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
     report = run_flops(options(folder), progress=False)
     text = to_html(report)

@@ -600,6 +600,7 @@ def test_room_behind_the_lists_changes_no_bit(backend: Backend) -> None:
         assert same_bits(step(rows, sae, edit_list(augment, ablate, room), 0.2, backend=backend), tight), room
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("relu", "layer_norm")], ids=str)
 def test_the_number_of_threads_changes_no_bit(backend: Backend, kind: Kind) -> None:
     sae = make_sae(kind, 131, 1500, torch.bfloat16, seed=5)

@@ -132,6 +132,7 @@ def test_entries_are_block_sizes() -> None:
     assert all(Tile(*s).tokens == 16 for t in TOKEN_STEP.values() for pair in t.values() for s in pair)
 
 
+@pytest.mark.long
 def test_tuning_without_a_gpu_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -104,6 +104,7 @@ def assert_clean(sae: SaeWeights, batch: int, k: int) -> None:
 # ---- one launch ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", "layer_norm", subtract_b_dec=True)], ids=str)
 def test_a_token_is_one_launch(kind: Kind, mode: StepMode, launches: list[Launch]) -> None:

@@ -90,6 +90,7 @@ def test_model_answers_heldout_prompts_in_whole_sentences(
     assert abs(rewards.mean()) < 4 * rewards.std() / len(rewards) ** 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["input", pytest.param("output", marks=pytest.mark.long)])
 def test_saes_load_with_sae_lens_and_are_sparse_and_faithful(
     which: Literal["input", "output"], organism: tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]

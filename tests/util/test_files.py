@@ -182,6 +182,7 @@ def test_a_symbolic_link_where_the_temporary_file_would_be_is_not_followed(
     assert ((tmp_path / "file").read_bytes(), (tmp_path / "file").is_symlink()) == (b"new", False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [0, *(pytest.param(limit, marks=pytest.mark.long) for limit in (1, 4096))])
 def test_a_limit_on_file_sizes_is_one_line(tmp_path: Path, limit: int) -> None:
     program = (

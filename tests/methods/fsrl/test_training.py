@@ -241,6 +241,7 @@ class KilledError(Exception):
     """Stands for a killed run."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed_after", [1, 3, 4, 7])
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_a_resumed_run_is_the_same_run_to_the_bits(killed_after: int, evaluated: bool, tmp_path: Path) -> None:
