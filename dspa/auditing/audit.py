@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dspa.auditing.records import (
     AuditedLatent,
     AuditSubject,
     ClassShares,
+    Direction,
     LatentClass,
     LensTokens,
     Support,
@@ -30,6 +32,7 @@ from dspa.auditing.report import PolicyAudit
 from dspa.auditing.support import TripleTexts, supporting_triples
 from dspa.errors import InvalidInputError
 from dspa.methods.model_card import describe_sae
+from dspa.methods.personal import Overlay, PersonalPolicy
 from dspa.methods.policy import Policy
 from dspa.methods.static_policy import StaticPolicy
 from dspa.methods.steering_policy import SteeringPolicy
@@ -60,8 +63,8 @@ def audit(
     edited, on which tokens, and how far the residual stream and the next-token distribution moved.
 
     Args:
-        policy: a `SteeringPolicy` or a `StaticPolicy`; other policies with a model and prompts only, since nothing can
-            be read from them alone.
+        policy: a `SteeringPolicy`, a `PersonalPolicy` or a `StaticPolicy`; other policies with a model and prompts
+            only, since nothing can be read from them alone.
         model: the model it was made for, not steered at the moment.
         tokenizer: its tokenizer.
         prompts: texts or conversations to steer on.
@@ -79,7 +82,7 @@ def audit(
     """
     _check(policy, model, tokenizer, prompts, densities, triples)
     known = {} if labels is None else _labels(policy, labels)
-    by_latent = MapByLatent(policy) if isinstance(policy, SteeringPolicy) else None
+    by_latent = MapByLatent.of(policy)
     if model is not None and policy.model is not None:
         policy.model.check(model)
     measurement = None
@@ -113,6 +116,9 @@ def _check(
     policy: Policy, model: object, tokenizer: object, prompts: object, densities: object, triples: object
 ) -> None:
     kind = type(policy).__name__
+    if not hasattr(policy, "intervention"):
+        raise InvalidInputError(f"a {kind} is no policy; pass one, or read its folder with from_pretrained")
+    has_map = isinstance(policy, (SteeringPolicy, PersonalPolicy))
     if model is not None and tokenizer is None:
         raise InvalidInputError("the model comes without its tokenizer; pass tokenizer=")
     if prompts is not None and model is None:
@@ -121,9 +127,9 @@ def _check(
         raise InvalidInputError("triples come without their densities; pass densities=, the folder dspa collect wrote")
     if triples is not None and tokenizer is None:
         raise InvalidInputError("the texts of triples need the tokenizer; pass tokenizer=")
-    if densities is not None and not isinstance(policy, SteeringPolicy):
+    if densities is not None and not has_map:
         raise InvalidInputError(f"a {kind} has no map, so no triple supports its edits; audit it without densities")
-    if prompts is None and not isinstance(policy, (SteeringPolicy, StaticPolicy)):
+    if prompts is None and not has_map and not isinstance(policy, StaticPolicy):
         raise InvalidInputError(f"a {kind} names no latents by itself; audit it with a model and prompts")
 
 
@@ -142,6 +148,8 @@ def _latents(policy: Policy, by_latent: MapByLatent | None, measurement: Measure
     if isinstance(policy, StaticPolicy):
         listed = policy.edits.latents[policy.edits.valid()].tolist()
         named = {latent: float(listed.count(latent)) for latent in listed}
+    for latent in _overlaid(policy):
+        named[latent] = math.inf  # it is edited on every prompt
     edits = {} if measurement is None else {latent: use.tokens_edited for latent, use in measurement.uses.items()}
     return sorted({*named, *edits}, key=lambda x: (-edits.get(x, 0), -named.get(x, 0.0), x))
 
@@ -172,7 +180,7 @@ def _described(
     seen: Mapping[int, LensTokens],
     support: tuple[Support, ...],
 ) -> AuditedLatent:
-    label = labels.get(latent)
+    label, factors = labels.get(latent), None if by_latent is None else by_latent.policy.factors
     latent_class: LatentClass | None = None if label is None else label.latent_class
     class_by = None if latent_class is None else "label"
     if latent_class is None and measurement is not None:
@@ -191,7 +199,18 @@ def _described(
         use=None if measurement is None else measurement.uses.get(latent),
         examples=() if measurement is None else measurement.examples.get(latent, ()),
         support=support,
+        factor=1.0 if factors is None else float(factors[latent]),
+        overlay=_overlaid(policy).get(latent),
     )
+
+
+def _overlaid(policy: Policy) -> dict[int, Direction]:
+    """The latents that an overlay edits on every prompt."""
+    if not isinstance(policy, PersonalPolicy):
+        return {}
+    overlay = policy.overlay
+    pairs = zip(overlay.latents.tolist(), overlay.signs.tolist(), strict=True)
+    return {latent: "augment" if sign > 0 else "ablate" for latent, sign in pairs if sign}
 
 
 def _shares(latents: Sequence[AuditedLatent]) -> ClassShares | None:
@@ -220,11 +239,15 @@ def _shares(latents: Sequence[AuditedLatent]) -> ClassShares | None:
 def _subject(policy: Policy) -> AuditSubject:
     intervention, fingerprint = policy.intervention, policy.model
     sae = getattr(intervention, "sae", None)
+    overlay = policy.overlay if isinstance(policy, PersonalPolicy) else None
+    shared: Any = policy.policy if isinstance(policy, PersonalPolicy) else policy
     named = {
-        field.name: getattr(policy, field.name)
-        for field in fields(policy)  # type: ignore[arg-type]
-        if isinstance(getattr(policy, field.name), (str, bool, int, float))
+        field.name: getattr(shared, field.name)
+        for field in (fields(shared) if is_dataclass(shared) else ())
+        if isinstance(getattr(shared, field.name), (str, bool, int, float))
     }
+    if overlay is not None:
+        named["alpha"] = intervention.strength
     return AuditSubject(
         kind=type(policy).__name__,
         model=None
@@ -233,4 +256,15 @@ def _subject(policy: Policy) -> AuditSubject:
         layer=intervention.layer,
         settings={"strength": intervention.strength, **named},
         output_sae=describe_sae(sae) if isinstance(sae, SparseAutoencoder) else None,
+        changes=shared.changes if isinstance(shared, SteeringPolicy) else (),
+        overlay=None if overlay is None else _overlay_words(overlay),
+    )
+
+
+def _overlay_words(overlay: Overlay) -> str:
+    up, down, still = (int((overlay.signs == sign).sum()) for sign in (1, -1, 0))
+    strength = "the shared alpha" if overlay.alpha is None else f"alpha {overlay.alpha:g}"
+    return (
+        f"{up} latents augmented and {down} ablated on every prompt, {still} left alone; from {overlay.examples} "
+        f"examples; {strength}"
     )

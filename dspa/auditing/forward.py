@@ -15,6 +15,7 @@ from dspa.methods.policy import Policy
 from dspa.online.steering import steer
 from dspa.online.trace import TracedToken
 from dspa.transformers_model import decoder_stack, device_of, hidden_of
+from dspa.util.scalars import check_integer, check_switch
 
 TOKENS_AT_ONCE = 64  # whose distributions over the vocabulary are compared
 
@@ -28,12 +29,21 @@ class Decoding:
         sample: whether tokens are sampled, by the model's generation configuration, instead of the likeliest taken.
         seed: of the sampling.
         batch_size: prompts run at once.
+
+    Raises:
+        InvalidInputError: for an option out of range.
     """
 
     max_new_tokens: int = 64
     sample: bool = False
     seed: int = 0
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_switch("sample", self.sample)
+        check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        check_integer("batch_size", self.batch_size, 1)
 
     def __str__(self) -> str:
         how = f"sampled with seed {self.seed}" if self.sample else "greedy"

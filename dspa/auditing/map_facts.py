@@ -12,6 +12,8 @@ from torch import Tensor
 from dspa.auditing.records import Lead, MapFacts, MapRow, MapUse
 from dspa.auditing.statistics import quantiles
 from dspa.methods.conditional_map import ConditionalDifferenceMap
+from dspa.methods.personal import Overlay, PersonalPolicy
+from dspa.methods.policy import Policy
 from dspa.methods.steering_policy import SteeringPolicy
 
 SHOWN_ROWS = 500  # of the map, heaviest first
@@ -22,31 +24,70 @@ Page = Callable[[int], str | None]
 
 @dataclass(frozen=True, eq=False)
 class MapByLatent:
-    """The entries of a map, also by column.
+    """The entries of a map that can lead to an edit, also by column. Those of latents that the policy may not edit, or
+    that an overlay decides, are left out.
 
     Attributes:
         policy: whose map it is.
+        overlay: of a personal policy that shares it; None for the policy by itself.
     """
 
     policy: SteeringPolicy
+    overlay: Overlay | None = None
+
+    @classmethod
+    def of(cls, policy: Policy) -> MapByLatent | None:
+        """Of a policy that selects by a map; None for any other."""
+        if isinstance(policy, PersonalPolicy):
+            return cls(policy.policy, policy.overlay)
+        return cls(policy) if isinstance(policy, SteeringPolicy) else None
 
     @property
     def map(self) -> ConditionalDifferenceMap:
         return self.policy.conditional_map
 
     @cached_property
+    def free(self) -> Tensor:
+        """`[d_sae_out]` bool, the latents whose edits the map decides."""
+        editable = self.policy.editable
+        free = torch.ones(self.map.matrix.d_sae_out, dtype=torch.bool) if editable is None else editable.clone()
+        if self.overlay is not None:
+            free[self.overlay.latents.long()] = False
+        return free
+
+    @cached_property
+    def left_out(self) -> int:
+        """How many output latents some row names whose edits the map does not decide."""
+        named = torch.zeros_like(self.free)
+        named[self._all_columns] = True
+        return int((named & ~self.free).sum())
+
+    @cached_property
     def rows(self) -> Tensor:
         """`[entries]` int64, the row of each entry."""
+        return self._all_rows[self._kept]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return self._all_columns[self._kept]
+
+    @cached_property
+    def values(self) -> Tensor:
+        return self.map.matrix.values.double().cpu()[self._kept]
+
+    @cached_property
+    def _all_rows(self) -> Tensor:
         offsets = self.map.matrix.row_offsets.cpu()
         return torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
 
     @cached_property
-    def columns(self) -> Tensor:
+    def _all_columns(self) -> Tensor:
         return self.map.matrix.columns.long().cpu()
 
     @cached_property
-    def values(self) -> Tensor:
-        return self.map.matrix.values.double().cpu()
+    def _kept(self) -> Tensor:
+        """Of all entries, which can lead to an edit, bool."""
+        return self.free[self._all_columns]
 
     @cached_property
     def mass(self) -> float:
@@ -67,17 +108,19 @@ class MapByLatent:
 
     @cached_property
     def _extreme(self) -> Tensor:
-        """`[entries]` bool: among the k_diff of its row that the policy would edit if this row were picked alone."""
-        extreme = torch.zeros(len(self.values), dtype=torch.bool)
+        """`[entries]` bool: among the k_diff of its row that the policy would edit if this row were picked alone. A
+        latent that is left out keeps its place among them."""
+        all_rows, values = self._all_rows, self.map.matrix.values.double().cpu()
+        extreme = torch.zeros(len(values), dtype=torch.bool)
         offsets = self.map.matrix.row_offsets.cpu()
         for edit, sign in (("augment", 1.0), ("ablate", -1.0)):
             if self.policy.edit in (edit, "both"):
-                order = (-sign * self.values).argsort(stable=True)
-                order = order[self.rows[order].argsort(stable=True)]  # by row, within it from the extreme on
-                place = torch.arange(len(order)) - offsets[self.rows[order]]
+                order = (-sign * values).argsort(stable=True)
+                order = order[all_rows[order].argsort(stable=True)]  # by row, within it from the extreme on
+                place = torch.arange(len(order)) - offsets[all_rows[order]]
                 chosen = order[place < self.policy.k_diff]
-                extreme[chosen[sign * self.values[chosen] > 0]] = True
-        return extreme
+                extreme[chosen[sign * values[chosen] > 0]] = True
+        return extreme[self._kept]
 
     def entries_of(self, latent: int) -> tuple[Tensor, Tensor]:
         """Rows that name a latent, int64, and their entries, float64."""
@@ -138,7 +181,7 @@ class MapByLatent:
         masses = torch.zeros(matrix.d_sae_in, dtype=torch.float64).index_add_(0, self.rows, self.values.abs())
         order = masses.argsort(descending=True, stable=True)
         half = int((masses[order].cumsum(dim=0) < self.mass / 2).sum()) + 1 if self.mass else 0
-        counts, page = matrix.row_offsets.cpu().diff(), self.row_page()
+        counts, page = torch.bincount(self.rows, minlength=matrix.d_sae_in), self.row_page()
         always = fitted.always_on().cpu() if latents else torch.zeros(matrix.d_sae_in, dtype=torch.bool)
         heaviest = [
             MapRow(
@@ -157,9 +200,10 @@ class MapByLatent:
             rows_of="prompt latent" if latents else "triple",
             shape=(matrix.d_sae_in, matrix.d_sae_out),
             triples=fitted.run.triple_count,
-            entries=matrix.nonzeros,
-            sparsity=1 - matrix.nonzeros / (matrix.d_sae_in * matrix.d_sae_out),
+            entries=len(self.values),
+            sparsity=1 - len(self.values) / (matrix.d_sae_in * matrix.d_sae_out),
             columns_used=len(self.latents),
+            columns_left_out=self.left_out,
             rows_used=int((counts > 0).sum()),
             always_open=int(always.sum()) if latents else None,
             always_open_mass=float(masses[always].sum()) / self.mass if latents and self.mass else None,

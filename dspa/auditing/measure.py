@@ -17,6 +17,7 @@ from dspa.auditing.overlap import list_overlap
 from dspa.auditing.prompts import ReadPrompt
 from dspa.auditing.records import ContextToken, Example, LatentUse, Measured, PromptAudit
 from dspa.auditing.statistics import mean, quantiles
+from dspa.methods.personal import PersonalPolicy
 from dspa.methods.policy import Policy
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.chat_template import special_token_ids
@@ -82,7 +83,8 @@ def measure(
         MismatchError: if the policy was made for another model.
         InvalidInputError: if the model is steered already.
     """
-    picks = _picked_rows(policy, model, prompts) if isinstance(policy, SteeringPolicy) else None
+    selecting = policy.policy if isinstance(policy, PersonalPolicy) else policy
+    picks = _picked_rows(selecting, model, prompts) if isinstance(selecting, SteeringPolicy) else None
     special = special_token_ids(tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     counts = _Counts(getattr(policy.intervention, "sae", None), tokenizer, special)

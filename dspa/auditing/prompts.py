@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dspa.errors import InvalidInputError
 from dspa.offline.chat_template import chat_prompt, plain_prompt
@@ -56,20 +56,24 @@ def _prompt_of(line: bytes, place: str, is_json: bool) -> PromptSource:
     except ValueError as error:
         raise InvalidInputError(f"{place} is not JSON ({error}); expected an object with a prompt") from error
     prompt = record.get("prompt") if isinstance(record, dict) else record
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    if isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
+    if (isinstance(prompt, str) and prompt) or is_conversation(prompt):
         return prompt
     raise InvalidInputError(f"{place} has no prompt; expected a text or a list of messages under 'prompt'")
+
+
+def is_conversation(prompt: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Whether it is a list of messages."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(each, Mapping) for each in prompt)
 
 
 def tokenise(prompts: Sequence[PromptSource], tokenizer: Any, chat: bool) -> list[ReadPrompt]:
     """What the model reads of each prompt. With `chat`, a text is a user's turn if the tokenizer has a chat template.
 
     Raises:
-        InvalidInputError: if there is no prompt, one is empty, or a conversation meets no chat template.
+        InvalidInputError: if there is no prompt, one is empty or something else, or a conversation meets no chat
+            template.
     """
-    if not prompts or isinstance(prompts, str):
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise InvalidInputError("there is no prompt to audit the policy on; pass a list of at least one")
     read = []
     for prompt in prompts:
@@ -77,6 +81,8 @@ def tokenise(prompts: Sequence[PromptSource], tokenizer: Any, chat: bool) -> lis
             templated = chat and tokenizer.chat_template
             messages = [{"role": "user", "content": prompt}]
             text, ids = prompt, chat_prompt(tokenizer, messages) if templated else plain_prompt(tokenizer, prompt)
+        elif not is_conversation(prompt):
+            raise InvalidInputError(f"a prompt is {prompt!r}; expected a text or a list of messages")
         else:
             text = "\n".join(str(message.get("content", "")) for message in prompt)
             ids = chat_prompt(tokenizer, prompt)

@@ -34,6 +34,8 @@ class AuditSubject:
         layer: the decoder layer after which it edits, from 0.
         settings: names and values of its options.
         output_sae: where the SAE of the edited latents comes from, in words; None for an edit without latents.
+        changes: what was done to the policy since it was fitted; of a personal policy, to the shared one.
+        overlay: what a personal policy has of its own, in words; None for others.
     """
 
     kind: str
@@ -41,6 +43,8 @@ class AuditSubject:
     layer: int
     settings: dict[str, Any]
     output_sae: str | None
+    changes: tuple[str, ...] = ()
+    overlay: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class MapRow:
 
 @dataclass(frozen=True)
 class MapFacts:
-    """The conditional-difference map as a whole (docs/method.md, section 2).
+    """The conditional-difference map as a whole (docs/method.md, section 2), as far as the policy may use it: columns
+    of latents that are switched off, or that an overlay decides, are left out of everything but the shape.
 
     Attributes:
         rows_of: what has a row.
@@ -77,6 +82,7 @@ class MapFacts:
         entries: how many are not 0.
         sparsity: the share of entries that are 0.
         columns_used: output latents that some row names.
+        columns_left_out: output latents that some row names and that are left out.
         rows_used: rows that name some latent.
         always_open: how many gates were open for every triple; None where rows are triples.
         always_open_mass: the share of the mass in their rows; None likewise.
@@ -91,6 +97,7 @@ class MapFacts:
     entries: int
     sparsity: float
     columns_used: int
+    columns_left_out: int
     rows_used: int
     always_open: int | None
     always_open_mass: float | None
@@ -241,6 +248,9 @@ class AuditedLatent:
         use: what happened to it on the prompts; None without prompts.
         examples: tokens on which it was edited, the most active first, of different prompts before several of one.
         support: the triples that support its edit most; empty without a density store.
+        factor: what its decoder row was multiplied by (`SteeringPolicy.scaled`), so that an edit adds so many times as
+            much.
+        overlay: how a personal policy's overlay edits it on every prompt; None where it does not.
     """
 
     latent: int
@@ -253,6 +263,8 @@ class AuditedLatent:
     use: LatentUse | None
     examples: tuple[Example, ...]
     support: tuple[Support, ...]
+    factor: float = 1.0
+    overlay: Direction | None = None
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def supporting_triples(
         texts: what to show of triples.
 
     Raises:
-        MismatchError: if the map was fitted from other densities.
+        MismatchError: if the map was fitted from other densities, or its entries are not the means of gated differences
+            that they stand for, as in a mixture of maps with different gates.
     """
     run = by_latent.map.run
     if store.run.digest() != run.digest():
@@ -110,13 +111,35 @@ def _contributions(
     weights, chosen = weights[used], torch.tensor(latents, dtype=torch.int64)
     thresholds = fitted.gate_thresholds.cpu()[used]
     parts = []
+    means = torch.zeros_like(weights)
     for shard, (_, difference) in zip(store.read(), differences(store), strict=True):
         density = _columns(shard.prompt, used, run.d_sae_in)
         gates = density >= thresholds
         if fitted.options.gate_rule == "positive_ge":
             gates &= density > 0
         parts.append(difference[:, chosen] * (gates.double() @ weights) / run.triple_count)
+        means += gates.double().T @ difference[:, chosen] / run.triple_count
+    _check_entries(by_latent, latents, used, weights, means)
     return torch.cat(parts)
+
+
+def _check_entries(
+    by_latent: MapByLatent, latents: Sequence[int], used: Tensor, weights: Tensor, means: Tensor
+) -> None:
+    """Raises MismatchError if entries that count are not what the triples add up to."""
+    place = torch.full((by_latent.map.matrix.d_sae_in,), -1, dtype=torch.int64)
+    place[used] = torch.arange(len(used))
+    entries = torch.zeros_like(means)
+    for column, latent in enumerate(latents):
+        rows, values = by_latent.entries_of(latent)
+        here = place[rows] >= 0
+        entries[place[rows[here]], column] = values[here]
+    # The map is float32.
+    if not torch.allclose(torch.where(weights != 0, means, 0), torch.where(weights != 0, entries, 0), 1e-5, 1e-9):
+        raise MismatchError(
+            "the map's entries are no means over the triples under one gate for each row, as in a mixture of maps with "
+            "different gates; audit it without densities, or each of its parts with them"
+        )
 
 
 def _columns(counts: SparseCounts, latents: Tensor, d_sae: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from dspa.auditing.records import AuditedLatent, AuditRecord, Example, PromptAudit, Quantiles
+from dspa.methods.policy_edits import shortened
 from dspa.util.report_parts import Table
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def names_of(audit: AuditRecord) -> dict[str, str]:
         "edits after layer": str(subject.layer),
         "output SAE": subject.output_sae or "none",
         "settings": settings or f"strength {subject.settings['strength']}",
+        **({} if subject.overlay is None else {"overlay": subject.overlay}),
+        **({"changed since it was fitted": shortened(subject.changes)} if subject.changes else {}),
     }
 
 
@@ -90,6 +93,11 @@ def map_lines(audit: AuditRecord) -> dict[str, str]:
     lines = {
         "rows": f"{facts.shape[0]} ({facts.rows_of}s), {facts.rows_used} of them with entries",
         "output latents named": f"{facts.columns_used} of {facts.shape[1]}",
+        **(
+            {"output latents left out": f"{facts.columns_left_out}, switched off or decided by the overlay"}
+            if facts.columns_left_out
+            else {}
+        ),
         "entries": f"{facts.entries} ({percent(facts.sparsity)} are 0)",
         "size of an entry": f"mean {figure(facts.entry_size.mean)}, 90 % below {figure(facts.entry_size.p90)}, "
         f"largest {figure(facts.entry_size.maximum)}",
@@ -183,6 +191,11 @@ def _latents(audit: AuditRecord, text: Text, number: Number) -> Table:
     if audit.map is not None:
         columns["rows -/+"] = lambda x: "" if x.map is None else f"{x.map.lowering}/{x.map.raising}"
         columns["mean entry"] = lambda x: "" if x.map is None else f"{x.map.mean:+.2g}"
+    if any(latent.factor != 1 for latent in latents):
+        columns["factor"] = lambda x: f"{x.factor:g}"
+    if any(latent.overlay for latent in latents):
+        columns["overlay"] = lambda x: x.overlay or ""
+    if audit.map is not None:
         columns["led to by"] = lambda x: "" if x.map is None else " ".join(str(lead.row) for lead in x.map.leads[:3])
     if audit.measured is not None:
         columns["listed"] = lambda x: "0" if x.use is None else str(x.use.ablate_lists + x.use.augment_lists)
@@ -192,7 +205,7 @@ def _latents(audit: AuditRecord, text: Text, number: Number) -> Table:
         columns["promotes"] = lambda x: text(lens_text(x, "promoted"))
     if audit.measured is not None:
         columns["most active on"] = lambda x: text(snippet(x.examples[0])) if x.examples else ""
-    words = ("label", "class", "led to by", "promotes", "most active on")
+    words = ("label", "class", "overlay", "led to by", "promotes", "most active on")
     rows = tuple(tuple(cell(latent) for cell in columns.values()) for latent in latents[:SHOWN_LATENTS])
     more = len(latents) - len(rows)
     order = "Most often edited first" if audit.measured is not None else "By their part of the map's mass"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dspa.kernels import CsrMap
 from dspa.sae.autoencoder import SparseAutoencoder
@@ -111,8 +112,15 @@ def audit_of_counts(counts: EditCounts, page: Page) -> str:
     return _audit(heading, "tokens edited", [(edit.latent, f"{edit.tokens}") for edit in counts.latents], page)
 
 
-def audit_of_map(matrix: CsrMap, page: Page) -> str:
-    """The latents that rows of a conditional map name, most often named first."""
+def audit_of_map(matrix: CsrMap, page: Page, editable: Tensor | None = None, factors: Tensor | None = None) -> str:
+    """The latents that rows of a conditional map name, most often named first.
+
+    Args:
+        matrix: the map.
+        page: of a latent.
+        editable: `[d_sae_out]` bool, the latents that may be edited; None for all.
+        factors: `[d_sae_out]`, what the decoder rows were multiplied by; None for 1.
+    """
     heading = (
         "Not measured on prompts. By the map: in how many of its rows, one for each prompt latent (or for each triple, "
         "where the estimator is nearest_prompts), a latent has an entry, and the mean of these entries (positive: more "
@@ -121,8 +129,20 @@ def audit_of_map(matrix: CsrMap, page: Page) -> str:
     columns, values = matrix.columns.long().cpu(), matrix.values.double().cpu()
     rows = torch.zeros(matrix.d_sae_out, dtype=torch.int64).index_add_(0, columns, torch.ones_like(columns))
     total = torch.zeros(matrix.d_sae_out, dtype=torch.float64).index_add_(0, columns, values)
+    if editable is not None:
+        off = int((rows[~editable] > 0).sum())
+        heading += f" Left out are {off} latents of the map that are switched off in this policy."
+        rows[~editable] = 0
     order = sorted(rows.nonzero().flatten().tolist(), key=lambda latent: (-int(rows[latent]), latent))
-    ranked = [(latent, f"{int(rows[latent])}, mean {float(total[latent] / rows[latent]):+.4f}") for latent in order]
+
+    def scale(latent: int) -> str:
+        factor = 1.0 if factors is None else float(factors[latent])
+        return "" if factor == 1 else f", its edits times {factor:g}"
+
+    ranked = [
+        (latent, f"{int(rows[latent])}, mean {float(total[latent] / rows[latent]):+.4f}{scale(latent)}")
+        for latent in order
+    ]
     return _audit(heading, "rows of the map", ranked, page)
 
 

@@ -120,6 +120,7 @@ class PersonalPolicy:
         overlay: what the user has of their own.
 
     Raises:
+        InvalidInputError: if one of them is something else.
         MismatchError: if the overlay belongs to another SAE or layer, or names latents that this policy may not edit,
             or whose decoder rows it does not hold.
     """
@@ -129,12 +130,17 @@ class PersonalPolicy:
 
     def __post_init__(self) -> None:
         policy, overlay = self.policy, self.overlay
+        _check_shared(policy)
+        if not isinstance(overlay, Overlay):
+            raise InvalidInputError(
+                f"the overlay is a {type(overlay).__name__}; expected what dspa.personalise returned"
+            )
         encoder = policy.conditional_map.run.output_sae
         if (overlay.output_layer, overlay.output_sae) != (policy.output_layer, encoder):
             raise MismatchError("the overlay belongs to another output SAE or layer than the policy; make it again")
+        if len(overlay.latents) and int(overlay.latents.max()) >= policy.output_sae.d_sae:
+            raise MismatchError(f"the overlay names latent {int(overlay.latents.max())} of {policy.output_sae.d_sae}")
         latents = overlay.latents[overlay.signs != 0].long()
-        if len(latents) and int(latents.max()) >= policy.output_sae.d_sae:
-            raise MismatchError(f"the overlay names latent {int(latents.max())} of {policy.output_sae.d_sae}")
         rows = policy.output_sae.decoder_rows
         if rows is not None and bool((rows.cpu()[latents] < 0).any()):
             raise MismatchError("the overlay edits latents whose decoder rows this policy does not hold; make it again")
@@ -189,6 +195,11 @@ class PersonalPolicy:
         )
 
 
+def _check_shared(policy: object) -> None:
+    if not isinstance(policy, SteeringPolicy):
+        raise InvalidInputError(f"the shared policy is a {type(policy).__name__}; expected a SteeringPolicy")
+
+
 def personalise(
     policy: SteeringPolicy,
     model: nn.Module,
@@ -212,10 +223,12 @@ def personalise(
         alpha: the user's edit strength; None for the policy's.
 
     Raises:
-        InvalidInputError: if there are no examples, an option is out of range, or the model is steered.
+        InvalidInputError: if the policy is no `SteeringPolicy`, there are no examples, an option is out of range, or
+            the model is steered.
         MismatchError: if the policy was made for another model.
     """
-    triples = PreferenceTriples.from_any(examples if isinstance(examples, PreferenceTriples) else list(examples))
+    _check_shared(policy)
+    triples = PreferenceTriples.from_any(examples)
     check_integer("entries_per_side", entries_per_side, 1, policy.output_sae.d_sae, "d_sae = ")
     policy.model.check(model)
     if is_steered(model):

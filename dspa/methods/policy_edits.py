@@ -2,11 +2,12 @@
 
 Both are folded into what a policy is made of, so that a token costs what it cost before: a latent that is switched off
 is missing from the lists; a factor is part of the latent's decoder row. Each function also words the line that the
-change leaves in `SteeringPolicy.changes`.
+change leaves in `SteeringPolicy.changes`. Lines are whole; `shortened` is how they are shown.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,10 @@ from dspa.errors import InvalidInputError
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.util.scalars import LARGEST_FLOAT32, check_integer, check_number
 
-NAMED = 20  # latents that a line of `changes` names
+NAMED = 20  # latents of a line of `changes` that are shown
+MERGED = "merged "  # how the line of a mixture begins
+ITEM = r"\d+(?: by [\d.e+-]+)?"
+LONG_LIST = re.compile(rf"({ITEM}(?:, {ITEM}){{{NAMED - 1}}})((?:, {ITEM})+)")
 
 
 def without_latents(editable: Tensor | None, d_sae: int, latents: Iterable[int]) -> tuple[Tensor, str]:
@@ -37,8 +41,13 @@ def only_latents(editable: Tensor | None, d_sae: int, latents: Iterable[int]) ->
     return _all_editable(editable, d_sae) & kept, f"only {_named(chosen)}"
 
 
-def scaled_decoder(sae: SparseAutoencoder, factors: Mapping[int, float]) -> tuple[SparseAutoencoder, str]:
-    """The SAE with multiples of some decoder rows; see `SteeringPolicy.scaled`."""
+def scaled_decoder(
+    sae: SparseAutoencoder, before: Tensor | None, factors: Mapping[int, float]
+) -> tuple[SparseAutoencoder, Tensor, str]:
+    """The SAE with multiples of some decoder rows, and of each row `[d_sae]` float32 its factor, those `before`
+    included; see `SteeringPolicy.scaled`."""
+    if not isinstance(factors, Mapping):
+        raise InvalidInputError(f"factors are a {type(factors).__name__}; expected a dictionary of latents and factors")
     chosen = _checked(factors, sae.d_sae)
     for latent, factor in factors.items():
         check_number(f"the factor of latent {latent}", factor, 0, LARGEST_FLOAT32)
@@ -50,8 +59,26 @@ def scaled_decoder(sae: SparseAutoencoder, factors: Mapping[int, float]) -> tupl
     multiples = torch.tensor([float(factors[latent]) for latent in chosen], dtype=small, device=sae.device)
     W_dec = sae.W_dec.clone()
     W_dec[rows[known]] = (W_dec[rows[known]].to(small) * multiples[known, None]).to(W_dec.dtype)
-    listed = [f"{latent} by {float(factors[latent]):g}" for latent in chosen]
-    return replace(sae, W_dec=W_dec), f"scaled the edits of {_named(listed)}"
+    after = torch.ones(sae.d_sae) if before is None else before.clone()
+    for latent in chosen:
+        after[latent] *= float(factors[latent])
+    listed = [f"{latent} by {written(factors[latent])}" for latent in chosen]
+    return replace(sae, W_dec=W_dec), after, f"scaled the edits of {_named(listed)}"
+
+
+def shortened(changes: Iterable[str]) -> str:
+    """The lines of `SteeringPolicy.changes` in one, of each list of latents the first `NAMED`."""
+
+    def rest(found: re.Match[str]) -> str:
+        return f"{found[1]} and {found[2].count(',')} more"
+
+    return "; ".join(LONG_LIST.sub(rest, change) for change in changes)
+
+
+def written(number: float) -> str:
+    """A number as short as it can be read back exactly."""
+    short = f"{float(number):g}"
+    return short if float(short) == number else repr(float(number))
 
 
 def _all_editable(editable: Tensor | None, d_sae: int) -> Tensor:
@@ -61,6 +88,8 @@ def _all_editable(editable: Tensor | None, d_sae: int) -> Tensor:
 
 def _checked(latents: Iterable[int], d_sae: int) -> list[int]:
     """The latents in ascending order, each once."""
+    if isinstance(latents, str) or not isinstance(latents, Iterable):
+        raise InvalidInputError(f"latents are {latents!r}; expected a list of integers")
     chosen = list(latents)
     for latent in chosen:
         check_integer("a latent", latent, 0, d_sae - 1, "d_sae - 1 = ")
@@ -70,6 +99,4 @@ def _checked(latents: Iterable[int], d_sae: int) -> list[int]:
 
 
 def _named(latents: list[Any]) -> str:
-    shown = ", ".join(map(str, latents[:NAMED]))
-    more = len(latents) - NAMED
-    return f"{'latent' if len(latents) == 1 else 'latents'} {shown}" + (f" and {more} more" if more > 0 else "")
+    return f"{'latent' if len(latents) == 1 else 'latents'} {', '.join(map(str, latents))}"

@@ -13,6 +13,7 @@ from dspa.errors import InvalidInputError, MismatchError
 from dspa.kernels import CsrMap
 from dspa.methods.conditional_map import ConditionalDifferenceMap
 from dspa.methods.latent_lists import with_all_decoder_rows
+from dspa.methods.policy_edits import MERGED, written
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.util.scalars import LARGEST_FLOAT32, check_number
@@ -23,18 +24,25 @@ def merge(weights: Mapping[SteeringPolicy, float]) -> SteeringPolicy:
 
     The lists of the merged policy are those that the weighted sum of the maps selects,
     `A = sum_n w_n A_n / sum_n w_n`, and alpha is averaged in the same way. A latent that one of the policies does not
-    edit (`SteeringPolicy.without`) is not edited by the merged one. One lookup and one step serve it, as every policy;
-    its map has the entries of all.
+    edit (`SteeringPolicy.without`) is not edited by the merged one. A policy of weight 0 takes no part. One lookup and
+    one step serve it, as every policy; its map has the entries of all.
 
     Args:
         weights: a weight, at least 0, for each policy.
 
     Raises:
-        InvalidInputError: if there are fewer than two, a weight is negative, or all are 0; if the options differ, or a
-            map has rows of triples.
-        MismatchError: if models, layers, SAEs or counting rules differ.
+        InvalidInputError: if there are fewer than two, one is no `SteeringPolicy`, a weight is negative, or all are 0;
+            if the options differ, or a map has rows of triples.
+        MismatchError: if models, layers, SAEs, factors of latents or counting rules differ.
     """
+    if not isinstance(weights, Mapping):
+        raise InvalidInputError(
+            f"weights are a {type(weights).__name__}; expected a dictionary of policies and weights"
+        )
     policies = list(weights)
+    for policy in policies:
+        if not isinstance(policy, SteeringPolicy):
+            raise InvalidInputError(f"a {type(policy).__name__} cannot be merged; expected instances of SteeringPolicy")
     if len(policies) < 2:
         raise InvalidInputError(f"{len(policies)} policies were passed; expected at least two to merge")
     for weight in weights.values():
@@ -42,15 +50,23 @@ def merge(weights: Mapping[SteeringPolicy, float]) -> SteeringPolicy:
     total = sum(float(weight) for weight in weights.values())
     if not total > 0:
         raise InvalidInputError("all weights are 0; expected a positive one")
-    shares = [float(weight) / total for weight in weights.values()]
-    first = policies[0]
     for other in policies[1:]:
-        _check_mergeable(first, other)
-    sae = with_all_decoder_rows([policy.output_sae for policy in policies])
+        _check_mergeable(policies[0], other)
+    shared = {policy: float(weight) / total for policy, weight in weights.items()}
+    shared = {policy: share for policy, share in shared.items() if share > 0}
+    policies, shares = list(shared), list(shared.values())
+    first = policies[0]
+    try:
+        sae = with_all_decoder_rows([policy.output_sae for policy in policies])
+    except MismatchError as error:
+        raise MismatchError(
+            "the policies decode a latent differently, as after scaled(); merge the policies before they are scaled, "
+            "and scale the merged one"
+        ) from error
     assert isinstance(sae, SparseAutoencoder)
     masks = [policy.editable for policy in policies if policy.editable is not None]
     parts = ", ".join(
-        f"{share:g} x (alpha {policy.alpha:g}, {policy.conditional_map.run.triple_count} triples"
+        f"{written(share)} x (alpha {written(policy.alpha)}, {_fit_of(policy.conditional_map)}"
         f"{''.join(f', {change}' for change in policy.changes)})"
         for share, policy in zip(shares, policies, strict=True)
     )
@@ -60,8 +76,30 @@ def merge(weights: Mapping[SteeringPolicy, float]) -> SteeringPolicy:
         output_sae=sae,
         alpha=sum(share * float(policy.alpha) for share, policy in zip(shares, policies, strict=True)),
         editable=torch.stack(masks).all(dim=0) if masks else None,
-        changes=(f"merged {parts}",),
+        factors=_merged_factors(policies),
+        changes=(f"{MERGED}{parts}",),
     )
+
+
+def _fit_of(fitted: ConditionalDifferenceMap) -> str:
+    """How a map was fitted, in words."""
+    fit, run = fitted.options, fitted.run
+    return (
+        f"{run.triple_count} triples {run.triples[:8]}, gates {fit.gate_rule} percentile "
+        f"{written(fit.gate_percentile)}, sparsify {fit.sparsify} {fit.entries_per_side}"
+    )
+
+
+def _merged_factors(policies: list[SteeringPolicy]) -> Tensor | None:
+    """Of each decoder row that of the first policy that holds it, as in `with_all_decoder_rows`."""
+    if all(policy.factors is None for policy in policies):
+        return None
+    merged = torch.ones(policies[0].output_sae.d_sae)
+    for policy in reversed(policies):
+        rows, factors = policy.output_sae.decoder_rows, policy.factors
+        held = torch.ones(len(merged), dtype=torch.bool) if rows is None else rows.cpu() >= 0
+        merged[held] = 1.0 if factors is None else factors[held]
+    return merged
 
 
 def _check_mergeable(one: SteeringPolicy, other: SteeringPolicy) -> None:

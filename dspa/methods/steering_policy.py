@@ -36,7 +36,7 @@ from dspa.util.scalars import LARGEST_FLOAT32, check_number, check_switch
 if TYPE_CHECKING:
     from dspa.methods.explanation import PolicyExplanation
 
-EDITABLE = "editable"  # the tensor of that name in the folder
+EDITABLE, FACTORS = "editable", "factors"  # the tensors of that name in the folder
 OPTIONS = ("k_prompt", "k_diff", "alpha", "edit", "sign_guard", "edit_positions")
 
 
@@ -57,6 +57,8 @@ class SteeringPolicy:
             "all" every prompt token that is counted as well.
         editable: `[d_sae_out]` bool on the CPU, the output latents that may be edited; None for all. A selected latent
             that may not is left out of the list, and no other takes its place.
+        factors: `[d_sae_out]` float32 on the CPU, for the record: what the decoder rows of `output_sae` were multiplied
+            by; see `scaled`. None where all are 1.
         changes: what was done to the policy since it was fitted, a line each; see `without`, `only`, `scaled`,
             `with_options` and `dspa.merge`.
 
@@ -76,6 +78,7 @@ class SteeringPolicy:
     sign_guard: bool = False
     edit_positions: EditPositions = "from_last_prompt"
     editable: Tensor | None = None
+    factors: Tensor | None = None
     changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -105,6 +108,11 @@ class SteeringPolicy:
             raise InvalidInputError(
                 f"editable is {tuple(self.editable.shape)} {self.editable.dtype}; expected [{self.output_sae.d_sae}] "
                 "bool, one for each output latent"
+            )
+        if self.factors is not None and not _are_factors(self.factors, self.output_sae.d_sae):
+            raise InvalidInputError(
+                f"factors are {tuple(self.factors.shape)} {self.factors.dtype}; expected [{self.output_sae.d_sae}] "
+                "float32, one for each output latent, finite and at least 0"
             )
         if self.output_sae.W_dec is None:
             raise InvalidInputError("the output SAE has no decoder, so no edit can be decoded; pass the whole SAE")
@@ -208,8 +216,8 @@ class SteeringPolicy:
         Raises:
             InvalidInputError: for a latent or a factor out of range, or none.
         """
-        output_sae, change = policy_edits.scaled_decoder(self.output_sae, factors)
-        return replace(self, output_sae=output_sae, changes=(*self.changes, change))
+        output_sae, multiplied, change = policy_edits.scaled_decoder(self.output_sae, self.factors, factors)
+        return replace(self, output_sae=output_sae, factors=multiplied, changes=(*self.changes, change))
 
     def with_options(self, **options: Any) -> SteeringPolicy:
         """The policy with other options, such as `alpha=0.1` or `k_diff=8`.
@@ -283,6 +291,8 @@ class SteeringPolicy:
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
         if self.editable is not None:
             tensors[EDITABLE] = self.editable.to(torch.uint8)
+        if self.factors is not None:
+            tensors[FACTORS] = self.factors
         saved = FOLDER.write(folder, config, tensors)
         write_card(saved, self.model_card("path/of/this/policy"))
         return saved
@@ -333,6 +343,7 @@ class SteeringPolicy:
         run, fit, model = self.conditional_map.run, self.conditional_map.options, self.model
         page = self.output_sae.metadata.neuronpedia_page
         matrix, nearest = self.conditional_map.matrix, self.conditional_map.prompts
+        merged = any(change.startswith(policy_edits.MERGED) for change in self.changes)
         return model_card(
             repo_id,
             {
@@ -344,15 +355,17 @@ class SteeringPolicy:
                 "edit": self.edit,
                 "sign_guard": self.sign_guard,
                 "edit_positions": self.edit_positions,
-                "gate_percentile, gate_rule": f"{fit.gate_percentile}, {fit.gate_rule}",
-                "sparsify": fit.sparsify,
+                "gate_percentile, gate_rule": "of each part" if merged else f"{fit.gate_percentile}, {fit.gate_rule}",
+                "sparsify": "of each part" if merged else fit.sparsify,
                 "estimator": fit.estimator if nearest is None else f"{fit.estimator}, {nearest.neighbours} neighbours",
                 "map entries": matrix.nonzeros,
                 "preference triples": run.triple_count,
                 "counted tokens": counted_tokens(run.count_bos, run.count_template, run.count_eos),
-                **({"changed since it was fitted": "; ".join(self.changes)} if self.changes else {}),
+                **({"changed since it was fitted": policy_edits.shortened(self.changes)} if self.changes else {}),
             },
-            audit_of_map(matrix, page) if counts is None else audit_of_counts(counts, page),
+            audit_of_map(matrix, page, self.editable, self.factors)
+            if counts is None
+            else audit_of_counts(counts, page),
         )
 
     @classmethod
@@ -361,7 +374,7 @@ class SteeringPolicy:
 
         Args:
             source: a folder that `save_pretrained` wrote, or a hub repository's id.
-            options: fields to change, such as `alpha=0.1`.
+            options: fields to change, such as `alpha=0.1`, as `with_options` does.
 
         Raises:
             InvalidInputError: if there is no policy, or an option is unknown or out of range.
@@ -371,6 +384,7 @@ class SteeringPolicy:
         config, tensors = FOLDER.read(local_folder(source, FOLDER.patterns))
         _check_options(options)
         editable = _editable_from(tensors.pop(EDITABLE, None), str(source))
+        factors = tensors.pop(FACTORS, None)
         parts: dict[str, dict[str, Tensor]] = {"conditional_map": {}, "input_sae": {}, "output_sae": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
@@ -390,8 +404,10 @@ class SteeringPolicy:
                 raise ValueError(f"{EDITABLE} is for {len(editable)} latents; expected {output_sae.d_sae}")
         except (TypeError, ValueError, UnsupportedSaeError) as error:
             raise CorruptFileError(f"{source} does not hold a whole policy ({error}); make it again") from error
-        more: dict[str, Any] = {"editable": editable, "changes": config.changes}
-        return cls(conditional_map, input_sae, output_sae, **{**saved, **more, **options})
+        if factors is not None and not _are_factors(factors, output_sae.d_sae):
+            raise CorruptFileError(f"{source}: {FACTORS} are not {output_sae.d_sae} finite factors; make it again")
+        more: dict[str, Any] = {"editable": editable, "factors": factors, "changes": config.changes}
+        return cls(conditional_map, input_sae, output_sae, **saved, **more).with_options(**options)
 
 
 def _check_options(options: Mapping[str, object]) -> None:
@@ -404,6 +420,12 @@ def _editable_from(stored: Tensor | None, source: str) -> Tensor | None:
     if stored is not None and (stored.dtype != torch.uint8 or stored.ndim != 1 or bool((stored > 1).any())):
         raise CorruptFileError(f"{source}: {EDITABLE} is not a row of zeros and ones; make the policy again")
     return None if stored is None else stored.bool()
+
+
+def _are_factors(factors: Tensor, d_sae: int) -> bool:
+    if factors.dtype != torch.float32 or tuple(factors.shape) != (d_sae,):
+        return False
+    return bool((factors.isfinite() & (factors >= 0)).all())
 
 
 def check_policy_names(edit: str, edit_positions: str) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_collection as tiny
+import torch
 
-from dspa import ConditionalDifferenceMap, MismatchError, SteeringPolicy, audit
+from dspa import ConditionalDifferenceMap, MismatchError, SteeringPolicy, audit, merge
 from dspa.auditing.map_facts import MapByLatent
 from dspa.auditing.support import supporting_triples
+from dspa.methods.personal import Overlay, PersonalPolicy
 from dspa.offline.density_store import DensityStore
 
 TRIPLES, D_IN, D_OUT, K_DIFF = 14, 12, 18, 3
@@ -142,3 +144,87 @@ def test_links_to_pages_of_latents(store: DensityStore) -> None:
     assert first.map.leads[0].link == f"https://www.neuronpedia.org/tiny/input/{first.map.leads[0].row}"
     assert found.map is not None
     assert found.map.heaviest[0].link == f"https://www.neuronpedia.org/tiny/input/{found.map.heaviest[0].row}"
+
+
+@pytest.mark.parametrize("edit", ["ablate", "both"])
+def test_what_is_switched_off_is_left_out(store: DensityStore, edit: Any) -> None:
+    """Everything is that of the map without these columns; a latent keeps its place in the rows' extremes."""
+    whole = policy_of(store, edit)
+    kept = [1, 4, 9]
+    found, before = audit(whole.only(kept), densities=store), audit(whole, densities=store)
+    assert sorted(latent.latent for latent in found.latents) == kept
+    assert found.map is not None
+    A = whole.conditional_map.to_dense().double().numpy()
+    mass = np.abs(A[:, kept]).sum()
+    assert found.map.entries == (A[:, kept] != 0).sum()
+    assert (found.map.columns_used, found.map.columns_left_out) == (3, int((A != 0).any(axis=0).sum()) - 3)
+    assert sum(row.mass for row in found.map.heaviest) == pytest.approx(mass)
+    assert sum(latent.map.share for latent in found.latents if latent.map) == pytest.approx(1)
+    for latent in found.latents:
+        was = before.latent(latent.latent)
+        assert latent.map is not None
+        assert was.map is not None
+        assert replace(latent.map, share=was.map.share) == was.map
+        assert latent.support == was.support
+
+
+def test_changes_and_factors_are_said_everywhere(store: DensityStore) -> None:
+    policy = policy_of(store)
+    found = audit(policy.without([0]).scaled({4: 5.0, 7: 0.5}))
+    assert found.subject.changes == ("without latent 0", "scaled the edits of latents 4 by 5, 7 by 0.5")
+    assert {x.latent: x.factor for x in found.latents if x.factor != 1} == {4: 5.0, 7: 0.5}
+    for text in (found.to_json(), found.to_markdown(), found.to_html()):
+        assert "without latent 0" in text
+        assert "factor" in text
+        assert "4 by 5" in text
+    plain = audit(policy)
+    assert (plain.subject.changes, {x.factor for x in plain.latents}) == ((), {1.0})
+    assert "factor" not in plain.to_markdown()
+
+
+def test_a_policy_that_may_edit_nothing(store: DensityStore) -> None:
+    found = audit(policy_of(store).only([1]).only([2]), densities=store)
+    assert found.latents == ()
+    assert found.map is not None
+    assert (found.map.entries, found.map.heaviest, found.map.rows_for_half_the_mass) == (0, (), 0)
+    assert found.to_json()
+    assert found.to_html()
+
+
+def test_triples_of_a_mixture(store: DensityStore) -> None:
+    """Of maps with one gate they add up to the entries; of others they cannot, and are refused."""
+    one, other = policy_of(store), policy_of(store, gate_percentile=20)
+    with pytest.raises(MismatchError, match="as in a mixture of maps with different gates; audit it without densities"):
+        audit(merge({one: 0.5, other: 0.5}), densities=store)
+    alike = audit(merge({one: 0.5, policy_of(store): 0.5}), densities=store)
+    assert alike.latents[0].support == audit(one, densities=store).latents[0].support
+    assert audit(merge({one: 0.5, other: 0.5})).latents
+
+
+def test_a_personal_policy(store: DensityStore) -> None:
+    """The overlay's latents are edited whatever the map says; the shared policy's options are reported."""
+    shared = policy_of(store).without([0])
+    run = shared.conditional_map.run
+    latents, signs = torch.tensor([4, 7, 9], dtype=torch.int32), torch.tensor([1, 0, -1], dtype=torch.int8)
+    overlay = Overlay(latents, signs, torch.zeros(3), 0.4, run.output_layer, run.output_sae, 6)
+    found = audit(PersonalPolicy(shared, overlay), densities=store)
+    settings = found.subject.settings
+    assert (settings["strength"], settings["alpha"], settings["k_diff"], settings["edit"]) == (
+        0.4,
+        0.4,
+        K_DIFF,
+        "ablate",
+    )
+    assert found.subject.changes == ("without latent 0",)
+    assert found.subject.overlay == (
+        "1 latents augmented and 1 ablated on every prompt, 1 left alone; from 6 examples; alpha 0.4"
+    )
+    assert [(x.latent, x.overlay, x.map) for x in found.latents[:2]] == [(4, "augment", None), (9, "ablate", None)]
+    assert not {0, 7} & {x.latent for x in found.latents}
+    expected = audit(shared.without([4, 7, 9]), densities=store)
+    assert [(x.latent, x.map, x.support) for x in found.latents[2:]] == [
+        (x.latent, x.map, x.support) for x in expected.latents
+    ]
+    assert found.map == expected.map
+    assert "| overlay |" in found.to_markdown()
+    assert "from 6 examples" in found.to_html()

@@ -25,6 +25,7 @@ from dspa.auditing.forward import Decoding, kl_divergence
 from dspa.auditing.measure import Measurement, measure, token_texts
 from dspa.auditing.prompts import ReadPrompt
 from dspa.kernels import EditList
+from dspa.methods.personal import Overlay, PersonalPolicy
 
 ROWS = prompts((5, 9, 7, 6, 8))
 DECODING = Decoding(max_new_tokens=6, batch_size=2)
@@ -261,6 +262,9 @@ def test_texts_of_tokens_in_their_places() -> None:
         ("dspa", {"prompts": ["w5"]}, "prompts need a model"),
         ("dspa", {"model": True, "tokenizer": True, "prompts": []}, "there is no prompt"),
         ("dspa", {"triples": object()}, "triples come without their densities"),
+        ("dspa", {"model": True, "tokenizer": True, "prompts": [None]}, "a prompt is None; expected a text or a list"),
+        ("dspa", {"model": True, "tokenizer": True, "prompts": [5]}, "a prompt is 5; expected"),
+        ("name", {}, "a str is no policy"),
     ],
 )
 def test_what_cannot_be_audited(model: Any, policy: str, arguments: dict[str, Any], line: str) -> None:
@@ -270,11 +274,43 @@ def test_what_cannot_be_audited(model: Any, policy: str, arguments: dict[str, An
         "static": StaticPolicy.with_edits(steering, EditList.from_lists([[]], [[1]])),
         "fsrl": tiny_fsrl_policy(),
         "vector": VectorPolicy(torch.ones(D_MODEL), layer=OUTPUT_LAYER),
+        "name": "policy/",
     }
     real = {"model": model, "tokenizer": tiny_tokenizer()}
     passed = {name: real[name] if value is True else value for name, value in arguments.items()}
     with pytest.raises(InvalidInputError, match=line):
         audit(policies[policy], **passed)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"seed": 0.5}, "seed is 0.5; expected an integer"),
+        ({"sample": 1}, "sample is 1; expected True or False"),
+    ],
+)
+def test_decoding_out_of_range(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(InvalidInputError, match=line):
+        Decoding(**options)
+
+
+def test_a_personal_policy_on_prompts(model: Any) -> None:
+    """The rows that its shared policy picked lead to the latents that are not the overlay's."""
+    shared = tiny_policy(model)
+    run = shared.conditional_map.run
+    own = shared.selectable_latents()[:2].int()
+    overlay = Overlay(
+        own, torch.tensor([1, -1], dtype=torch.int8), torch.zeros(2), 0.5, run.output_layer, run.output_sae, 3
+    )
+    found = audit(PersonalPolicy(shared, overlay), model, tiny_tokenizer(), prompts=["w5 w6 w7"], decoding=DECODING)
+    assert found.measured is not None
+    assert found.latent(int(own[0])).use is not None
+    assert {int(own[0])} <= set(found.measured.prompts[0].augment)
+    leads = [lead for x in found.latents if x.map is not None and x.use is not None for lead in x.map.leads]
+    assert leads
+    assert all(lead.prompts == 1 for lead in leads)
 
 
 def test_another_model_or_a_steered_one(model: Any) -> None:

@@ -179,6 +179,24 @@ def test_an_overlay_is_checked(latents: list[int], signs: list[int], words: str)
         overlay_of(latents, signs)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: PersonalPolicy(POLICY, {}), "the overlay is a dict"),  # type: ignore[arg-type]
+        (lambda: PersonalPolicy("p", overlay_of([1], [1])), "the shared policy is a str"),  # type: ignore[arg-type]
+        (
+            lambda: personalise(PersonalPolicy(POLICY, overlay_of([], [])), MODEL, EXAMPLES),  # type: ignore[arg-type]
+            "the shared policy is a PersonalPolicy",
+        ),
+        (lambda: personalise(POLICY, MODEL, 5), "the triples are a int"),  # type: ignore[arg-type]
+        (lambda: PersonalPolicy(POLICY, overlay_of([10**6], [0])), "the overlay names latent 1000000 of"),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused(make: Any, words: str) -> None:
+    with pytest.raises((InvalidInputError, MismatchError), match=words):
+        make()
+
+
 def test_a_steered_model_is_refused() -> None:
     with steer(MODEL, POLICY), pytest.raises(InvalidInputError, match="the model is steered"):
         personalise(POLICY, MODEL, EXAMPLES)

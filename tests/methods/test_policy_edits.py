@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 import dspa
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError
 from dspa.kernels import EditKind, EditList, token_step
+from dspa.methods.policy_edits import shortened
 from dspa.methods.policy_merge import merge
 from dspa.methods.static_policy import StaticPolicy
 from dspa.methods.steering_policy import SteeringPolicy
@@ -223,7 +224,7 @@ def test_what_one_part_does_not_edit_the_mixture_does_not() -> None:
         ({"k_diff": 1}, InvalidInputError, "make them equal by with_options first"),
         ({"edit": "augment"}, InvalidInputError, "edit are 'both' and 'augment'"),
         ("other layers", MismatchError, "another input_layer"),
-        ("scaled", MismatchError, "different decoders"),
+        ("scaled", MismatchError, "merge the policies before they are scaled"),
         ("negative", InvalidInputError, "a weight is -1"),
         ("zero", InvalidInputError, "all weights are 0"),
         ("alone", InvalidInputError, "at least two"),
@@ -309,3 +310,101 @@ def test_a_damaged_switch_is_refused(stored: Tensor, tmp_path: Path, monkeypatch
 def test_what_cannot_be_changed_is_refused(make: Any, words: str) -> None:
     with pytest.raises(InvalidInputError, match=words):
         make(tiny_policy(MODEL))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda policy: policy.without(5), "latents are 5; expected a list of integers"),
+        (lambda policy: policy.only("12"), "latents are '12'"),
+        (lambda policy: policy.scaled([5]), "factors are a list; expected a dictionary"),
+        (lambda policy: merge(cast(Any, [policy, policy])), "weights are a list; expected a dictionary"),
+        (lambda policy: merge(cast(Any, {policy: 1, "other": 1})), "a str cannot be merged"),
+        (lambda policy: replace(policy, factors=torch.full((56,), torch.nan)), "factors are"),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused_in_a_line(make: Any, words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words) as caught:
+        make(tiny_policy(MODEL))
+    assert "\n" not in str(caught.value)
+
+
+# --- what is recorded -------------------------------------------------------------------------------------------------
+
+
+def test_changes_are_recorded_whole_and_shown_short(tmp_path: Path) -> None:
+    policy = tiny_policy(MODEL)
+    factors = {latent: 1 + latent / 3 for latent in range(30)}
+    changed = policy.only(range(40)).scaled(factors)
+    loaded = SteeringPolicy.from_pretrained(changed.save_pretrained(tmp_path))
+    assert loaded.changes[0] == f"only latents {', '.join(map(str, range(40)))}"
+    said = dict(
+        part.split(" by ") for part in loaded.changes[1].removeprefix("scaled the edits of latents ").split(", ")
+    )
+    assert {int(latent): float(factor) for latent, factor in said.items()} == factors
+    assert loaded.factors is not None
+    assert torch.equal(loaded.factors[:30], torch.tensor(list(factors.values())))
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        f"only latents {', '.join(map(str, range(20)))} and 20 more; scaled the edits of latents 0 by 1, 1 by" in card
+    )
+    assert f"19 by {factors[19]!r} and 10 more |" in card
+    merged = merge({changed: 1, replace(changed): 1})
+    assert merged.changes[0].count(changed.changes[0]) == 2  # what two mixtures differ in is in their lines
+    assert "and 20 more, scaled" in shortened(merged.changes)
+
+
+def test_options_of_a_loaded_policy_are_a_change(tmp_path: Path) -> None:
+    policy = tiny_policy(MODEL)
+    folder = policy.save_pretrained(tmp_path)
+    loaded = SteeringPolicy.from_pretrained(folder, alpha=0.9, k_diff=policy.k_diff)
+    assert (loaded.alpha, loaded.changes) == (0.9, (f"alpha {policy.alpha} -> 0.9",))
+
+
+def test_damaged_factors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = tiny_policy(MODEL).scaled({0: 2})
+    object.__setattr__(changed, "factors", torch.full((56,), -1.0))
+    monkeypatch.setattr(SteeringPolicy, "model_card", lambda *_: "")
+    changed.save_pretrained(tmp_path)
+    with pytest.raises(CorruptFileError, match="factors are not 56 finite factors"):
+        SteeringPolicy.from_pretrained(tmp_path)
+
+
+def test_the_table_of_the_card_is_that_of_the_policy() -> None:
+    """No latent that is switched off, and the factor of one that is scaled."""
+    policy = tiny_policy(MODEL)
+    columns = policy.conditional_map.matrix.columns.unique().tolist()
+    a, b = columns[:2]
+    card = policy.only([a, b]).scaled({b: 5}).scaled({b: 0.5}).model_card("me/policy")
+    rows = [line for line in card.splitlines() if line.startswith("| ") and ", mean " in line]
+    assert sorted(int(line.split("|")[1]) for line in rows) == [a, b]
+    assert ["its edits times 2.5" in line for line in rows] == [int(line.split("|")[1]) == b for line in rows]
+    assert f"Left out are {len(columns) - 2} latents" in card
+    plain = policy.model_card("me/policy")
+    assert "Left out" not in plain
+    assert "its edits" not in plain
+
+
+def test_a_part_of_weight_0_takes_no_part() -> None:
+    policy = tiny_policy(MODEL)
+    off, latent = policy.without(most_selected(policy)), most_selected(policy)[0]
+    merged = merge({policy: 2, off.scaled({latent: 3}): 0})
+    density = random_density(policy)
+    assert lists_of(merged.select(density)) == lists_of(policy.select(density))
+    assert torch.equal(merged.conditional_map.matrix.values, policy.conditional_map.matrix.values)
+    assert merged.factors is None
+
+
+def test_a_mixture_of_scaled_policies_keeps_their_factors_and_the_card_names_the_parts() -> None:
+    policy = tiny_policy(MODEL)
+    latent = most_selected(policy)[0]
+    other = replace(
+        policy.conditional_map, options=replace(policy.conditional_map.options, gate_percentile=50.0, gate_rule="ge")
+    )
+    scaled = policy.scaled({latent: 3})
+    merged = merge({scaled: 1, replace(scaled, conditional_map=other): 1})
+    assert merged.factors is not None
+    assert float(merged.factors[latent]) == 3
+    card = merged.model_card("me/policy")
+    assert "| gate_percentile, gate_rule | of each part |" in card
+    assert "gates ge percentile 50, " in card
