@@ -51,6 +51,7 @@ def merge(weights: Mapping[SteeringPolicy, float]) -> SteeringPolicy:
     masks = [policy.editable for policy in policies if policy.editable is not None]
     parts = ", ".join(
         f"{share:g} x (alpha {policy.alpha:g}, {policy.conditional_map.run.triple_count} triples"
+        f"{'' if policy.merged else _gates(policy)}"
         f"{''.join(f', {change}' for change in policy.changes)})"
         for share, policy in zip(shares, policies, strict=True)
     )
@@ -62,6 +63,11 @@ def merge(weights: Mapping[SteeringPolicy, float]) -> SteeringPolicy:
         editable=torch.stack(masks).all(dim=0) if masks else None,
         changes=(f"merged {parts}",),
     )
+
+
+def _gates(policy: SteeringPolicy) -> str:
+    fit = policy.conditional_map.options
+    return f", percentile {fit.gate_percentile:g}, {fit.gate_rule}"
 
 
 def _check_mergeable(one: SteeringPolicy, other: SteeringPolicy) -> None:

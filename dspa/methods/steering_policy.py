@@ -249,6 +249,11 @@ class SteeringPolicy:
 
         return explain_prompt(self, model, prompt, tokenizer, chat)
 
+    @property
+    def merged(self) -> bool:
+        """Whether `dspa.merge` made it, so that its map comes from several fits."""
+        return any(change.startswith("merged ") for change in self.changes)
+
     def selectable_latents(self) -> Tensor:
         """Output latents that some prompt can select, int64, ascending: those in the map, and, since latents with a
         score of 0 are selected in index order when a prompt leaves room, the first k_diff of the others."""
@@ -344,7 +349,9 @@ class SteeringPolicy:
                 "edit": self.edit,
                 "sign_guard": self.sign_guard,
                 "edit_positions": self.edit_positions,
-                "gate_percentile, gate_rule": f"{fit.gate_percentile}, {fit.gate_rule}",
+                "gate_percentile, gate_rule": (
+                    "of each part of the merge, see below" if self.merged else f"{fit.gate_percentile}, {fit.gate_rule}"
+                ),
                 "sparsify": fit.sparsify,
                 "estimator": fit.estimator if nearest is None else f"{fit.estimator}, {nearest.neighbours} neighbours",
                 "map entries": matrix.nonzeros,
