@@ -89,7 +89,8 @@ def tune(
     The gain of a setting is what it adds to the unsteered model's preference margin, to a user's reward, or to the sum
     of both. Settings that do more to neutral text than the guard allows are not chosen. Successive halving evaluates
     all settings on a few examples, the better part of them on more, and the last few on all, every setting on the same
-    examples with the same sampling noise. Other gates are fitted again from stored densities, without the model.
+    examples with the same sampling noise. Where the last ones break the guard, dropped ones are taken up again. Other
+    gates are fitted again from stored densities, without the model.
 
     Writes to `out`: `policy/`, the chosen policy, whose card says how it was chosen; `tuning.json`; `pareto.png` where
     matplotlib is installed; `evaluations.jsonl`, by which an interrupted tuning goes on.
@@ -110,8 +111,8 @@ def tune(
         progress: whether to draw a progress bar.
 
     Raises:
-        InvalidInputError: if there are too few examples, nothing to maximise, an option out of range, or no setting
-            that the guard allows.
+        InvalidInputError: if there are too few examples, nothing to maximise, an option out of range, a reward that
+            fails or is not finite, gates to fit again for a merged policy, or no setting that the guard allows.
         MismatchError: if parts do not belong together, or `out` holds another tuning.
     """
     options, grid = options or TuningOptions(), grid or TuningGrid()
