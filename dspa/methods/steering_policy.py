@@ -257,6 +257,11 @@ class SteeringPolicy:
 
         return explain_prompt(self, model, prompt, tokenizer, chat)
 
+    @property
+    def merged(self) -> bool:
+        """Whether `dspa.merge` made it, so that its map comes from several fits."""
+        return any(change.startswith(policy_edits.MERGED) for change in self.changes)
+
     def selectable_latents(self) -> Tensor:
         """Output latents that some prompt can select, int64, ascending: those in the map, and, since latents with a
         score of 0 are selected in index order when a prompt leaves room, the first k_diff of the others."""
@@ -343,7 +348,7 @@ class SteeringPolicy:
         run, fit, model = self.conditional_map.run, self.conditional_map.options, self.model
         page = self.output_sae.metadata.neuronpedia_page
         matrix, nearest = self.conditional_map.matrix, self.conditional_map.prompts
-        merged = any(change.startswith(policy_edits.MERGED) for change in self.changes)
+        of_parts = "of each part" if self.merged else None
         return model_card(
             repo_id,
             {
@@ -355,8 +360,8 @@ class SteeringPolicy:
                 "edit": self.edit,
                 "sign_guard": self.sign_guard,
                 "edit_positions": self.edit_positions,
-                "gate_percentile, gate_rule": "of each part" if merged else f"{fit.gate_percentile}, {fit.gate_rule}",
-                "sparsify": "of each part" if merged else fit.sparsify,
+                "gate_percentile, gate_rule": of_parts or f"{fit.gate_percentile}, {fit.gate_rule}",
+                "sparsify": of_parts or fit.sparsify,
                 "estimator": fit.estimator if nearest is None else f"{fit.estimator}, {nearest.neighbours} neighbours",
                 "map entries": matrix.nonzeros,
                 "preference triples": run.triple_count,

@@ -112,9 +112,10 @@ def load_function(name: str) -> Reward:
         else:
             module = importlib.import_module(source)
         found = getattr(module, attribute)
-    except (OSError, ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's file raises
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InvalidInputError(
-            f"{name!r} names no function ({error}); expected FILE.py:NAME or MODULE:NAME"
+            f"{name!r} names no function ({type(error).__name__}: {reason}); expected FILE.py:NAME or MODULE:NAME"
         ) from error
     if not callable(found):
         raise InvalidInputError(f"{name!r} is a {type(found).__name__}; expected a function of prompt and response")

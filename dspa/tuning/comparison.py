@@ -21,6 +21,7 @@ from dspa.online.trace import SteeringTrace, TracedEdit
 from dspa.transformers_model import device_of, is_steered
 from dspa.util.progress import track
 from dspa.util.report_parts import html_page
+from dspa.util.scalars import check_integer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,11 +166,12 @@ def compare(
         progress: whether to draw a progress bar.
 
     Raises:
-        InvalidInputError: if the model is steered, or there is no prompt or nothing to compare.
+        InvalidInputError: if the model is steered, there is no prompt or nothing to compare, or an answer has no token.
         MismatchError: if a policy was made for another model.
     """
     if is_steered(model):
         raise InvalidInputError("the model is steered; call remove() on its steering before comparing")
+    check_integer("max_new_tokens", max_new_tokens, 1)
     under: list[tuple[str, Policy | None]] = [(UNSTEERED, None)] if unsteered else []
     under += list(policies.items())
     if not under or not prompts:

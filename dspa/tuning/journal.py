@@ -41,7 +41,15 @@ class Journal:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CorruptFileError(f"{self._path}: line {number + 1} cannot be read; delete the file") from error
             if record != head:
-                raise MismatchError(f"{folder} holds another tuning (options or data differ); use another folder")
+                before = record.get("run") if isinstance(record, dict) else None
+                differing = [
+                    name
+                    for name in head["run"]
+                    if not isinstance(before, dict) or before.get(name) != head["run"][name]
+                ]
+                raise MismatchError(
+                    f"{folder} holds another tuning ({', '.join(differing)} differ); use another folder"
+                )
         self._path.write_text("".join(f"{line}\n" for line in whole) if whole else f"{json.dumps(head)}\n")
 
     def find(self, setting: str, start: int, stop: int) -> dict[str, Floats] | None:

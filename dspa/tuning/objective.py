@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dspa.errors import InvalidInputError
 from dspa.methods.policy import Policy
 from dspa.offline.triples import PreferenceTriple
 from dspa.online.steering import steer
@@ -79,11 +81,18 @@ class Objective:
         return found
 
     def damage(self, policy: Policy, start: int, stop: int) -> dict[str, Floats]:
-        """By kind ("kl", "loss"), of the neutral texts from `start` to `stop`, as far as there are so many."""
-        texts = self.texts[start:stop]
+        """By kind ("kl", "loss"), of the neutral texts that are looked at with the examples from `start` to `stop`: all
+        of them with all examples, as many in proportion with a part, but at least two, so that a mean has an interval.
+        """
+        texts = self.texts[self._texts_upto(start) : self._texts_upto(stop)]
         found = self.scorer.damage(texts, policy) if texts else None
         empty = np.zeros(0)
         return {"kl": found.kl if found else empty, "loss": found.loss if found else empty}
+
+    def _texts_upto(self, examples: int) -> int:
+        return (
+            min(len(self.texts), max(2, math.ceil(examples * len(self.texts) / len(self.triples)))) if examples else 0
+        )
 
     def _margins(self, policy: Policy | None, start: int, stop: int) -> Floats:
         return self.scorer.margins(self.triples[start:stop], policy)
@@ -95,7 +104,7 @@ class Objective:
             part = self.triples[first : min(first + self.rows_at_once, stop)]
             for triple, response in zip(part, self._responses(part, policy, self.seed + first), strict=True):
                 prompt = self.tokenizer.decode(triple.prompt, skip_special_tokens=True)
-                found.append(float(self.reward(prompt, response)))
+                found.append(_checked_reward(self.reward, prompt, response))
         return np.array(found)
 
     def _responses(self, triples: Sequence[PreferenceTriple], policy: Policy | None, seed: int) -> list[str]:
@@ -120,13 +129,18 @@ class Objective:
         return np.array([known[index] for index in range(start, stop)])
 
 
-def neutral_rows(texts: Sequence[str], tokenizer: Any, longest: int = 256) -> list[Row]:
-    """Texts as token ids; the first quarter of each, at most 32 tokens, is taken for its prompt. Texts of fewer than 8
-    tokens are left out."""
-    rows: list[Row] = []
-    for text in texts:
-        ids = tokenizer(text).input_ids[:longest]
-        if len(ids) >= 8:
-            cut = min(len(ids) // 4, 32)
-            rows.append((ids[:cut], ids[cut:]))
-    return rows
+def _checked_reward(reward: Reward, prompt: str, response: str) -> float:
+    """Raises InvalidInputError if a user's function fails, or returns what is no finite number."""
+    try:
+        found = reward(prompt, response)
+    except Exception as error:
+        raise InvalidInputError(
+            f"the reward failed on the response {response[:40]!r} with {type(error).__name__}: {error}; mend it"
+        ) from error
+    try:
+        value = float(found)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InvalidInputError(f"the reward of the response {response[:40]!r} is {found!r}; expected a finite number")
+    return value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,23 +11,23 @@ import numpy as np
 from torch import nn
 
 from dspa.errors import InvalidInputError
-from dspa.methods.policy import Policy
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.density_store import DensityStore
 from dspa.offline.triples import PreferenceTriple, PreferenceTriples
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.transformers_model import is_steered
+from dspa.tuning.examples import distinct, neutral_rows, split_examples
 from dspa.tuning.halving import Schedule, successive_halving
+from dspa.tuning.identity import run_record
 from dspa.tuning.journal import Journal
-from dspa.tuning.objective import Guard, Objective, Reward, neutral_rows
+from dspa.tuning.objective import Guard, Objective, Reward
 from dspa.tuning.report import TunedRow, TuningReport
-from dspa.tuning.scoring import Floats, ResponseScorer, Row
+from dspa.tuning.scoring import ResponseScorer, Row
+from dspa.tuning.search import Search
 from dspa.tuning.settings import PolicyMaker, TunedSetting, TuningGrid
 from dspa.util.estimate import Estimate
 from dspa.util.files import write_atomically
 from dspa.util.scalars import check_integer, check_number
-
-LEAST_EXAMPLES = 4  # of each half
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ class TuningOptions:
     def __post_init__(self) -> None:
         check_number("report_share", self.report_share, 0.05, 0.95)
         check_number("keep", self.keep, 0.01, 0.9)
-        for name in ("first", "max_new_tokens", "rows_at_once"):
+        check_integer("first", self.first, 2)  # of one there is no interval
+        for name in ("max_new_tokens", "rows_at_once"):
             check_integer(name, getattr(self, name), 1)
         check_integer("seed", self.seed, 0)
 
@@ -90,7 +89,8 @@ def tune(
     The gain of a setting is what it adds to the unsteered model's preference margin, to a user's reward, or to the sum
     of both. Settings that do more to neutral text than the guard allows are not chosen. Successive halving evaluates
     all settings on a few examples, the better part of them on more, and the last few on all, every setting on the same
-    examples with the same sampling noise. Other gates are fitted again from stored densities, without the model.
+    examples with the same sampling noise. Where the last ones break the guard, dropped ones are taken up again. Other
+    gates are fitted again from stored densities, without the model.
 
     Writes to `out`: `policy/`, the chosen policy, whose card says how it was chosen; `tuning.json`; `pareto.png` where
     matplotlib is installed; `evaluations.jsonl`, by which an interrupted tuning goes on.
@@ -111,48 +111,38 @@ def tune(
         progress: whether to draw a progress bar.
 
     Raises:
-        InvalidInputError: if there are too few examples, nothing to maximise, an option out of range, or no setting
-            that the guard allows.
+        InvalidInputError: if there are too few examples, nothing to maximise, an option out of range, a reward that
+            fails or is not finite, gates to fit again for a merged policy, or no setting that the guard allows.
         MismatchError: if parts do not belong together, or `out` holds another tuning.
     """
     options, grid = options or TuningOptions(), grid or TuningGrid()
+    if not isinstance(policy, SteeringPolicy):
+        raise InvalidInputError(
+            f"the policy is a {type(policy).__name__}; expected a SteeringPolicy, which has settings"
+        )
     if is_steered(model):
         raise InvalidInputError("the model is steered; call remove() on its steering before tuning")
     if not options.margin and reward is None:
         raise InvalidInputError("there is nothing to maximise; pass a reward, or leave the margin on")
     policy.model.check(model)
-    triples = list(
-        PreferenceTriples.from_any(preferences if isinstance(preferences, PreferenceTriples) else [*preferences])
-    )
+    given = PreferenceTriples.from_any(preferences if isinstance(preferences, PreferenceTriples) else [*preferences])
+    triples = distinct(list(given))
     texts = neutral_rows(neutral, tokenizer)
     store = densities if isinstance(densities, DensityStore) or densities is None else DensityStore.open(densities)
     maker = PolicyMaker(policy, store, output_sae)
     settings = grid.settings(policy)
     for setting in settings:
         maker.policy_of(setting)  # what cannot be made is refused before anything is evaluated
-    rng = np.random.default_rng(options.seed)
-    choosing, reporting = _split(triples, options.report_share, rng)
-    if texts:
-        choosing_texts, reporting_texts = _split(texts, options.report_share, rng)
-    else:
-        choosing_texts, reporting_texts = (
-            [(triple.prompt, response) for triple in part for response in (triple.chosen, triple.rejected)]
-            for part in (choosing, reporting)
-        )
-    if min(len(choosing), len(reporting)) < LEAST_EXAMPLES:
-        raise InvalidInputError(
-            f"{len(triples)} preferences leave {len(choosing)} to choose on and {len(reporting)} to report on; "
-            f"expected at least {LEAST_EXAMPLES} each"
-        )
-    journal = Journal(out, _run_record(policy, triples, texts, reward, options))
+    choosing, reporting = split_examples(triples, texts, options.report_share, np.random.default_rng(options.seed))
+    journal = Journal(out, run_record(model, maker.policy, triples, texts, reward, asdict(options)))
     scorer = ResponseScorer(model, options.rows_at_once)
 
-    def objective(examples: list[PreferenceTriple], rows: list[Row], noise: int) -> Objective:
+    def objective(examples: list[PreferenceTriple], rows: Sequence[Row], noise: int) -> Objective:
         new_tokens, at_once = options.max_new_tokens, options.rows_at_once
         return Objective(model, tokenizer, scorer, examples, rows, options.margin, reward, new_tokens, noise, at_once)
 
-    search = _Search(objective(choosing, choosing_texts, options.seed), maker, journal, "choose")
-    total = len(choosing)
+    search = Search(objective(choosing.triples, choosing.texts, options.seed), maker, journal, "choose", options.guard)
+    total = len(choosing.triples)
     schedule = Schedule.of(len(settings), total, first=options.first, keep=options.keep)
     if options.full_grid:
         schedule = Schedule((len(settings),), (total,))
@@ -162,22 +152,32 @@ def tune(
             search.evaluate(setting, start, stop)
             advance(stop - start)
 
-        rungs = successive_halving(settings, schedule, evaluate, lambda arms: search.ranked(arms, options.guard))
-    rows = [search.row(setting, options.guard) for setting in settings]
-    best = rungs[-1].ranked[0]
-    if not search.row(best, options.guard).allowed:  # then none that came so far does
+        rungs = successive_halving(settings, schedule, evaluate, search.ranked)
+        best, dropped = rungs[-1].ranked[0], False
+        if not search.row(best).allowed:
+            found = search.take_up_again(rungs, evaluate)
+            best, dropped = found or best, found is not None
+    rows = [search.row(setting) for setting in settings]
+    if not search.row(best).allowed:
         least = min(rows, key=lambda row: row.kl.mean)
         raise InvalidInputError(
             f"no setting keeps the guard (KL at most {options.guard.max_kl:g}, perplexity at most "
             f"{options.guard.max_perplexity:g} times); the least KL is {least.kl.mean:.3g}, of {least.setting}; allow "
             "more, or try smaller alphas"
         )
-    judge = _Search(objective(reporting, reporting_texts, options.seed + 10**6), maker, journal, "report")
+    judge = Search(
+        objective(reporting.triples, reporting.texts, options.seed + 10**6), maker, journal, "report", options.guard
+    )
     reported: list[TunedRow] = []
     for setting in dict.fromkeys((best, TunedSetting.of_policy(policy))):
-        judge.evaluate(setting, 0, len(reporting))
-        reported.append(judge.row(setting, options.guard))
-    why = _reason(search, rungs[-1].ranked, best, len(settings), total, options)
+        judge.evaluate(setting, 0, len(reporting.triples))
+        reported.append(judge.row(setting))
+    whole = [setting for setting in settings if search.examples[setting] == total]
+    why = _reason(search, search.ranked(whole), best, len(settings), total, options)
+    if dropped:
+        why += (
+            "; those that the halving kept broke the guard in the end, and it is the first of the others that does not"
+        )
     report = TuningReport(
         chosen=best,
         why=why,
@@ -185,8 +185,8 @@ def tune(
         choosing=tuple(rows),
         reported=tuple(reported),
         choosing_examples=total,
-        reporting_examples=len(reporting),
-        cost=schedule.cost,
+        reporting_examples=len(reporting.triples),
+        cost=search.cost,
         full_grid_cost=len(settings) * total,
     )
     folder = Path(out)
@@ -197,99 +197,22 @@ def tune(
     return report
 
 
-class _Search:
-    """The values of settings on one part of the examples, computed or found in the journal."""
-
-    def __init__(self, objective: Objective, maker: PolicyMaker, journal: Journal, part: str) -> None:
-        self._objective, self._maker, self._journal, self._part = objective, maker, journal, part
-        self._values: dict[TunedSetting, dict[str, list[Floats]]] = {}
-
-    def evaluate(self, setting: TunedSetting, start: int, stop: int) -> None:
-        key = f"{self._part}: {setting}"
-        found = self._journal.find(key, start, stop)
-        if found is None:
-            made: Policy = self._maker.policy_of(setting)
-            found = {**self._objective.gains(made, start, stop), **self._objective.damage(made, start, stop)}
-            self._journal.add(key, start, stop, found)
-        values = self._values.setdefault(setting, {})
-        for name, array in found.items():
-            values.setdefault(name, []).append(array)
-
-    def row(self, setting: TunedSetting, guard: Guard) -> TunedRow:
-        parts = {name: np.concatenate(arrays) for name, arrays in self._values[setting].items()}
-        return TunedRow.from_values(setting, parts, guard)
-
-    def ranked(self, settings: Sequence[TunedSetting], guard: Guard) -> list[TunedSetting]:
-        """Those that keep the guard first, by gain. Settings that do exactly what an earlier one does, as other gates
-        often do, come last: they have nothing to add."""
-        rows = [self.row(setting, guard) for setting in settings]
-        rows.sort(key=lambda row: (not row.allowed, -row.gain.mean, row.kl.mean))
-        seen: set[tuple[float, float]] = set()
-        first, again = list[TunedSetting](), list[TunedSetting]()
-        for row in rows:
-            effect = row.gain.mean, row.kl.mean
-            (again if effect in seen else first).append(row.setting)
-            seen.add(effect)
-        return first + again
-
-    def difference(self, one: TunedSetting, other: TunedSetting) -> Floats:
-        """Of their gains, example by example."""
-        gains = [
-            sum(
-                np.concatenate(self._values[setting][part])
-                for part in ("margin", "reward")
-                if part in self._values[setting]
-            )
-            for setting in (one, other)
-        ]
-        return np.asarray(gains[0]) - np.asarray(gains[1])
-
-
-def _split(items: Sequence[Any], share: float, rng: np.random.Generator) -> tuple[list[Any], list[Any]]:
-    """In random order: what the choice sees, and what it does not."""
-    order = rng.permutation(len(items)).tolist()
-    cut = len(items) - math.floor(share * len(items))
-    return [items[index] for index in order[:cut]], [items[index] for index in order[cut:]]
-
-
-def _run_record(
-    policy: SteeringPolicy,
-    triples: Sequence[PreferenceTriple],
-    texts: Sequence[Row],
-    reward: Reward | None,
-    options: TuningOptions,
-) -> dict[str, Any]:
-    """Everything that decides the numbers of the journal. A reward is known by its name."""
-    digest = hashlib.sha256(repr([(t.prompt, t.chosen, t.rejected) for t in triples]).encode())
-    digest.update(repr([(list(prompt), list(rest)) for prompt, rest in texts]).encode())
-    searched = asdict(options)
-    for name in ("guard", "first", "keep", "full_grid"):  # which settings are evaluated, not what comes out
-        del searched[name]
-    return {
-        "examples": digest.hexdigest(),
-        "policy": repr(policy),
-        "collection": policy.conditional_map.run.digest(),
-        "fit": asdict(policy.conditional_map.options),
-        "changes": list(policy.changes),
-        "reward": None if reward is None else f"{reward.__module__}.{getattr(reward, '__qualname__', reward)}",
-        "options": searched,
-    }
-
-
 def _reason(
-    search: _Search,
+    search: Search,
     finalists: Sequence[TunedSetting],
     best: TunedSetting,
     settings: int,
     examples: int,
     options: TuningOptions,
 ) -> str:
-    row = search.row(best, options.guard)
+    row = search.row(best)
     text = (
         f"{best}: the largest gain, {row.gain.mean:+.4f} ± {row.gain.half_width:.4f} on {examples} examples, of "
         f"{settings} settings with KL at most {options.guard.max_kl:g} and perplexity at most "
         f"{options.guard.max_perplexity:g} times"
     )
+    if row.gain.mean <= 0:
+        text += "; that is no gain: leave the model unsteered, or try other settings"
     others = [setting for setting in finalists if setting != best]
     if others:
         ahead = Estimate.from_samples(search.difference(best, others[0]))

@@ -111,6 +111,16 @@ def test_functions_are_found_in_modules() -> None:
         load_function("dspa:__version__")
 
 
+@pytest.mark.parametrize(
+    "content", ["def f(p, r)\n  return 1\n", "x = undefined\n", "x = 1 / 0\n", "import nothing_here\n"]
+)
+def test_a_file_that_cannot_be_run_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text(content)
+    with pytest.raises(InvalidInputError, match="names no function") as found:
+        load_function(f"{tmp_path / 'reward.py'}:f")
+    assert "\n" not in str(found.value)
+
+
 def test_compare(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", MODEL, "--prompts", str(folder / "held-out.jsonl"), "--limit", "2", "--max-new-tokens", "12"]
     assert run(monkeypatch, "compare", str(folder / "policy"), *words, "--html", str(folder / "page.html")) == 0

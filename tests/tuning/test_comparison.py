@@ -141,6 +141,8 @@ def test_sampled_answers_share_their_noise() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="nothing to compare"):
         compare(MODEL, TOKENIZER, {}, PROMPTS, unsteered=False)
+    with pytest.raises(InvalidInputError, match="max_new_tokens is 0"):
+        compare(MODEL, TOKENIZER, POLICIES, PROMPTS, max_new_tokens=0)
     with steer(MODEL, POLICIES["weak"]), pytest.raises(InvalidInputError, match="is steered"):
         compare(MODEL, TOKENIZER, POLICIES, PROMPTS)
 

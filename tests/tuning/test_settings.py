@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny_collection import one_thread  # noqa: F401
 
 from dspa import ConditionalDifferenceMap, SteeringPolicy
 from dspa.errors import InvalidInputError, MismatchError
+from dspa.methods.policy_merge import merge
 from dspa.offline.density_store import DensityStore
 from dspa.tuning.settings import PolicyMaker, TunedSetting, TuningGrid
 
@@ -89,3 +91,42 @@ def test_what_cannot_be_made_is_refused(policy: SteeringPolicy, store: DensitySt
     with pytest.raises(MismatchError, match="decoder rows were not saved"):
         PolicyMaker(saved, store).policy_of(wide)
     assert PolicyMaker(saved, store, SAES[1]).policy_of(wide).k_diff == 60
+
+
+@pytest.mark.parametrize(
+    "changes", [{"alpha": 0.1}, {"edit": "both"}, {"alpha": ("0.1",)}, {"gate_percentile": (None,)}]
+)
+def test_a_grid_of_what_are_no_values_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match=next(iter(changes))):
+        TuningGrid(**changes)
+
+
+def test_settings_that_differ_are_written_differently(policy: SteeringPolicy) -> None:
+    grid = TuningGrid(alpha=(0.1234561, 0.1234564, 0.1 + 0.2, 0.3, 1.0), gate_percentile=(90.0, 90.0000001))
+    assert len({str(setting) for setting in grid.settings(policy)}) == 40
+    assert "alpha 1, k_prompt 6, k_diff 8, percentile 90, ge" in str(grid.settings(policy)[-4])
+
+
+def test_factors_are_not_lost_to_the_whole_sae(policy: SteeringPolicy, tmp_path: Path) -> None:
+    latent = int(policy.selectable_latents()[0])
+    for changed in (policy.scaled({latent: 5.0}), policy.scaled({latent: 1.0})):
+        saved = SteeringPolicy.from_pretrained(changed.save_pretrained(tmp_path / "policy"))
+        with pytest.raises(MismatchError, match="decoder rows of the policy are not those"):
+            PolicyMaker(saved, None, SAES[1])
+        assert PolicyMaker(saved).policy_of(TunedSetting.of_policy(saved)).output_sae is saved.output_sae
+
+
+def test_a_merge_is_not_fitted_again(policy: SteeringPolicy, store: DensityStore, tmp_path: Path) -> None:
+    other = replace(
+        policy,
+        conditional_map=ConditionalDifferenceMap.fit(
+            store, gate_percentile=50, gate_rule="positive_ge", entries_per_side=3
+        ),
+    )
+    merged = merge({policy: 1.0, other: 3.0})
+    assert "gates ge percentile 90" in merged.changes[0]
+    assert "gates positive_ge percentile 50" in merged.changes[0]
+    assert "| of each part |" in merged.model_card("me/policy")
+    again = SteeringPolicy.from_pretrained(merged.save_pretrained(tmp_path / "policy")).with_options(alpha=0.1)
+    with pytest.raises(InvalidInputError, match="is a merge of several fits; tune the gates of the parts"):
+        PolicyMaker(again, store, SAES[1]).policy_of(TuningGrid(gate_percentile=(75.0,)).settings(again)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,8 +22,10 @@ from dspa import SteeringPolicy, TuningGrid, TuningOptions
 from dspa.errors import InvalidInputError, MismatchError
 from dspa.offline.triples import PreferenceTriple, PreferenceTriples
 from dspa.online.steering import steer
-from dspa.tuning.journal import JOURNAL
-from dspa.tuning.objective import Guard, Objective, neutral_rows
+from dspa.tuning.examples import distinct, neutral_rows, split_examples
+from dspa.tuning.identity import reward_digest, run_record
+from dspa.tuning.journal import JOURNAL, Journal
+from dspa.tuning.objective import Guard, Objective
 from dspa.tuning.report import TuningReport, pareto_front
 from dspa.tuning.scoring import ResponseScorer
 from dspa.tuning.settings import TunedSetting
@@ -229,7 +232,8 @@ def test_the_front_is_what_no_other_beats_in_both(tuned: tuple[Path, TuningRepor
 
 def test_neutral_texts_are_cut_into_prompt_and_rest() -> None:
     words = [" ".join(["w9"] * length) for length in (4, 40, 400)]
-    rows = neutral_rows(words, TOKENIZER)
+    with pytest.warns(UserWarning, match="2 of 4 neutral texts were left out: 1 have fewer than 8 tokens, 1 are there"):
+        rows = neutral_rows([*words, words[1]], TOKENIZER)
     assert [(len(prompt), len(rest)) for prompt, rest in rows] == [(10, 30), (32, 224)]
 
 
@@ -240,13 +244,89 @@ def test_neutral_texts_are_cut_into_prompt_and_rest() -> None:
         ({"preferences": TRIPLES[:5]}, "leave 3 to choose on and 2 to report on"),
         ({"grid": TuningGrid(gate_rule=("positive_ge",))}, "needs another map"),
         ({"grid": TuningGrid(alpha=(-1.0,))}, "alpha is -1.0"),
+        ({"neutral": ["w9 w9"] * 3}, "all 3 neutral texts have fewer than 8 tokens"),
+        ({"neutral": ["w9 " * 9, "w8 " * 9]}, "2 neutral texts leave 1 to choose on and 1 to report on"),
+        ({"neutral": "w9 w9"}, "neutral is str"),
+        ({"reward": lambda prompt, response: math.nan}, "is nan; expected a finite number"),
+        ({"reward": lambda prompt, response: None}, "is None; expected a finite number"),
+        ({"reward": lambda prompt, response: {}[response]}, "the reward failed on .* with KeyError"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(changes: Any, words: str, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"preferences": TRIPLES, "grid": GRID} | changes
     with pytest.raises(InvalidInputError, match=words):
         dspa.tune(MODEL, TOKENIZER, POLICY, out=tmp_path, **arguments)
-    assert not (tmp_path / JOURNAL).exists()
+    assert not (tmp_path / "policy").exists()
+    assert "reward" in changes or not (tmp_path / JOURNAL).exists()
+
+
+def test_a_policy_without_settings_is_refused(tmp_path: Path) -> None:
+    policy: Any = object()
+    with pytest.raises(InvalidInputError, match="expected a SteeringPolicy"):
+        dspa.tune(MODEL, TOKENIZER, policy, TRIPLES, out=tmp_path)
+
+
+def other_weights() -> Any:
+    model: Any = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"policy": POLICY.only([*range(29), 40])}, "policy differ"),
+        ({"policy": POLICY.scaled({3: 2.0})}, "policy differ"),
+        ({"model": other_weights()}, "model weights differ"),
+        ({"triples": TRIPLES[:15]}, "preferences differ"),
+        ({"texts": [((1, 2), (3, 4))]}, "neutral texts differ"),
+        ({"reward": lambda prompt, response: -1.0}, "reward differ"),
+        ({"options": {"seed": 1}}, "options differ"),
+    ],
+)
+def test_a_journal_is_not_continued_with_other_input(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": MODEL, "policy": POLICY.only(range(30)), "triples": TRIPLES}
+    given |= {"texts": [], "reward": lambda prompt, response: 1.0, "options": {"seed": 0}}
+    Journal(tmp_path, run_record(**given))
+    Journal(tmp_path, run_record(**{**given, "model": tiny_model("llama")}))
+    with pytest.raises(MismatchError, match=words):
+        Journal(tmp_path, run_record(**{**given, **changes}))
+
+
+def test_a_reward_is_known_by_its_source_and_what_that_names() -> None:
+    def reward_of(factor: float) -> Any:
+        return lambda prompt, response: factor * len(response)
+
+    assert reward_digest(reward_of(1.0)) == reward_digest(reward_of(1.0)) != reward_digest(reward_of(2.0))
+    unreadable: Any = max
+    assert reward_digest(unreadable) != reward_digest(unreadable)
+
+
+def test_every_neutral_text_is_looked_at() -> None:
+    texts = [((1, 2), (index + 5,)) for index in range(30)]
+    made = Objective(MODEL, TOKENIZER, ResponseScorer(MODEL, 32), list(TRIPLES)[:8], texts, True, None, 5, 0, 4)
+    ranges = [(0, 2), (2, 5), (5, 8)]
+    parts = [made.damage(POLICY, *each)["kl"] for each in ranges]
+    assert [len(part) for part in parts] == [8, 11, 11]
+    assert np.concatenate(parts).tolist() == pytest.approx(ResponseScorer(MODEL, 32).damage(texts, POLICY).kl.tolist())
+    made.texts = texts[:3]
+    assert [len(made.damage(POLICY, *each)["kl"]) for each in ranges] == [2, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_preferences_of_one_prompt_stay_together(seed: int) -> None:
+    rows = [replace(triple, prompt=TRIPLES[index % 5].prompt) for index, triple in enumerate(TRIPLES)]
+    choosing, reporting = split_examples(rows, [], 0.5, np.random.default_rng(seed))
+    assert not {triple.prompt for triple in choosing.triples} & {triple.prompt for triple in reporting.triples}
+    assert len(choosing.triples) + len(reporting.triples) == 16
+    with pytest.warns(UserWarning, match="16 of 32 preferences repeat an earlier one"):
+        assert distinct([*TRIPLES, *TRIPLES]) == list(TRIPLES)
+
+
+def test_a_choice_that_gains_nothing_says_so(tmp_path: Path) -> None:
+    report = run_tuning(tmp_path, grid=replace(GRID, alpha=(0.0,), edit=("both",)))
+    assert "that is no gain" in report.why
 
 
 def test_a_steered_model_is_refused(tmp_path: Path) -> None:
