@@ -32,9 +32,9 @@ test: $(READY)
 	$(PYTEST)
 
 # What `make test` leaves out: the rows of the products of parameters beyond those that cover each pair of values, and what
-# takes tens of seconds.
+# takes tens of seconds. The rest of the CUDA kernels' tests runs in `make test-compilers`, which counts their branches.
 test-all: test
-	$(PYTEST) --remaining-cases
+	$(PYTEST) --remaining-cases --ignore tests/kernels/test_cuda_kernels.py
 
 # The GPU kernels, compiled for GPUs that are not here and under sanitizers, and all tests of the CUDA kernels on threads:
 # minutes. Tests of one group share what is compiled.
