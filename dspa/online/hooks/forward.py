@@ -213,6 +213,8 @@ def _restarts(position_ids: object) -> bool:
     attention mask. Where the decoder is compiled, nothing is known of them."""
     if torch.compiler.is_compiling() or not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
         return False
+    if position_ids.shape[1] < 2:  # a decoding step, which must not wait for a GPU
+        return False
     return bool((position_ids.diff(dim=1) != 1).any())
 
 
