@@ -7,12 +7,13 @@ import os
 import pytest
 import torch
 from interleaved import time_column
-from random_model import random_model
+from random_model import model_dtype, random_model
 from record import Record
 
 import dspa
 from dspa.bench.generation import step_milliseconds, worst_case_policy
 from dspa.bench.measurements import Column, Interval
+from dspa.bench.operations import name_of
 from dspa.kernels import available
 from dspa.kernels.token_step import work_of
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(available()["cpu"] != "available", reason=f"back
 
 
 def test_decode_step(record: Record) -> None:
-    model = random_model("gemma-2-2b", torch.bfloat16)
+    model = random_model("gemma-2-2b", model_dtype())
     policy = worst_case_policy(model, OUTPUT_LAYER, D_SAE)
     prompt = torch.arange(2, 2 + PROMPT_TOKENS)[None]
 
@@ -63,5 +64,5 @@ def test_decode_step(record: Record) -> None:
             generate()
         assert steering.summary().tokens_edited == steering.summary().tokens_seen == NEW_TOKENS
 
-    name = "Gemma-2-2B's shape, bfloat16, 16k SAE, batch 1"
+    name = f"Gemma-2-2B's shape, {name_of(model_dtype())}, 16k SAE, batch 1"
     record(name, "decode step, CPU", measure, check=check, reference="unsteered")
