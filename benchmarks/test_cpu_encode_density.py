@@ -37,7 +37,6 @@ def test_encode_density(d_model: int, d_sae: int, dtype: torch.dtype, record: Re
     ways = [
         Way(baseline, lambda: plain_hidden @ plain_W_enc.T),
         Way("encode_density", lambda: encode_density(hidden, offsets, sae, backend="cpu")),
-        Way("encode_density, reference", lambda: encode_density(hidden, offsets, sae, backend="reference")),
     ]
     record(
         f"{d_model}x{d_sae}-{str(dtype).removeprefix('torch.')}-{TOKENS} tokens",

@@ -62,7 +62,7 @@ def organism_case(loaded: Organism) -> Case:
         encoded = loaded.tokenizer.pad({"input_ids": [list(row) for row in rows[:batch]]}, return_tensors="pt")
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    return Case("organism, 1.25 M", loaded.model, loaded.policy(90), prompts, new_tokens=32, rounds=15)
+    return Case("organism, 1.25 M", loaded.model, loaded.policy(90), prompts, new_tokens=32, rounds=10)
 
 
 def random_case(_: Organism) -> Case:
@@ -89,7 +89,7 @@ def random_case(_: Organism) -> Case:
         return {"input_ids": ids, "attention_mask": mask}
 
     policy = worst_case_policy(model, layer=8, d_sae=16384)
-    return Case(f"random Llama, 200 M, {name_of(model_dtype())}", model, policy, prompts, new_tokens=8, rounds=5)
+    return Case(f"random Llama, 200 M, {name_of(model_dtype())}", model, policy, prompts, new_tokens=8, rounds=4)
 
 
 @pytest.fixture(scope="module", params=[organism_case, random_case], ids=["organism", "random"])
