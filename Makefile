@@ -11,7 +11,7 @@
 # make docs    the documentation as a site in site/, with an API reference; a broken link or reference fails
 # make soak    a hostile campaign of about 20 minutes: mutated files, kills, interrupts, bad operands, a busy
 #              server, memory; MINUTES=5 takes a part of each, PART=files one of them
-# make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize  the CPU kernels' tests, and bad operands, under Address-, UndefinedBehavior- and ThreadSanitizer
 
 PYTHON ?= python3
 VENV ?= .venv

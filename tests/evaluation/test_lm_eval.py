@@ -121,7 +121,8 @@ def evaluate(scorer: Any, tasks: Path, names: Sequence[str], **options: Any) -> 
     import dspa.evaluation  # noqa: F401, registers the model
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    return lm_eval.simple_evaluate(scorer, tasks=list(names), task_manager=manager, **options)
+    run: Any = lm_eval.simple_evaluate
+    return run(scorer, tasks=list(names), task_manager=manager, **options)
 
 
 def steered_model(*arguments: Any, **options: Any) -> Any:
