@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from gated_adapter import Direction, GatedPolicy, signs_of, train_gated
 from head_to_head import MOST_TRIPLES, TRIPLES_SEED, Bench, Settings, dspa_policy, training_options
+from organism_runs import kept_adapter
 from torch import Tensor
 
 import dspa
@@ -33,7 +34,7 @@ from dspa.methods.split_model import SplitModel
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.organism import OUTPUT_LAYER, load_model, sae_folder
 from dspa.organism.demo import Candidate
-from dspa.organism.evaluation import Estimate, Measurement, Setting, lists_of_other_prompts, measure, prompt_densities
+from dspa.organism.evaluation import Estimate, Measurement, Setting, measure, prompt_densities
 from dspa.organism.language import draw_triples
 from dspa.sae.encode import encoder_input
 from dspa.util.files import write_atomically
@@ -80,7 +81,6 @@ class Variants:
             "trained behind the gates": lambda: Variant(self.gated("free")),
             "trained behind the gates, direction by the list": lambda: Variant(self.gated("signed")),
             "the latter behind the gates of other prompts": lambda: Variant(self.gated("signed", others=True)),
-            "trained behind the gates of other prompts": lambda: Variant(self.gated("signed", trained_on_others=True)),
             "adapter from the map": lambda: Variant(self.from_map(1.0)),
             "adapter from the map, twice as strong": lambda: Variant(self.from_map(2.0)),
             "FSRL begun at the adapter from the map": lambda: Variant(self.trained_from_map()),
@@ -95,13 +95,7 @@ class Variants:
         return self._made[name]
 
     def adapter(self, name: str, make: Callable[[], AdapterWeights]) -> AdapterWeights:
-        def read_or_make() -> AdapterWeights:
-            folder = self.adapters / name
-            if not folder.is_dir():
-                dspa.FsrlPolicy(make(), self.bench.output_sae, OUTPUT_LAYER).save_pretrained(folder)
-            return dspa.FsrlPolicy.from_pretrained(folder).adapter
-
-        return self.once(name, read_or_make)
+        return self.once(name, lambda: kept_adapter(self.adapters / name, self.bench.output_sae, make))
 
     def policy(self, adapter: AdapterWeights, **options: Any) -> dspa.FsrlPolicy:
         return dspa.FsrlPolicy(adapter, self.bench.output_sae, OUTPUT_LAYER, model=self.dspa.model, **options)
@@ -123,22 +117,20 @@ class Variants:
     def fsrl(self) -> dspa.FsrlPolicy:
         return self.policy(self.adapter("fsrl", self.trained))
 
-    def gated(self, direction: Direction, *, others: bool = False, trained_on_others: bool = False) -> GatedPolicy:
+    def gated(self, direction: Direction, *, others: bool = False) -> GatedPolicy:
         """An adapter trained behind the gates.
 
         Args:
             direction: see `gated_adapter`.
             others: whether each prompt is then answered behind the gates of another one.
-            trained_on_others: whether it is trained so, and each prompt answered behind its own gates.
         """
 
         def make() -> AdapterWeights:
             lists = self.lists()
-            lists = lists_of_other_prompts(lists, self.bench.settings.seed) if trained_on_others else lists
             options = replace(training_options(self.bench, self.count, **GATED), edit_positions="from_last_prompt")
             return train_gated(self.bench.model, self.triples.triples, self.dspa, lists, options, direction=direction)
 
-        adapter = self.adapter(f"gated-{direction}{'-others' if trained_on_others else ''}", make)
+        adapter = self.adapter(f"gated-{direction}", make)
         gates: SteeringPolicy = self.dspa
         return OtherPromptsGates(gates, adapter, direction) if others else GatedPolicy(gates, adapter, direction)
 

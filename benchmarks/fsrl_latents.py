@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from head_to_head import MOST_TRIPLES, TRIPLES_SEED, Bench, Settings, training_options
+from organism_runs import kept_adapter
 from torch import Tensor
 
 import dspa
+from dspa.kernels import AdapterWeights
 from dspa.kernels.adapter_step.differentiable import differentiable_adapter_step
 from dspa.kernels.adapter_step.equation import steering_activations
 from dspa.methods.fsrl.objective import response_log_probabilities, simpo_losses
@@ -47,6 +49,7 @@ UNSEEN_PAIRS = 240  # on which the loss is measured
 RANDOM_SETS = 2  # of each size, at evaluation; in training one
 FEWEST = 20  # active response tokens below which a latent has no label
 SHARE = 0.5
+RETRAINED = ("one move", "one register")  # classes without which another adapter is trained
 CLASSES = ("one move", "one register", "several registers", "not in responses")
 
 
@@ -202,7 +205,7 @@ def masked_sets(labels: Labels, sets: int) -> dict[str, list[int]]:
     return found
 
 
-def run(bench: Bench, triples: int, out: Path) -> dict[str, Any]:
+def run(bench: Bench, triples: int, out: Path, adapters: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
     settings = {"triples": triples, "prompts": bench.settings.validation_prompts, "seed": bench.settings.seed}
     if report and report["settings"] != settings:
@@ -213,9 +216,14 @@ def run(bench: Bench, triples: int, out: Path) -> dict[str, Any]:
     labels, pairs, prompts = label(bench), UnseenPairs(bench, options.edit_positions), bench.validation()
     report["sizes"] = {name: len(labels.members(name)) for name in CLASSES}
 
-    def trained(masked: Sequence[int]) -> FsrlPolicy:
+    def trained(name: str, masked: Sequence[int]) -> FsrlPolicy:
         chosen = replace(options, masked_latents=tuple(masked))
-        return train(bench.model, bench.triples(triples), bench.output_sae, OUTPUT_LAYER, chosen).policy
+
+        def make() -> AdapterWeights:
+            return train(bench.model, bench.triples(triples), bench.output_sae, OUTPUT_LAYER, chosen).policy.adapter
+
+        adapter = kept_adapter(adapters / name, bench.output_sae, make)
+        return FsrlPolicy(adapter, bench.output_sae, OUTPUT_LAYER)
 
     def keep(name: str, policy: Policy | None, masked: Sequence[int]) -> None:
         loss = pairs.loss(policy, options.beta, options.gamma)  # type: ignore[arg-type]
@@ -231,7 +239,7 @@ def run(bench: Bench, triples: int, out: Path) -> dict[str, Any]:
 
     if "unsteered" not in rows:
         keep("unsteered", None, ())
-    whole = trained(())
+    whole = trained("fsrl", ())
     if "usage" not in report:
         report["usage"] = usage(whole, pairs, labels)
     if "whole adapter" not in rows:
@@ -240,8 +248,9 @@ def run(bench: Bench, triples: int, out: Path) -> dict[str, Any]:
         if f"masked, {name}" not in rows:
             keep(f"masked, {name}", replace(whole, masked_latents=tuple(masked)), masked)
     for name, masked in masked_sets(labels, 1).items():
-        if f"trained without, {name}" not in rows:
-            keep(f"trained without, {name}", trained(masked), masked)
+        if name.startswith(RETRAINED) and f"trained without, {name}" not in rows:
+            policy = trained(f"without-{name}".replace(" ", "-").replace(":", ""), masked)
+            keep(f"trained without, {name}", policy, masked)
     return report
 
 
@@ -273,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--triples", type=int, default=250)
     parser.add_argument("--prompts", type=int, default=240, help="validation prompts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters", type=Path, help="folder in which trained adapters are kept for a later run")
     options = parser.parse_args(arguments)
     model, tokenizer = load_model()
     saes = [dspa.SparseAutoencoder.from_sae_lens(sae_folder(which)) for which in ("input", "output")]
@@ -281,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(0, options.prompts, options.seed)
         bench = Bench(model, tokenizer, saes[0], saes[1], settings, drawn, Path(folder))
-        report = run(bench, options.triples, options.out)
+        report = run(bench, options.triples, options.out, options.adapters or Path(folder) / "adapters")
     print("\n".join([*usage_table(report), "", *masks_table(report)]))
 
 
