@@ -85,6 +85,10 @@ class Variants:
             "FSRL begun at the adapter from the map": lambda: Variant(self.trained_from_map()),
             "trained behind the gates, direction by the list": lambda: Variant(self.gated("signed")),
             "the same behind the gates of other prompts": lambda: Variant(self.gated("signed", others=True)),
+            "the same, half as strong": lambda: Variant(replace(self.gated("signed"), strength=0.5)),
+            "the same, a quarter as strong": lambda: Variant(replace(self.gated("signed"), strength=0.25)),
+            "DSPA, alpha 0.5": lambda: Variant(self.dspa.with_options(alpha=0.5)),
+            "DSPA, alpha 0.8": lambda: Variant(self.dspa.with_options(alpha=0.8)),
             "trained behind the gates": lambda: Variant(self.gated("free")),
             "DSPA, and FSRL trained after it": lambda: Variant(added(), below=self.dspa),
         }

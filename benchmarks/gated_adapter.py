@@ -128,12 +128,14 @@ class GatedPolicy:
         gates: whose lists say which latents of a prompt may move.
         adapter: says how far.
         direction: see the module.
+        strength: factor of the edit.
         edit_positions: as in `SteeringPolicy`; "all" would need the lists before the prompt has been read.
     """
 
     gates: SteeringPolicy
     adapter: AdapterWeights
     direction: Direction
+    strength: float = 1.0
     edit_positions: EditPositions = POSITIONS
 
     @property
@@ -148,7 +150,7 @@ class GatedPolicy:
     def intervention(self) -> GatedEdit:
         gates = self.gates
         longest = gates.intervention.longest_list
-        return GatedEdit(gates.output_layer, gates.output_sae, self.adapter, self.direction, longest)
+        return GatedEdit(gates.output_layer, gates.output_sae, self.adapter, self.direction, longest, self.strength)
 
     @property
     def uncounted_token_ids(self) -> tuple[int, ...]:

@@ -60,6 +60,9 @@ TRAINED: dict[str, dict[str, Any]] = {
 }
 
 
+ALIKE = {"static list": "DSPA", "static addition": "CAA", "RepE": "CAA"}  # what they run but for a second at its end
+
+
 def load(triples: int, seed: int = 0) -> Bench:
     model, tokenizer = load_model()
     saes = [dspa.SparseAutoencoder.from_sae_lens(sae_folder(which)) for which in ("input", "output")]
@@ -70,9 +73,9 @@ def load(triples: int, seed: int = 0) -> Bench:
 
 def aligning(bench: Bench, method: str, triples: int, *, epochs: int = 1, steps: int = 1) -> Callable[[], object]:
     """What aligning with a method runs; of trainings the first epochs, with LoRA the first steps."""
-    if method in ("DSPA", "static list"):
+    if method == "DSPA":
         return lambda: dspa_policy(replace(bench, cached={}), triples, Candidate("ge", "both", 0.3))
-    if method in ("CAA", "RepE", "static addition"):
+    if method == "CAA":
         return lambda: means(replace(bench, cached={}), triples)
     if method in TRAINED:
         pairs = bench.triples(triples)
@@ -91,10 +94,10 @@ def prepare(method: str, triples: int) -> Callable[[], object]:
 
 
 def alignment_flops(bench: Bench, method: str, triples: int) -> float:
-    if method in ("DSPA", "static list"):  # kernels are not seen by the counter
+    if method == "DSPA":  # kernels are not seen by the counter
         steering = SteeringShape(INPUT_LAYER, OUTPUT_LAYER, bench.input_sae.d_sae, bench.output_sae.d_sae)
         return count_collection(bench.model, bench.triples(triples).triples, steering, BatchLimits()).total()
-    if method in ("CAA", "RepE", "static addition"):
+    if method == "CAA":
         return count(aligning(bench, method, triples)).total()
     if method in TRAINED:
         epochs = training_options(bench, triples).epochs
@@ -138,23 +141,32 @@ def run(triples: int, head_to_head: Path, out: Path) -> dict[str, Any]:
         model_shape(bench.model, "organism"), InferenceAssumptions(context=CONTEXT)
     ).flops
     rows = report.setdefault("rows", {})
-    for method in METHODS:
-        row = measured.get(f"{method} @ {triples}")
-        if method in rows or row is None:
-            continue
-        history = [step["l0"] for step in row["history"] if "l0" in step]
-        fired = float(np.mean(history[-8:])) if history else 0.0
-        added, by = token_flops(bench, method, fired)
-        rows[method] = {"trained": row["trained"], "seconds": row["seconds"], "token_flops": added, "token_by": by}
-        if method == "prompt prefix":
-            rows[method] |= {"flops": 0.0, "peak_mib": 0.0}
-        else:
-            rows[method]["flops"] = alignment_flops(bench, method, triples)
-            column = peak_column(method, prepare, method, triples)
-            rows[method]["peak_mib"] = column.measured.value
-            rows[method]["peak_range"] = [column.measured.low, column.measured.high]
+    present = [method for method in METHODS if f"{method} @ {triples}" in measured]
+
+    def keep(method: str, **found: Any) -> None:
+        rows.setdefault(method, {}).update(found)
         write_atomically(out, json.dumps(report).encode())
-        print(method, rows[method], flush=True)
+        print(method, found, flush=True)
+
+    for method in present:
+        row = measured[f"{method} @ {triples}"]
+        history = [step["l0"] for step in row["history"] if "l0" in step]
+        added, by = token_flops(bench, method, float(np.mean(history[-8:])) if history else 0.0)
+        keep(method, trained=row["trained"], seconds=row["seconds"], token_flops=added, token_by=by)
+    for method in present:
+        known, runs = rows[method], ALIKE.get(method, method)
+        if method == "prompt prefix":
+            keep(method, flops=0.0, peak_mib=0.0)
+        elif "flops" not in known:
+            keep(method, flops=rows[runs].get("flops") or alignment_flops(bench, runs, triples))
+    for method in present:
+        known, runs = rows[method], ALIKE.get(method, method)
+        if "peak_mib" in known:
+            continue
+        if "peak_mib" not in rows[runs]:
+            interval = peak_column(method, prepare, runs, triples).measured
+            keep(runs, peak_mib=interval.value, peak_range=[interval.low, interval.high])
+        keep(method, peak_mib=rows[runs]["peak_mib"], peak_range=rows[runs]["peak_range"])
     return report
 
 
@@ -210,8 +222,8 @@ def table(report: dict[str, Any]) -> list[str]:
         cells = [
             f"{row['trained']}",
             f"{row['seconds']:.0f}",
-            f"{row['flops'] / 1e9:.0f}",
-            f"{row['peak_mib']:.0f}",
+            f"{row['flops'] / 1e9:.0f}" if "flops" in row else "-",
+            f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-",
             f"+{100 * row['token_flops'] / own:.2g} %",
             "-" if share is None else f"{share:.2f}",
         ]
