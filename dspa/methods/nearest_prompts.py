@@ -60,7 +60,7 @@ class TriplePrompts:
         """
         offsets, columns, values = (tensors[f"prompts.{name}"] for name in ("row_offsets", "columns", "values"))
         centre = tensors["prompts.centre"]
-        return cls(CsrMap(offsets, columns, values, len(centre)), centre, 0 if neighbours is None else neighbours)
+        return cls(CsrMap(offsets, columns, values, centre.numel()), centre, 0 if neighbours is None else neighbours)
 
     def check(self, source: str) -> None:
         """Raises CorruptFileError if an index, a density or the number of neighbours is out of bounds."""
