@@ -192,16 +192,13 @@ def usage(policy: FsrlPolicy, pairs: UnseenPairs, labels: Labels) -> dict[str, A
 
 def masked_sets(labels: Labels, sets: int) -> dict[str, list[int]]:
     """Every class, and random sets of as many latents, by name."""
-    found = {}
-    for place, name in enumerate(CLASSES):
-        latents = labels.members(name)
-        if not latents:
-            continue
-        found[name] = latents
-        for number in range(sets):
-            rng = np.random.default_rng([place, number])
-            drawn = rng.choice(len(labels.classes), size=len(latents), replace=False)
-            found[f"{name}: random {number + 1}"] = sorted(int(latent) for latent in drawn)
+    found = {name: latents for name in CLASSES if (latents := labels.members(name))}
+    for number in range(sets):
+        for place, name in enumerate(CLASSES):
+            if name in found:
+                rng = np.random.default_rng([place, number])
+                drawn = rng.choice(len(labels.classes), size=len(found[name]), replace=False)
+                found[f"{name}: random {number + 1}"] = sorted(int(latent) for latent in drawn)
     return found
 
 
