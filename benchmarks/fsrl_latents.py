@@ -253,7 +253,8 @@ def run(bench: Bench, triples: int, out: Path, adapters: Path) -> dict[str, Any]
 
 def usage_table(report: dict[str, Any]) -> list[str]:
     columns = [f"{what}, {part}" for part in ("prompt", "response") for what in ("f", "v", "|v|")]
-    lines = ["| label | latents | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    shown = (column.replace("|v|", "size of v") for column in columns)  # a table knows no other meaning of a bar
+    lines = ["| label | latents | " + " | ".join(shown) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, found in report["usage"].items():
         shares = " | ".join(f"{100 * found[column]:.0f} %" for column in columns)
         lines.append(f"| {name} | {found['latents']} | {shares} |")
