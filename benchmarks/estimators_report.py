@@ -99,7 +99,7 @@ def _means(draws: Sequence[Row], name: str) -> str:
 
 def figure(reports: dict[str, Row]) -> bytes:
     """A panel for each organism: the gain against the number of triples."""
-    drawn = new_figure((4.6 * len(reports) + 1, 4.2))
+    drawn = new_figure((4.8 * len(reports) + 3, 4.2))
     for index, (title, report) in enumerate(reports.items()):
         axes: Any = drawn.add_subplot(1, len(reports), index + 1)
         counts = counts_of(report)
@@ -114,16 +114,21 @@ def figure(reports: dict[str, Row]) -> bytes:
                 label=label,
             )
         axes.axhline(
-            report["ceiling"][PUBLISHED]["gain"], color="0.6", linewidth=1, linestyle=":", label="ceiling, published"
+            report["ceiling"][PUBLISHED]["gain"],
+            color="0.6",
+            linewidth=1,
+            linestyle=":",
+            label="ceiling, published strength",
         )
         axes.set_xscale("log")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
-        axes.set_xlabel("triples")
+        axes.set_xlabel("preference triples")
         axes.set_title(title)
         if index == 0:
-            axes.set_ylabel("gain over unsteered")
-            axes.legend(fontsize=7)
+            axes.set_ylabel("gain in reward over unsteered")
+        if index == len(reports) - 1:
+            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return png_bytes(drawn)
 
 
