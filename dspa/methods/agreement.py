@@ -38,7 +38,9 @@ def cross_validated_agreement(
         store: what `collect` returned.
         folds: into how many parts the triples are divided.
         seed: of the division.
-        k_prompt, k_diff, edit: of the policy.
+        k_prompt: prompt latents that choose rows, as in a policy.
+        k_diff: latents edited in each direction, as in a policy.
+        edit: in which directions.
         fit: options of `ConditionalDifferenceMap.fit`.
 
     Raises:
