@@ -8,22 +8,21 @@ written after every variant; what it holds already is not computed again.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gated_adapter import Direction, GatedPolicy, signs_of, train_gated
-from head_to_head import MOST_TRIPLES, TRIPLES_SEED, Bench, Settings, dspa_policy, training_options
+from head_to_head import Bench, dspa_policy, training_options
 from organism_runs import kept_adapter
 from torch import Tensor
+from validation_study import opened, study
 
 import dspa
 from dspa.kernels import AdapterWeights, EditList
@@ -32,13 +31,11 @@ from dspa.methods.fsrl.training import train
 from dspa.methods.policy import Policy
 from dspa.methods.split_model import SplitModel
 from dspa.methods.steering_policy import SteeringPolicy
-from dspa.organism import OUTPUT_LAYER, load_model, sae_folder
+from dspa.organism import OUTPUT_LAYER
 from dspa.organism.demo import Candidate
 from dspa.organism.evaluation import Estimate, Measurement, Setting, measure, prompt_densities
-from dspa.organism.language import draw_triples
 from dspa.sae.encode import encoder_input
 from dspa.util.files import write_atomically
-from dspa.util.provenance import Provenance
 
 OPTIONS: dict[str, Any] = {"learning_rate": 1e-3, "l1": 0.01}  # FSRL's in the head to head
 GATED: dict[str, Any] = {"learning_rate": 1e-3, "l1": 0.0}  # at most 32 latents can act as it is
@@ -217,12 +214,8 @@ def measured(bench: Bench, variant: Variant, prompts: Sequence[Any]) -> Measurem
 
 
 def run(bench: Bench, triples: int, out: Path, adapters: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
-    settings = {"triples": triples, "prompts": bench.settings.validation_prompts, "seed": bench.settings.seed}
-    if report and report["settings"] != settings:
-        raise SystemExit(f"{out} holds results of other settings: {report['settings']}; expected {settings}")
-    report |= {"settings": settings, "provenance": asdict(Provenance.here())}
-    rows = report.setdefault("rows", {})
+    report = opened(out, bench, triples)
+    rows = report["rows"]
     variants = Variants(bench, triples, adapters)
     for name, make in variants.names().items():
         if name in rows:
@@ -256,22 +249,7 @@ def _text(estimate: Estimate) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; what it holds is kept")
-    parser.add_argument("--triples", type=int, default=250)
-    parser.add_argument("--prompts", type=int, default=240, help="validation prompts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapters", type=Path, help="folder in which trained adapters are kept for a later run")
-    options = parser.parse_args(arguments)
-    model, tokenizer = load_model()
-    saes = [dspa.SparseAutoencoder.from_sae_lens(sae_folder(which)) for which in ("input", "output")]
-    drawn = draw_triples(np.random.default_rng(TRIPLES_SEED), MOST_TRIPLES)
-    torch.set_grad_enabled(True)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(0, options.prompts, options.seed)
-        bench = Bench(model, tokenizer, saes[0], saes[1], settings, drawn, Path(folder))
-        report = run(bench, options.triples, options.out, options.adapters or Path(folder) / "adapters")
-    print("\n".join(table(report)))
+    study(__doc__, run, table, arguments)
 
 
 if __name__ == "__main__":

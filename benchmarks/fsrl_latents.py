@@ -9,9 +9,7 @@ many latents. The file is written after every row; what it holds already is not 
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from head_to_head import MOST_TRIPLES, TRIPLES_SEED, Bench, Settings, training_options
+from head_to_head import Bench, training_options
 from organism_runs import kept_adapter
 from torch import Tensor
+from validation_study import opened, study
 
-import dspa
 from dspa.kernels import AdapterWeights
 from dspa.kernels.adapter_step.differentiable import differentiable_adapter_step
 from dspa.kernels.adapter_step.equation import steering_activations
@@ -34,13 +32,12 @@ from dspa.methods.fsrl.training import train
 from dspa.methods.policy import Policy
 from dspa.methods.split_model import SplitModel
 from dspa.offline.preferences import PreferenceTriples, load_preferences
-from dspa.organism import OUTPUT_LAYER, load_model, sae_folder
+from dspa.organism import OUTPUT_LAYER
 from dspa.organism.evaluation import Estimate
 from dspa.organism.language import MOVES, REGISTERS, draw_prompt, draw_response, draw_triples
 from dspa.organism.sentences import WORDING_TOKENS
 from dspa.sae.encode import encode, encoder_input
 from dspa.util.files import write_atomically
-from dspa.util.provenance import Provenance
 
 OPTIONS: dict[str, Any] = {"learning_rate": 1e-3, "l1": 0.01}  # as in the head to head
 LABELLED_PAIRS = 240  # of drawn responses, by which latents are labelled
@@ -203,13 +200,9 @@ def masked_sets(labels: Labels, sets: int) -> dict[str, list[int]]:
 
 
 def run(bench: Bench, triples: int, out: Path, adapters: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
-    settings = {"triples": triples, "prompts": bench.settings.validation_prompts, "seed": bench.settings.seed}
-    if report and report["settings"] != settings:
-        raise SystemExit(f"{out} holds results of other settings: {report['settings']}; expected {settings}")
+    report = opened(out, bench, triples)
     options = replace(training_options(bench, triples, **OPTIONS), edit_positions="all")
-    report |= {"settings": settings, "provenance": asdict(Provenance.here())}
-    rows = report.setdefault("rows", {})
+    rows = report["rows"]
     labels, pairs, prompts = label(bench), UnseenPairs(bench, options.edit_positions), bench.validation()
     report["sizes"] = {name: len(labels.members(name)) for name in CLASSES}
 
@@ -274,23 +267,12 @@ def masks_table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def tables(report: dict[str, Any]) -> list[str]:
+    return [*usage_table(report), "", *masks_table(report)]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file; what it holds is kept")
-    parser.add_argument("--triples", type=int, default=250)
-    parser.add_argument("--prompts", type=int, default=240, help="validation prompts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapters", type=Path, help="folder in which trained adapters are kept for a later run")
-    options = parser.parse_args(arguments)
-    model, tokenizer = load_model()
-    saes = [dspa.SparseAutoencoder.from_sae_lens(sae_folder(which)) for which in ("input", "output")]
-    drawn = draw_triples(np.random.default_rng(TRIPLES_SEED), MOST_TRIPLES)
-    torch.set_grad_enabled(True)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(0, options.prompts, options.seed)
-        bench = Bench(model, tokenizer, saes[0], saes[1], settings, drawn, Path(folder))
-        report = run(bench, options.triples, options.out, options.adapters or Path(folder) / "adapters")
-    print("\n".join([*usage_table(report), "", *masks_table(report)]))
+    study(__doc__, run, tables, arguments)
 
 
 if __name__ == "__main__":
