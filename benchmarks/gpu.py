@@ -215,7 +215,7 @@ def build() -> Step:
 
     if find_nvcc() is None:
         return Step("build", "not done", "there is no nvcc, and so no CUDA backend")
-    command = ["env", "DSPA_CUDA=require", sys.executable, "setup.py", "build_ext", "--inplace"]
+    command = ["env", "DSPA_BUILD=require", "DSPA_CUDA=require", sys.executable, "setup.py", "build_ext", "--inplace"]
     return run_step("build", command, BUILD_SECONDS)
 
 
