@@ -20,7 +20,6 @@ from dspa.kernels.token_step.triton_kernel.structures import (
 from dspa.kernels.triton_common.rows import TOKENS
 from dspa.kernels.triton_common.tiles import add_products, encoder_input, scores, wait_for
 
-
 LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
 
 
@@ -84,10 +83,7 @@ def pass_tile(
             numbers = scratch.numbers + rows * NUMBERS
             shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
             factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
-    if LAZY:
-        needed = any_unsettled(first_row, batch, strength, scratch)
-    else:
-        needed = tl.max(is_open.to(tl.int32), axis=0) != 0
+    needed = any_unsettled(first_row, batch, strength, scratch) if LAZY else tl.max(is_open.to(tl.int32), axis=0) != 0
     if needed:
         latents = tile * LATENTS + tl.arange(0, LATENTS)
         inside = latents < d_sae
