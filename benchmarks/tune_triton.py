@@ -22,9 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # imported where TRITON_INTERPRET is set
+    from dspa.kernels.triton_common.table import Tile
 
 SHAPES = [(2304, 16384), (3584, 16384), (4096, 65536), (2304, 65536), (3584, 131072)]
 TOY_SHAPES = [(64, 256)]
@@ -63,14 +67,18 @@ def main() -> int:
         of_shape: dict[tuple[int, int], tuple[Sizes, Sizes]] = {}
         for shape in shapes:
             plain = best(operation, shape, device, False)
-            in_parts = tile_of(operation, architecture, *shape, True)
-            of_shape[shape] = (plain, (*in_parts,) if arguments.plain else best(operation, shape, device, True))
+            in_parts = sizes_of(tile_of(operation, architecture, *shape, True))
+            of_shape[shape] = (plain, in_parts if arguments.plain else best(operation, shape, device, True))
             print(f"{operation} {shape} on {architecture}: {plain}, in parts {of_shape[shape][1]}", flush=True)
         if not arguments.dry_run:
             tables[operation][architecture] = of_shape
             path = arguments.out or Path(triton_configurations.__file__)
             write(path, torch.cuda.get_device_name(device))  # after each operation, lest a late failure costs the first
     return 0
+
+
+def sizes_of(tile: Tile) -> Sizes:
+    return tile.latents, tile.tokens, tile.model, tile.warps, tile.stages
 
 
 def compile_candidates(operation: str, shapes: Sequence[tuple[int, int]], plain: bool) -> None:
