@@ -51,6 +51,7 @@ def main() -> int:
     elif not torch.cuda.is_available():
         print("no GPU was found; --dry-run goes through all of it with the interpreter", file=sys.stderr)
         return 2
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # where the package is not installed
     from dspa.kernels.triton_common import configurations as triton_configurations
     from dspa.kernels.triton_common import launch as triton_launch
     from dspa.kernels.triton_common.table import tile_of
