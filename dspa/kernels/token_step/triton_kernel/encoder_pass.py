@@ -18,7 +18,7 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     SHIFT,
 )
 from dspa.kernels.triton_common.rows import TOKENS
-from dspa.kernels.triton_common.tiles import add_products, encoder_input, scores, wait_for
+from dspa.kernels.triton_common.tiles import add_products, dot, encoder_input, scores, wait_for
 
 
 @triton.jit
@@ -87,10 +87,13 @@ def pass_tile(
             valid = is_open[:, None] & within[None, :]
             w = tl.load(weights + columns[None, :], mask=inside[:, None] & within[None, :], other=0.0)
             h = tl.load(begin + columns[None, :] * hidden.column_stride, mask=valid, other=0.0)
-            x = encoder_input(
-                h, shift, factor, encoder.b_dec, columns[None, :], within[None, :], valid, NORMALIZATION
-            )  # fmt: skip
-            product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
+            if X_PARTS == 0:  # as they are loaded: both stay in shared memory, and the products are asynchronous
+                product = dot(w, tl.trans(h), product)
+            else:
+                x = encoder_input(
+                    h, shift, factor, encoder.b_dec, columns[None, :], within[None, :], valid, NORMALIZATION
+                )  # fmt: skip
+                product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
         score = scores(product + rest, encoder, latents[:, None], inside[:, None], ACTIVATION)
         if ACTIVATION == "topk":
             score = count_ranks(score, latents, rows, is_open, edits, scratch)
