@@ -33,7 +33,6 @@ from dspa.kernels.triton_common.tiles import Encoder
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
-
 BYTES_AHEAD = 512  # of a row of `W_enc`
 
 

@@ -28,13 +28,24 @@ from dspa.kernels.triton_common.tiles import (
     wait_for,
 )
 
+LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
+
 
 @triton.jit
-def is_settled(rows, is_open, strength, scratch):
-    """Which rows need no maximum, by the maxima that other programs have found so far."""
-    bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=is_open, other=0.0, cache_modifier=".cg")
-    floor = packed_value(tl.load(scratch.maxima + rows, mask=is_open, other=0, volatile=True))
-    return bar <= alpha_of(strength, rows, is_open) * floor
+def any_unsettled(first_row, batch, strength, scratch):
+    """Whether one of 16 open rows still needs a maximum, by the maxima that other programs have found so far.
+
+    These rise meanwhile, so threads that look at one row may see different ones; yet all warps of a program have to
+    decide alike, since products on tensor cores take them all (else: an illegal instruction). A reduction over elements
+    that are spread over all warps has one result for all of them; one over 16 rows, which every warp holds, may not.
+    """
+    rows = first_row + tl.arange(0, LOOKS) % TOKENS
+    inside = rows < batch
+    state = tl.load(scratch.states + rows, mask=inside, other=DISABLED, cache_modifier=".cg")
+    bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=inside, other=0.0, cache_modifier=".cg")
+    floor = packed_value(tl.load(scratch.maxima + rows, mask=inside, other=0, volatile=True))
+    settled = bar <= alpha_of(strength, rows, inside) * floor
+    return tl.max(((state == OPEN) & ~settled).to(tl.int32), axis=0) != 0
 
 
 @triton.jit
@@ -80,15 +91,14 @@ def pass_tile(
         if AHEAD > 0:  # and begins to read meanwhile
             fetch_ahead(encoder.W_enc + tl.minimum(latents, d_sae - 1).to(tl.int64) * d_model, AHEAD)
         wait_for(scratch.counters + PREPARED, batch)
-        open_now = tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
+        states = tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg")
         if NORMALIZATION != "none":
             numbers = scratch.numbers + rows * NUMBERS
             shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
             factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
-        if LAZY:
-            open_now &= ~is_settled(rows, is_open, strength, scratch)
-        is_open &= open_now
-    if tl.max(is_open.to(tl.int32), axis=0) != 0:
+        is_open &= states == OPEN
+    needed = any_unsettled(first_row, batch, strength, scratch) if LAZY else tl.max(is_open.to(tl.int32), axis=0) != 0
+    if needed:
         begin = hidden.rows + rows.to(tl.int64)[:, None] * hidden.row_stride
         of_latents = numbers_of(encoder, latents[:, None], inside[:, None], ACTIVATION)
         product = tl.zeros([LATENTS, TOKENS], tl.float32)

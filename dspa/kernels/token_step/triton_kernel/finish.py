@@ -12,7 +12,6 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     DISABLED,
     FINISHED,
     LARGEST,
-    NONFINITE,
     NUMBERS,
     OPEN,
     PASSED,
