@@ -66,7 +66,7 @@ def candidates(operation: str, toy: bool) -> Iterator[Sizes]:
     if toy:
         yield from [(64, 16, 64, 1, 1), (128, 16, 64, 1, 1)]
         return
-    tokens = (16,) if operation == "token_step" else (64, 128)
+    tokens = (16,) if operation == "token_step" else (64, 128, 256)
     yield from itertools.product((64, 128), tokens, (32, 64, 128), (4, 8), (2, 3, 4, 5))
 
 
