@@ -113,7 +113,7 @@ def candidates(operation: str, toy: bool) -> Iterator[Sizes]:
     if operation == "token_step":
         yield from itertools.product((64, 128), (16,), (64, 128, 256), (4, 8), (3, 4, 5))
     else:
-        yield from itertools.product((64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (3, 4))
+        yield from itertools.product((64, 128, 256), (64, 128, 256), (64,), (4, 8), (3, 4))
 
 
 def best(operation: str, shape: tuple[int, int], device: torch.device, in_parts: bool) -> Sizes:
