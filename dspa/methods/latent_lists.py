@@ -115,6 +115,11 @@ class LatentListEditor:
         self._by_batch: dict[int, ListBuffers] = {}
         self._current: ListBuffers | None = None
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compiles what the steps of every batch need, for hidden states of a dtype."""
+        self._dtype = dtype
+        self._by_batch[1] = self._allocate(1)
+
     def begin_prompt(self, row_policies: Sequence[str | None]) -> None:
         batch = len(row_policies)
         if batch not in self._by_batch:
