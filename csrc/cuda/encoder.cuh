@@ -192,26 +192,27 @@ __device__ __forceinline__ float multiply(const typename Weights::Storage* rows,
   constexpr int per_load = Weights::per_load;
   constexpr int chunk_size = 32 * per_load;
   constexpr int chunks_in_flight = kRows >= loads_in_flight ? 1 : loads_in_flight / kRows;
+  const int columns = static_cast<int>(d_model), padded = static_cast<int>(size);
   float sums[kRows * kInputs] = {};
 #pragma unroll 1
-  for (int64_t first = 0; first < size; first += chunks_in_flight * chunk_size) {
+  for (int first = 0; first < padded; first += chunks_in_flight * chunk_size) {
     uint4 loaded[chunks_in_flight][kRows];
 #pragma unroll
     for (int c = 0; c < chunks_in_flight; ++c)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t column = first + c * chunk_size + lane() * per_load;
-        loaded[c][r] = r < count && column < d_model ? load(rows + r * d_model, column, d_model) : uint4{0, 0, 0, 0};
+        const int column = first + c * chunk_size + lane() * per_load;
+        loaded[c][r] = r < count && column < columns ? load(rows + r * d_model, column, d_model) : uint4{0, 0, 0, 0};
       }
 #pragma unroll
     for (int c = 0; c < chunks_in_flight; ++c) {
-      if (first + c * chunk_size >= size) break;
+      if (first + c * chunk_size >= padded) break;
 #pragma unroll
       for (int n = 0; n < kInputs; ++n) {
         float input[per_load];
 #pragma unroll
         for (int quarter = 0; quarter < per_load / 4; ++quarter) {
-          const float4 four = *reinterpret_cast<const float4*>(inputs + n * size + first + c * chunk_size +
+          const float4 four = *reinterpret_cast<const float4*>(inputs + n * padded + first + c * chunk_size +
                                                                quarter * 128 + lane() * 4);
           input[4 * quarter] = four.x;
           input[4 * quarter + 1] = four.y;

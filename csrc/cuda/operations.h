@@ -77,6 +77,8 @@ struct TokenStep {
   Scratch scratch;
   uint32_t tiles = 1;
   uint32_t clusters_per_tile = 1;
+  uint32_t share_rows = 0;     // of W_enc, for a block; one more for the first `larger_shares` blocks of a tile
+  uint32_t larger_shares = 0;
   uint32_t entries_at_once = 1;  // of lists, for a cluster to take
   uint32_t ring_stages = 0;      // where the copy engine brings W_enc
 };

@@ -20,10 +20,11 @@ __device__ __forceinline__ void prefetch_encoder(const Tile& tile) {
   }
 }
 
-// 16 bytes of hidden states at a time, of all rows of the tile. Only for rows that are whole 16 bytes.
+// 16 bytes of hidden states at a time, of all rows of the tile. Only for rows that are whole 16 bytes and are not
+// normalised: this is the common case, and its code is short, as every instruction has to be fetched once.
 template <class Tile>
 struct HiddenLoader {
-  static constexpr int loads = 4;  // of a thread, in flight
+  static constexpr int loads = 3;  // of a thread, in flight
 
   __device__ __forceinline__ explicit HiddenLoader(const Tile& tile_)
       : tile(tile_),
@@ -39,45 +40,43 @@ struct HiddenLoader {
 #pragma unroll
     for (int i = 0; i < loads; ++i) {
       const uint32_t p = place(from, i), column = p % of_row * per_load;
-      const int64_t bytes = static_cast<int64_t>(column) * (16 / per_load);
-      loaded[i] = p < count && column < tile.d_model
-                      ? ptx::load_16(row_of(tile.step.hidden, tile.first + p / of_row) + bytes)
+      loaded[i] = p < count && column < static_cast<uint32_t>(tile.d_model)
+                      ? ptx::load_16(row_of(tile.step.hidden, tile.first + p / of_row) + column * (16 / per_load))
                       : uint4{0, 0, 0, 0};
     }
   }
 
   __device__ __forceinline__ void store(uint32_t from, const uint4 (&loaded)[loads]) const {
-#pragma unroll
-    for (int i = 0; i < loads; ++i) {
-      const uint32_t p = place(from, i);
-      if (p >= count) break;
-      const int slot = static_cast<int>(p / of_row);
-      const int64_t column = p % of_row * per_load;
-      if (tile.step.hidden.dtype == Dtype::float32)
-        store_numbers<Float32>(slot, column, loaded[i]);
-      else if (tile.step.hidden.dtype == Dtype::bfloat16)
-        store_numbers<Bfloat16>(slot, column, loaded[i]);
-      else
-        store_numbers<Float16>(slot, column, loaded[i]);
-    }
+    if (tile.step.hidden.dtype == Dtype::float32)
+      store_numbers<Float32>(from, loaded);
+    else if (tile.step.hidden.dtype == Dtype::bfloat16)
+      store_numbers<Bfloat16>(from, loaded);
+    else
+      store_numbers<Float16>(from, loaded);
   }
 
   template <class Numbers>
-  __device__ __forceinline__ void store_numbers(int slot, int64_t column, const uint4& loaded) const {
-    float numbers[Numbers::per_load];
-    Numbers::unpack(loaded, numbers);
-    bool all_finite = true;
+  __device__ __forceinline__ void store_numbers(uint32_t from, const uint4 (&loaded)[loads]) const {
 #pragma unroll
-    for (int j = 0; j < Numbers::per_load; ++j) {
-      const bool exists = column < tile.d_model;
-      numbers[j] = exists ? encoder_input(numbers[j], column + j, tile.sae, tile.shared().normalizer[slot]) : 0.0f;
-      all_finite = all_finite && finite(numbers[j]);
+    for (int i = 0; i < loads; ++i) {
+      const uint32_t p = place(from, i), column = p % of_row * Numbers::per_load;
+      if (p >= count) break;
+      const int slot = static_cast<int>(p / of_row);
+      float numbers[Numbers::per_load];
+      Numbers::unpack(loaded[i], numbers);
+      if (tile.sae.b_dec != nullptr && column < static_cast<uint32_t>(tile.d_model)) {
+#pragma unroll
+        for (int j = 0; j < Numbers::per_load; ++j) numbers[j] = numbers[j] - tile.sae.b_dec[column + j];
+      }
+      bool all_finite = true;
+#pragma unroll
+      for (int j = 0; j < Numbers::per_load; ++j) all_finite = all_finite & finite(numbers[j]);
+#pragma unroll
+      for (int j = 0; j < Numbers::per_load; j += 4)
+        *reinterpret_cast<float4*>(tile.input(slot) + input_position<typename Tile::Weights>(column + j)) =
+            float4{numbers[j], numbers[j + 1], numbers[j + 2], numbers[j + 3]};
+      if (!all_finite) atomicMax(&tile.shared().nonfinite[slot], 1u);
     }
-#pragma unroll
-    for (int j = 0; j < Numbers::per_load; j += 4)
-      *reinterpret_cast<float4*>(tile.input(slot) + input_position<typename Tile::Weights>(column + j)) =
-          float4{numbers[j], numbers[j + 1], numbers[j + 2], numbers[j + 3]};
-    if (!all_finite) atomicMax(&tile.shared().nonfinite[slot], 1u);
   }
 
   const Tile& tile;
@@ -96,6 +95,7 @@ __device__ __forceinline__ bool hidden_is_whole_16_bytes(const Tile& tile) {
 template <class Tile>
 __device__ __forceinline__ void load_lists(const Tile& tile) {
   const int64_t listed = tile.rows * tile.capacity;
+#pragma unroll 1
   for (int64_t e = threadIdx.x; e < listed; e += blockDim.x) {
     const int64_t latent = tile.step.edits.latents[tile.first * tile.capacity + e];
     tile.latents(0)[e] = static_cast<int32_t>(latent);
@@ -115,54 +115,46 @@ template <class Tile>
 __device__ __forceinline__ void load_rows(const Tile& tile) {
   SharedHeader& shared = tile.shared();
   if (threadIdx.x < Tile::inputs) {
-    shared.normalizer[threadIdx.x] = Normalizer{};
     shared.nonfinite[threadIdx.x] = shared.maximum[threadIdx.x] = 0;
     shared.kept[threadIdx.x] = 0;
   }
   __syncthreads();
-  if (tile.sae.normalization != Normalization::none) {
-    for (int slot = 0; slot < tile.rows; ++slot) {
-      const Normalizer normalizer =
-          normalizer_of(tile.step.hidden, tile.first + slot, tile.sae.normalization, shared.sums);
-      if (threadIdx.x == 0) {
-        shared.normalizer[slot] = normalizer;
-        shared.nonfinite[slot] = !finite(normalizer.scale);
-      }
-    }
-    __syncthreads();
-  }
+#pragma unroll 1
   for (int64_t i = tile.rows * tile.size + threadIdx.x; i < Tile::inputs * tile.size; i += blockDim.x)
     tile.input(0)[i] = 0.0f;
-  if (!hidden_is_whole_16_bytes(tile)) {
-    load_lists(tile);
-    for (int slot = 0; slot < tile.rows; ++slot) {
-      const char* from = row_of(tile.step.hidden, tile.first + slot);
-#pragma unroll 4
-      for (int64_t i = threadIdx.x; i < tile.size; i += blockDim.x) {
-        const bool exists = i < tile.d_model;
-        const float value =
-            exists ? encoder_input(tile.step.hidden, from, i, tile.sae, shared.normalizer[slot]) : 0.0f;
-        if (!finite(value)) atomicMax(&shared.nonfinite[slot], 1u);
-        tile.input(slot)[input_position<typename Tile::Weights>(i)] = value;
-      }
+  if (tile.sae.normalization == Normalization::none && hidden_is_whole_16_bytes(tile)) {
+    const HiddenLoader<Tile> loader(tile);
+#pragma unroll 1
+    for (uint32_t from = 0; from < loader.count; from += HiddenLoader<Tile>::loads * blockDim.x) {
+      uint4 loaded[HiddenLoader<Tile>::loads];
+      loader.load(from, loaded);
+      if (from == 0) load_lists(tile);
+      loader.store(from, loaded);
     }
     return;
   }
-  const HiddenLoader<Tile> loader(tile);
-  uint4 loaded[HiddenLoader<Tile>::loads];
-  loader.load(0, loaded);
   load_lists(tile);
-  loader.store(0, loaded);
-  const uint32_t at_once = HiddenLoader<Tile>::loads * blockDim.x;
-  for (uint32_t from = at_once; from < loader.count; from += at_once) {
-    loader.load(from, loaded);
-    loader.store(from, loaded);
+#pragma unroll 1
+  for (int slot = 0; slot < tile.rows; ++slot) {
+    const Normalizer normalizer =
+        normalizer_of(tile.step.hidden, tile.first + slot, tile.sae.normalization, shared.sums);
+    if (threadIdx.x == 0) shared.scale[slot] = normalizer.scale;
+    bool all_finite = finite(normalizer.scale);
+    const char* from = row_of(tile.step.hidden, tile.first + slot);
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < tile.size; i += blockDim.x) {
+      const float value = i < tile.d_model ? encoder_input(tile.step.hidden, from, i, tile.sae, normalizer) : 0.0f;
+      all_finite = all_finite && finite(value);
+      tile.input(slot)[input_position<typename Tile::Weights>(i)] = value;
+    }
+    if (!all_finite) atomicMax(&shared.nonfinite[slot], 1u);
   }
 }
 
 // Scores, and ranks if they are known, from the scratch, by the whole block.
 template <class Tile>
 __device__ __forceinline__ void load_scores(const Tile& tile, bool ranked) {
+#pragma unroll 1
   for (int64_t e = threadIdx.x; e < tile.rows * tile.capacity; e += blockDim.x) {
     tile.score_bits(0)[e] = __float_as_uint(tile.step.scratch.score[tile.first * tile.capacity + e]);
     tile.ranks(0)[e] = ranked ? tile.step.scratch.rank[tile.first * tile.capacity + e] : 0;

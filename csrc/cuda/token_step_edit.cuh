@@ -41,10 +41,12 @@ __device__ __forceinline__ void compute_edit(const Tile& tile, int slot, bool co
     return moved - score;
   };
   bool good = listed.finite && !(needed && !finite(maximum));
+#pragma unroll 1
   for (int i = lane(); i < count; i += 32) good = good && finite(difference(i));
   good = __all_sync(all_lanes, good) != 0;
 
   int kept = 0;
+#pragma unroll 1
   for (int first = 0; good && first < count; first += 32) {
     const int i = first + lane();
     float factor = difference(i);
@@ -54,7 +56,7 @@ __device__ __forceinline__ void compute_edit(const Tile& tile, int slot, bool co
     if (factor != 0.0f) {
       const int64_t latent = tile.latents(slot)[i];
       if (tile.sae.decoder_norm != nullptr) factor = factor / tile.sae.decoder_norm[latent];
-      if (tile.sae.normalization != Normalization::none) factor = factor * tile.shared().normalizer[slot].scale;
+      if (tile.sae.normalization != Normalization::none) factor = factor * tile.shared().scale[slot];
       const int place = kept + __popc(changed & ((1u << lane()) - 1u));
       tile.coefficients(slot)[place] = factor;
       tile.decoder_rows(slot)[place] = decoder_row;
@@ -133,6 +135,7 @@ __device__ __forceinline__ void write_piece(const Tile& tile, int slot, int64_t 
       }
     }
   } else {
+#pragma unroll 1
     for (int i = 0; i < kept; ++i) {
 #pragma unroll
       for (int j = 0; j < piece_size; ++j)
@@ -180,6 +183,7 @@ struct TileEdit {
   }
 
   __device__ __forceinline__ uint32_t all_arrive(const uint32_t* arrivals) const {
+#pragma unroll 1
     for (int look = 0; look < most_looks; ++look) {
       if (ptx::load_acquire(arrivals) % has_edited == clusters) return 1;
       ptx::wait_a_moment();
@@ -221,6 +225,7 @@ struct TileEdit {
     if (__any_sync(all_lanes, last) == 0) return;
     __syncwarp();
     if (tile.is_topk())
+#pragma unroll 1
       for (int64_t e = lane(); e < tile.rows * tile.capacity; e += 32) scratch.rank[tile.first * tile.capacity + e] = 0;
     if (lane() < tile.rows) scratch.maximum[tile.first + lane()] = 0;
     if (lane() == 0)

@@ -29,6 +29,8 @@ inline cudaError_t launch_token_step(void (*kernel)(TokenStep), TokenStep step, 
   const int64_t entries = std::min(inputs, step.hidden.rows) * step.edits.capacity;
   step.tiles = static_cast<uint32_t>(tiles);
   step.clusters_per_tile = static_cast<uint32_t>(clusters);
+  step.share_rows = static_cast<uint32_t>(step.sae.W_enc.rows / (clusters * cluster));
+  step.larger_shares = static_cast<uint32_t>(step.sae.W_enc.rows % (clusters * cluster));
   step.entries_at_once = static_cast<uint32_t>(std::max<int64_t>((entries + clusters - 1) / clusters, 1));
   return launch(kernel, dim3(static_cast<unsigned>(tiles * clusters * cluster)), threads, shared,
                 LaunchOptions(static_cast<int>(cluster), tuning().early_launch && room.is_for_sm_90), stream, step);

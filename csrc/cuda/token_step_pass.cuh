@@ -10,6 +10,7 @@ template <class Tile>
 __device__ __forceinline__ void count_ranks(const Tile& tile, int slot, int64_t latent, float z) {
   if (!(z > 0.0f)) return;
   const int count = tile.shared().count[slot];
+#pragma unroll 1
   for (int i = 0; i < count; ++i) {
     const float listed = __uint_as_float(tile.score_bits(slot)[i]);
     if (!(listed > 0.0f) || z < listed) continue;
@@ -151,6 +152,7 @@ __device__ __forceinline__ void publish(const Tile& tile, uint32_t slots, int sl
   for (int s = warp(); s < tile.rows; s += warps()) {
     if ((slots >> s & 1u) == 0) continue;
     uint32_t* ranks = tile.step.scratch.rank + (tile.first + s) * tile.capacity;
+#pragma unroll 1
     for (int i = lane(); i < tile.shared().count[s]; i += 32)
       if (tile.ranks(s)[i] != 0) atomicAdd(ranks + i, tile.ranks(s)[i]);
   }

@@ -18,7 +18,7 @@ constexpr uint32_t not_finite = 0x7fffffffu;  // bits of a NaN: the score where 
 struct SharedHeader {
   SelectionBuffer selection;
   double sums[most_warps];
-  Normalizer normalizer[most_inputs];
+  float scale[most_inputs];           // what maps a decoded difference back, where inputs are normalised
   uint32_t slot;                      // for broadcasts
   uint32_t task;                      // the first that the cluster has taken
   uint32_t enabled[most_inputs];
@@ -77,10 +77,10 @@ struct StepTile {
         first(static_cast<int64_t>(index) * kInputs) {
     const int64_t left = step.hidden.rows - first;
     rows = static_cast<int>(left < kInputs ? left : kInputs);
-    const int64_t share = static_cast<int64_t>(blockIdx.x / cluster.size / step.tiles) * cluster.size + cluster.rank;
-    const int64_t shares = static_cast<int64_t>(step.clusters_per_tile) * cluster.size;
-    begin = static_cast<int32_t>(sae.W_enc.rows * share / shares);
-    end = static_cast<int32_t>(sae.W_enc.rows * (share + 1) / shares);
+    const uint32_t share = blockIdx.x / cluster.size / step.tiles * cluster.size + cluster.rank;
+    const uint32_t before = share < step.larger_shares ? share : step.larger_shares;
+    begin = static_cast<int32_t>(share * step.share_rows + before);
+    end = begin + static_cast<int32_t>(step.share_rows + (share < step.larger_shares ? 1 : 0));
   }
 
   // The index of the warp's product that a lane holds after `multiply`.
@@ -149,6 +149,7 @@ struct StepTile {
     const int count = shared().count[slot];
     bool finite_scores = true, augmented = false;
     float largest = 0.0f;
+#pragma unroll 1
     for (int i = lane(); i < count; i += 32) {
       finite_scores = finite_scores && score_bits(slot)[i] != not_finite;
       if (!is_active(slot, i, ranked)) continue;
