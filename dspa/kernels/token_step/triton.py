@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,16 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     Strength,
 )
 from dspa.kernels.triton_common import launch as launching
-from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
+from dspa.kernels.triton_common.launch import (
+    Launch,
+    activation_of,
+    aligned,
+    launch_of,
+    parts_of,
+    row_stride_of,
+    tile_for,
+    with_aligned_rows,
+)
 from dspa.kernels.triton_common.rows import Decoder, Hidden
 from dspa.kernels.triton_common.table import blocks, for_batch
 from dspa.kernels.triton_common.tiles import Encoder
@@ -90,7 +100,7 @@ def columns_ahead(W_enc: Tensor) -> int:
     return columns if is_nvidia and W_enc.shape[1] >= 8 * columns else 0
 
 
-def run(
+def step_launch(
     hidden: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -134,9 +144,9 @@ def run(
     k_diff: int = 0,
     edit: str = "ablate",
     sign_guard: bool = False,
-) -> None:
-    """Launches the kernel: the operation as a function of nothing but tensors, numbers and names. With a density, the
-    lists are looked up first, and written."""
+) -> Launch:
+    """The launch of the operation: a function of nothing but tensors, numbers and names. With a density, the lists are
+    looked up first, and written. The hidden states have aligned rows."""
     batch, d_model = hidden.shape
     d_sae = W_enc.shape[0]
     x_parts = parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
@@ -153,15 +163,15 @@ def run(
         assert values is not None
         prompt = prompt_of(density, row_offsets, columns, values, d_sae_out, k_prompt, k_diff)
     passes = blocks(d_sae, tile.latents) * blocks(batch, tile.tokens)
-    launch(
+    return launch_of(
         token_step_kernel,
         batch + passes + batch * blocks(d_model, SLICE.value),
         {
-            "hidden": Hidden(hidden, hidden.stride(0), hidden.stride(1)),
+            "hidden": Hidden(hidden, row_stride_of(hidden), hidden.stride(1)),
             "encoder": Encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias),
             "decoder": Decoder(W_dec, decoder_rows),
             "edits": Edits(latents, signs, counts, latents.shape[1]),
-            "strength": Strength(alpha, alpha_of_row, enabled),
+            "strength": Strength(float(alpha), aligned(alpha_of_row), aligned(enabled)),
             "stats": stats,
             "scratch": Scratch(counters, states, numbers, maxima, listed, ranks, recent_argmax),
             "prompt": prompt,
@@ -184,6 +194,16 @@ def run(
         hidden.device,
     )
 
+
+def run(hidden: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launches the kernel, on a copy of hidden states that it cannot be launched on."""
+    rows = with_aligned_rows(hidden)
+    step_launch(rows, *arguments, **options).run()
+    if rows is not hidden:
+        hidden.copy_(rows)
+
+
+run.__signature__ = inspect.signature(step_launch).replace(return_annotation=None)  # pyright: ignore[reportFunctionMemberAccess]
 
 _WRITTEN = (
     "hidden", "seen", "edited", "nonfinite", "maximum", "maximum_sum", "maximum_known", "latent_edits",

@@ -179,10 +179,10 @@ def add_part(w, x, main, rest, LEADING: tl.constexpr, X_PARTS: tl.constexpr):
 
 @triton.jit
 def tile_products(
-    matrix, latents, is_latent, begin, column_stride, is_token, shift, factor, b_dec, d_model,
+    matrix, latents, is_latent, begin, column_stride, is_token, shift, factor, b_dec, d_model, product,
     NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Products of some rows of a matrix with the encoder inputs of some tokens.
+    """Adds the products of some rows of a matrix with the encoder inputs of some tokens.
 
     Args:
         matrix: `[d_sae, d_model]`.
@@ -190,22 +190,33 @@ def tile_products(
         begin: `[tokens, 1]`, where each row of the hidden states begins.
         is_token: `[tokens]`, which tokens to read.
         shift, factor: of `normalizer`.
+        product: `[latents, tokens]` float32, what they are added to.
 
     Returns:
         `[latents, tokens]` float32.
     """
     weights = matrix + latents.to(tl.int64)[:, None] * d_model
-    product = tl.zeros([latents.shape[0], is_token.shape[0]], tl.float32)
-    rest = tl.zeros([latents.shape[0], is_token.shape[0]], tl.float32)
-    for first in tl.range(0, d_model, MODEL):
-        columns = (first + tl.arange(0, MODEL))[None, :]
-        within = columns < d_model
-        valid = is_token[:, None] & within
-        w = tl.load(weights + columns, mask=is_latent[:, None] & within, other=0.0)
-        h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
-        x = encoder_input(h, shift, factor, b_dec, columns, within, valid, NORMALIZATION)
-        product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
-    return product + rest
+    if X_PARTS == 0:
+        # Both factors go from shared memory to the tensor cores as they were loaded, and while one block of columns is
+        # multiplied the next ones arrive.
+        for first in tl.range(0, d_model, MODEL):
+            columns = (first + tl.arange(0, MODEL))[None, :]
+            within = columns < d_model
+            w = tl.load(weights + columns, mask=is_latent[:, None] & within, other=0.0)
+            h = tl.load(begin + columns * column_stride, mask=is_token[:, None] & within, other=0.0)
+            product = dot(w, tl.trans(h), product)
+    else:
+        rest = tl.zeros([latents.shape[0], is_token.shape[0]], tl.float32)
+        for first in tl.range(0, d_model, MODEL):
+            columns = (first + tl.arange(0, MODEL))[None, :]
+            within = columns < d_model
+            valid = is_token[:, None] & within
+            w = tl.load(weights + columns, mask=is_latent[:, None] & within, other=0.0)
+            h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
+            x = encoder_input(h, shift, factor, b_dec, columns, within, valid, NORMALIZATION)
+            product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
+        product += rest
+    return product
 
 
 @triton.jit
