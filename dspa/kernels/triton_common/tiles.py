@@ -236,25 +236,70 @@ def dirty_inputs(
 
 
 @triton.jit
-def scores(product, encoder, latents, valid, ACTIVATION: tl.constexpr):
+def numbers_of(encoder, latents, valid, ACTIVATION: tl.constexpr):
+    """What turns products of some latents into scores: bias, norm, and for "gated" the scale and offset of the
+    magnitude, for "threshold" the threshold. Of the shape of `latents`, 0 where not valid; the bias in place of what
+    there is not.
+    """
+    bias = tl.load(encoder.b_enc + latents, mask=valid, other=0.0)
+    norm = bias
+    scale = bias
+    offset = bias
+    if encoder.decoder_norm is not None:
+        norm = tl.load(encoder.decoder_norm + latents, mask=valid, other=0.0)
+    if ACTIVATION == "gated":
+        scale = tl.load(encoder.magnitude_scale + latents, mask=valid, other=0.0)
+        offset = tl.load(encoder.magnitude_bias + latents, mask=valid, other=0.0)
+    elif ACTIVATION == "threshold":
+        offset = tl.load(encoder.threshold + latents, mask=valid, other=0.0)
+    return bias, norm, scale, offset
+
+
+@triton.jit
+def score_of(product, numbers, encoder, ACTIVATION: tl.constexpr):
     """The values that the selection compares: the activation, or for topk the pre-activation, from `W_enc h'`.
 
     Args:
-        product: float32; `latents` and `valid` broadcast to it. Where not valid, it must be 0, and so is the score.
-        latents: which rows of the encoder.
+        product: float32. Where a latent is not valid, it must be 0, and so is the score.
+        numbers: of `numbers_of`; they broadcast to the product.
         ACTIVATION: "threshold" (jumprelu, relu, batchtopk), "gated" or "topk".
     """
-    z = product + tl.load(encoder.b_enc + latents, mask=valid, other=0.0)
+    bias, norm, scale, offset = numbers
+    z = product + bias
     if encoder.decoder_norm is not None:
-        z = z * tl.load(encoder.decoder_norm + latents, mask=valid, other=0.0)
+        z = z * norm
     if ACTIVATION == "gated":
-        magnitude = product * tl.load(encoder.magnitude_scale + latents, mask=valid, other=0.0)
-        magnitude += tl.load(encoder.magnitude_bias + latents, mask=valid, other=0.0)
+        magnitude = product * scale
+        magnitude += offset
         z = tl.where((z > 0.0) & (magnitude > 0.0), magnitude, 0.0)
     elif ACTIVATION == "threshold":
-        threshold = tl.load(encoder.threshold + latents, mask=valid, other=0.0)
-        z = tl.where((z > threshold) & (z > 0.0), z, 0.0)
+        z = tl.where((z > offset) & (z > 0.0), z, 0.0)
     return z
+
+
+@triton.jit
+def scores(product, encoder, latents, valid, ACTIVATION: tl.constexpr):
+    """`score_of` some latents. `latents`, which rows of the encoder, and `valid` broadcast to the product."""
+    return score_of(product, numbers_of(encoder, latents, valid, ACTIVATION), encoder, ACTIVATION)
+
+
+# ---- memory that will be read ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fetch_ahead(begin, columns: tl.constexpr):
+    """Brings the first columns of some rows into the L2 cache of an NVIDIA GPU. Nothing waits for them.
+
+    Args:
+        begin: `[rows]`, where each row begins.
+        columns: how many of a row; a power of 2, at least a line of the cache, 128 bytes.
+    """
+    line: tl.constexpr = 1024 // begin.dtype.element_ty.primitive_bitwidth
+    lines: tl.constexpr = columns // line
+    at = begin[:, None] + (tl.arange(0, lines) * line)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 # ---- programs that wait for each other -------------------------------------------------------------------------------
