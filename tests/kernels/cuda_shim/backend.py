@@ -18,7 +18,7 @@ from dspa.kernels.backends.registry import register_backend
 from dspa.kernels.backends.table import BACKENDS
 from dspa.kernels.encode_density.cuda import encode_density
 from dspa.kernels.lookup.cuda import lookup
-from dspa.kernels.token_step.cuda import token_step, token_step_with_lookup
+from dspa.kernels.token_step.cuda import bind_step, token_step, token_step_with_lookup
 
 NAME = "cuda-shim"
 THREADS = 64  # of a block; what a GPU gets is more, and the same kernel
@@ -44,6 +44,7 @@ def load() -> Operations:
         partial(token_step, library=library),
         partial(token_step_with_lookup, library=library),
         partial(adapter_step, library=library),
+        bind_step=partial(bind_step, library=library),
     )
 
 
