@@ -95,6 +95,7 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[128], WarpgroupTile&
   using Tile = WarpgroupTile;
   // The stage may be filled again, by both blocks.
   const auto release = [&](uint32_t stage) {
+    __syncwarp();  // no other thread waits for its products any more
     if (lane() < Tile::cluster)
       ptx::barrier_arrive_in_cluster(&tile.empty[stage], static_cast<uint32_t>(lane()));
   };

@@ -190,6 +190,8 @@ MACHINES = {
     "clusters of two": {"cluster": 2},
     "clusters of four, one at a time": {"cluster": 4, "processors": 6, "clusters_at_a_time": 1},
     "no clusters": {"cluster": 4, "compute_capability": 8},
+    "begun early": {"early_launch": True, "cluster": 2},
+    "begun early, before sm_90": {"early_launch": True, "compute_capability": 8},
     "shared memory for one row": {"shared_limit": 24 * 1024},
     "a warp for a block": {"threads": 32},
     **{f"order {seed}": {"seed": 100 + seed, "clusters_at_a_time": 4} for seed in range(6)},
@@ -667,6 +669,8 @@ def test_token_step_says_which_call_failed(backend: Backend, dtype: torch.dtype)
     assert calls_that_fail(run) == list(range(1, 10))
     # Without an answer to whether there are bulk copies, the third call, it goes on without them.
     assert calls_that_fail(run, bulk_copies=True) == [1, 2, *range(4, 11)]
+    # How many clusters run at a time is one more.
+    assert calls_that_fail(run, cluster=2) == list(range(1, 11))
 
 
 @pytest.mark.long

@@ -27,7 +27,7 @@ _scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], Tensor]] = WeakKey
 
 def scratch_words(rows: int, capacity: int) -> int:
     """The size of the scratch that `csrc/cuda/operations.h` lays out; the operation refuses any other size."""
-    return 2 + 5 * rows + 2 * rows * capacity
+    return 5 * rows + 2 * rows * capacity
 
 
 def scratch_of(sae: SaeWeights, batch: int, capacity: int) -> Tensor:

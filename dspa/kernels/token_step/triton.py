@@ -37,8 +37,8 @@ from dspa.kernels.triton_common.launch import (
     tile_for,
     with_aligned_rows,
 )
-from dspa.kernels.triton_common.rows import TOKENS, Decoder, Hidden
-from dspa.kernels.triton_common.table import blocks
+from dspa.kernels.triton_common.rows import Decoder, Hidden
+from dspa.kernels.triton_common.table import blocks, for_batch
 from dspa.kernels.triton_common.tiles import Encoder
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
@@ -151,6 +151,8 @@ def step_launch(
     d_sae = W_enc.shape[0]
     x_parts = parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
     tile = tile_for("token_step", W_enc, x_parts)
+    if x_parts == 0:
+        tile = for_batch(tile, batch)
     stats = None
     if seen is not None:
         stats = Stats(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits)  # pyright: ignore[reportArgumentType]
@@ -160,7 +162,7 @@ def step_launch(
         assert columns is not None
         assert values is not None
         prompt = prompt_of(density, row_offsets, columns, values, d_sae_out, k_prompt, k_diff)
-    passes = blocks(d_sae, tile.latents) * blocks(batch, TOKENS.value)
+    passes = blocks(d_sae, tile.latents) * blocks(batch, tile.tokens)
     return launch_of(
         token_step_kernel,
         batch + passes + batch * blocks(d_model, SLICE.value),
@@ -184,6 +186,7 @@ def step_launch(
             "EDIT": edit,
             "GUARD": sign_guard,
             "LATENTS": tile.latents,
+            "TOKENS": tile.tokens,
             "MODEL": tile.model,
             "AHEAD": columns_ahead(W_enc),
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton.language as tl
@@ -98,6 +98,10 @@ def launch(kernel: Any, programs: int, arguments: dict[str, object], tile: Tile,
 ALIGNMENT = 16
 
 
+@overload
+def aligned(tensor: Tensor) -> Tensor: ...
+@overload
+def aligned(tensor: Tensor | None) -> Tensor | None: ...
 def aligned(tensor: Tensor | None) -> Tensor | None:
     """A tensor that is read, or a copy of it at a multiple of 16 bytes."""
     return tensor if tensor is None or tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

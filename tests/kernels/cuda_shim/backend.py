@@ -67,6 +67,7 @@ def machine(
     density_bytes: int = DENSITY_BYTES,
     warpgroup_products: bool = False,
     bulk_copies: bool = False,
+    early_launch: bool = False,
     calls_to_failure: int = 0,
 ) -> Iterator[None]:
     """Another GPU, another shape of the launch, or another order of the threads, for a while.
@@ -82,6 +83,7 @@ def machine(
         density_bytes: of inputs, or scores, that encode_density holds.
         warpgroup_products: encode_density multiplies by warpgroups.
         bulk_copies: the copy engine brings W_enc to token_step.
+        early_launch: token_step begins while the kernel before it ends.
         calls_to_failure: the call of CUDA that fails, counted from here on; 0 for none.
     """
     configure = ctypes.CDLL(str(build.library())).cuda_shim_configure
@@ -90,7 +92,7 @@ def machine(
     device = _DEVICES.setdefault((processors, shared_limit, compute_capability), len(_DEVICES))
     tune = operations().set_cuda_tuning
     configure(clusters_at_a_time, processors, shared_limit, compute_capability, seed, device, calls_to_failure)
-    tune(threads, cluster, density_bytes, warpgroup_products, bulk_copies)
+    tune(threads, cluster, density_bytes, warpgroup_products, bulk_copies, early_launch)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The second part: the pass of one tile of `W_enc` for 16 rows of the batch."""
+"""The second part: the pass of one tile of `W_enc` for some rows of the batch."""
 # Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
 # pyright: reportGeneralTypeIssues=false
 
@@ -17,7 +17,6 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     PREPARED,
     SHIFT,
 )
-from dspa.kernels.triton_common.rows import TOKENS
 from dspa.kernels.triton_common.tiles import (
     add_products,
     dot,
@@ -32,12 +31,12 @@ LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
 
 
 @triton.jit
-def any_unsettled(first_row, batch, strength, scratch):
-    """Whether one of 16 open rows still needs a maximum, by the maxima that other programs have found so far.
+def any_unsettled(first_row, batch, strength, scratch, TOKENS: tl.constexpr):
+    """Whether one of some open rows still needs a maximum, by the maxima that other programs have found so far.
 
     These rise meanwhile, so threads that look at one row may see different ones; yet all warps of a program have to
     decide alike, since products on tensor cores take them all (else: an illegal instruction). A reduction over elements
-    that are spread over all warps has one result for all of them; one over 16 rows, which every warp holds, may not.
+    that are spread over all warps has one result for all of them; one over few rows, which every warp holds, may not.
     """
     rows = first_row + tl.arange(0, LOOKS) % TOKENS
     inside = rows < batch
@@ -77,9 +76,9 @@ def count_ranks(score, latents, rows, is_open, edits, scratch):
 def pass_tile(
     tile, first_row, hidden, encoder, edits, strength, scratch, batch, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
-    LATENTS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
+    LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Raises the maxima, and for topk the ranks, of 16 rows by the scores of one tile of latents."""
+    """Raises the maxima, and for topk the ranks, of some rows by the scores of one tile of latents."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
     latents = tile * LATENTS + tl.arange(0, LATENTS)
@@ -97,7 +96,11 @@ def pass_tile(
             shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
             factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
         is_open &= states == OPEN
-    needed = any_unsettled(first_row, batch, strength, scratch) if LAZY else tl.max(is_open.to(tl.int32), axis=0) != 0
+    needed = (
+        any_unsettled(first_row, batch, strength, scratch, TOKENS)
+        if LAZY
+        else tl.max(is_open.to(tl.int32), axis=0) != 0
+    )
     if needed:
         begin = hidden.rows + rows.to(tl.int64)[:, None] * hidden.row_stride
         of_latents = numbers_of(encoder, latents[:, None], inside[:, None], ACTIVATION)
