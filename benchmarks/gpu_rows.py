@@ -114,15 +114,26 @@ class Rows:
 
     def all(self) -> Iterator[Callable[[], Row]]:
         """The most telling rows first: what time runs out for comes last."""
-        for batch in self.scale.batches:
-            for d_sae in self.scale.d_sae:
-                for model, width in self.scale.widths:
-                    shape = Shape(width, d_sae, torch.bfloat16, batch)
-                    yield lambda model=model, shape=shape: self.token_step(model, shape)
-            if batch == self.scale.batches[0]:
-                yield from self._other_rows()
+        shapes = [
+            (model, Shape(width, d_sae, torch.bfloat16, batch))
+            for batch in self.scale.batches
+            for d_sae in self.scale.d_sae
+            for model, width in self.scale.widths
+        ]
+        first = [(model, shape) for model, shape in shapes if self._is_telling(shape)]
+        for model, shape in first:
+            yield lambda model=model, shape=shape: self.token_step(model, shape)
+        yield from self._other_rows()
+        for model, shape in shapes:
+            if (model, shape) not in first:
+                yield lambda model=model, shape=shape: self.token_step(model, shape)
         for model in self.scale.models[1:2]:
             yield lambda model=model: self.generate(*model, "static")
+
+    def _is_telling(self, shape: Shape) -> bool:
+        """All SAEs at batch 1, and all batches at the first SAE."""
+        first = (self.scale.widths[0][1], self.scale.d_sae[0])
+        return shape.batch == self.scale.batches[0] or (shape.d_model, shape.d_sae) == first
 
     def _other_rows(self) -> Iterator[Callable[[], Row]]:
         first, width = self.scale.widths[0]
