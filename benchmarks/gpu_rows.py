@@ -104,6 +104,13 @@ class Rows:
     cuda: str = "cuda"
     library: Any = torch.ops.dspa
 
+    def first(self) -> Row:
+        """The most important figures alone: dense and lazy at batch 1, with and without edits. Nothing is compiled but
+        our kernels."""
+        model, width = self.scale.widths[0]
+        shape = Shape(width, self.scale.d_sae[0], torch.bfloat16, 1)
+        return self.token_step(model, shape, compiled=False)
+
     def all(self) -> Iterator[Callable[[], Row]]:
         """The most telling rows first: what time runs out for comes last."""
         for batch in self.scale.batches:
@@ -137,8 +144,8 @@ class Rows:
 
     # ---- token_step --------------------------------------------------------------------------------------------------
 
-    def token_step(self, model: str, shape: Shape) -> Row:
-        """Graph replays, L2 emptied before each; and with a warm L2 at batch 1."""
+    def token_step(self, model: str, shape: Shape, *, compiled: bool = True) -> Row:
+        """Graph replays, L2 emptied before each; and with a warm L2 at batch 1. `compiled`: beside torch.compile."""
         row, group = f"{model}, {shape}", "token_step, GPU"
         cases = {backend: Case(shape, backend, self.sampler.device) for backend in self.backends[:1]}
         first = cases[self.backends[0]]
@@ -150,7 +157,7 @@ class Rows:
                 case.check(("dense", "lazy"), lists)
         except AssertionError as failure:
             return Row(row, group, (), EAGER, failed=_first_line(failure))
-        ways = self._plain_ways(first)
+        ways = self._plain_ways(first, compiled)
         for backend, case in cases.items():
             for label, mode, wanted in OURS:
                 if wanted in lists:
@@ -199,17 +206,17 @@ class Rows:
             return Row(row, group, (), str(shapes[0]), failed=_first_line(failure))
         return Row(row, group, self.sampler.columns(ways, ways[0].name, cold=True), ways[0].name)
 
-    def _plain_ways(self, case: Case) -> list[Way]:
+    def _plain_ways(self, case: Case, compiled: bool) -> list[Way]:
         plain, hidden = PlainSae.from_weights(case.sae), case.hidden
         latents = case.lists[NEEDS_MAXIMUM].latents.long()
         ways = [
             Way(EAGER, lambda: with_error_term(plain, hidden, latents)),
             Way(DELTA, lambda: as_delta(plain, hidden, latents)),
         ]
-        if case.shape.batch == 1:
+        if compiled and case.shape.batch == 1:
             torch.compiler.reset()
-            compiled = torch.compile(as_delta, dynamic=False, backend=self._compiler())
-            ways.append(Way(COMPILED, lambda: compiled(plain, hidden, latents)))
+            fast_delta = torch.compile(as_delta, dynamic=False, backend=self._compiler())
+            ways.append(Way(COMPILED, lambda: fast_delta(plain, hidden, latents)))
         return ways
 
     def _compiler(self) -> str:

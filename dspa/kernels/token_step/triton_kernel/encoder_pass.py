@@ -20,13 +20,24 @@ from dspa.kernels.token_step.triton_kernel.structures import (
 from dspa.kernels.triton_common.rows import TOKENS
 from dspa.kernels.triton_common.tiles import add_products, dot, encoder_input, scores, wait_for
 
+LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
+
 
 @triton.jit
-def is_settled(rows, is_open, strength, scratch):
-    """Which rows need no maximum, by the maxima that other programs have found so far."""
+def any_unsettled(first_row, batch, strength, scratch):
+    """Whether one of 16 open rows still needs a maximum, by the maxima that other programs have found so far.
+
+    These rise meanwhile, so threads that look at one row may see different ones; yet all warps of a program have to
+    decide alike, since products on tensor cores take them all (else: an illegal instruction). A reduction over elements
+    that are spread over all warps has one result for all of them; one over 16 rows, which every warp holds, may not.
+    """
+    rows = first_row + tl.arange(0, LOOKS) % TOKENS
+    is_open = rows < batch
+    is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
     bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=is_open, other=0.0, cache_modifier=".cg")
     floor = packed_value(tl.load(scratch.maxima + rows, mask=is_open, other=0, volatile=True))
-    return bar <= alpha_of(strength, rows, is_open) * floor
+    settled = bar <= alpha_of(strength, rows, is_open) * floor
+    return tl.max((is_open & ~settled).to(tl.int32), axis=0) != 0
 
 
 @triton.jit
@@ -72,9 +83,8 @@ def pass_tile(
             numbers = scratch.numbers + rows * NUMBERS
             shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
             factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
-    if LAZY:
-        is_open &= ~is_settled(rows, is_open, strength, scratch)
-    if tl.max(is_open.to(tl.int32), axis=0) != 0:
+    needed = any_unsettled(first_row, batch, strength, scratch) if LAZY else tl.max(is_open.to(tl.int32), axis=0) != 0
+    if needed:
         latents = tile * LATENTS + tl.arange(0, LATENTS)
         inside = latents < d_sae
         weights = encoder.W_enc + (tile * LATENTS).to(tl.int64) * d_model + tl.arange(0, LATENTS)[:, None] * d_model
