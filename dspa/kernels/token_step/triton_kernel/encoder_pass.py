@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dspa.kernels.token_step.triton_kernel.rows import alpha_of, packed, packed_value
+from dspa.kernels.token_step.triton_kernel.screening import possible_maxima, raise_to_floors, screen_tile
 from dspa.kernels.token_step.triton_kernel.structures import (
     BAR,
     DISABLED,
@@ -24,8 +25,8 @@ LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
 
 
 @triton.jit
-def any_unsettled(first_row, batch, strength, scratch):
-    """Whether one of 16 open rows still needs a maximum, by the maxima that other programs have found so far.
+def any_unsettled(first_row, batch, strength, scratch, maxima):
+    """Whether one of 16 open rows still needs a maximum, by the maxima or floors that other programs have found so far.
 
     These rise meanwhile, so threads that look at one row may see different ones; yet all warps of a program have to
     decide alike, since products on tensor cores take them all (else: an illegal instruction). A reduction over elements
@@ -35,7 +36,7 @@ def any_unsettled(first_row, batch, strength, scratch):
     is_open = rows < batch
     is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
     bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=is_open, other=0.0, cache_modifier=".cg")
-    floor = packed_value(tl.load(scratch.maxima + rows, mask=is_open, other=0, volatile=True))
+    floor = packed_value(tl.load(maxima + rows, mask=is_open, other=0, volatile=True))
     settled = bar <= alpha_of(strength, rows, is_open) * floor
     return tl.max((is_open & ~settled).to(tl.int32), axis=0) != 0
 
@@ -66,12 +67,37 @@ def count_ranks(score, latents, rows, is_open, edits, scratch):
 
 
 @triton.jit
+def screen_rows(
+    tile, first_row, hidden, encoder, strength, scratch, screen, batch, d_model, d_sae,
+    ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr,
+    LATENTS: tl.constexpr, MODEL: tl.constexpr,
+):  # fmt: skip
+    """Bounds the scores of one tile of latents, unless the floors of 16 rows are high enough already."""
+    rows = first_row + tl.arange(0, TOKENS)
+    is_open = rows < batch
+    wait_for(scratch.counters + PREPARED, batch)
+    is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
+    shift = 0.0
+    factor = 1.0
+    if NORMALIZATION != "none":
+        numbers = scratch.numbers + rows * NUMBERS
+        shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
+        factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
+    if any_unsettled(first_row, batch, strength, scratch, screen.floors):
+        screen_tile(
+            tile, rows, is_open, shift, factor, hidden, encoder, screen, d_model, d_sae,
+            ACTIVATION, NORMALIZATION, X_PARTS, LATENTS, MODEL,
+        )  # fmt: skip
+
+
+@triton.jit
 def pass_tile(
-    tile, first_row, hidden, encoder, edits, strength, scratch, batch, d_model, d_sae,
+    tile, first_row, hidden, encoder, edits, strength, scratch, screen, batch, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
     LATENTS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Raises the maxima, and for topk the ranks, of 16 rows by the scores of one tile of latents."""
+    """Raises the maxima, and for topk the ranks, of 16 rows by the scores of one tile of latents; where a step is
+    screened, by those that may be maxima. A score has the same bits whichever others are computed with it."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
     shift = 0.0
@@ -83,10 +109,19 @@ def pass_tile(
             numbers = scratch.numbers + rows * NUMBERS
             shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
             factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
-    needed = any_unsettled(first_row, batch, strength, scratch) if LAZY else tl.max(is_open.to(tl.int32), axis=0) != 0
+    latents = tile * LATENTS + tl.arange(0, LATENTS)
+    inside = latents < d_sae
+    if screen is not None:
+        wait_for(screen.counter, tl.cdiv(d_sae, LATENTS) * tl.cdiv(batch, TOKENS))
+        inside &= possible_maxima(tile, rows, batch, strength, scratch, screen, LATENTS)
+        needed = tl.max(inside.to(tl.int32), axis=0) != 0
+        if tile == 0:
+            raise_to_floors(rows, batch, scratch, screen)
+    elif LAZY:
+        needed = any_unsettled(first_row, batch, strength, scratch, scratch.maxima)
+    else:
+        needed = tl.max(is_open.to(tl.int32), axis=0) != 0
     if needed:
-        latents = tile * LATENTS + tl.arange(0, LATENTS)
-        inside = latents < d_sae
         weights = encoder.W_enc + (tile * LATENTS).to(tl.int64) * d_model + tl.arange(0, LATENTS)[:, None] * d_model
         begin = hidden.rows + rows.to(tl.int64)[:, None] * hidden.row_stride
         product = tl.zeros([LATENTS, TOKENS], tl.float32)
