@@ -97,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dspa.kernels.gpu_architecture import architecture
     from dspa.util.provenance import Provenance
 
-    backends = gpu_backends()
+    status, backends = available(), gpu_backends()
     if not backends:
-        print(f"make gpu: no GPU backend is available: {available()}", file=sys.stderr)
+        print(f"make gpu: no GPU backend is available: {status}", file=sys.stderr)
         return 1
     sampler = Sampler("cpu" if chosen.dry_run else "cuda", 3 if chosen.dry_run else chosen.rounds)
     commit = chosen.commit or Provenance.here().commit
@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps=steps,
         folder=chosen.out or (Path(tempfile.mkdtemp(prefix="dspa-dry-run-")) if chosen.dry_run else RESULTS),
         architecture=None if chosen.dry_run else architecture(torch.device("cuda")),
+        not_built=tuple(f"{name}, {status.get(name)}" for name in ("triton", "cuda") if name not in backends),
     )
     with watchdog(end + SECONDS_OF_GRACE, report):
         for make_row in Rows(sampler, TOY if chosen.dry_run else REAL, backends).all():

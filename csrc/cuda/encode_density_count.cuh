@@ -8,7 +8,7 @@ namespace dspa::cuda {
 
 constexpr int density_threads = 256;
 constexpr int depth_step = 32;
-constexpr int64_t tile_tokens = 128;  // the most that a tile has
+constexpr int64_t tile_tokens = 256;  // the most that a tile has
 
 // A tile at the beginning of dynamic shared memory, which is aligned to 128 bytes only.
 constexpr int64_t shared_alignment = 128;
@@ -25,6 +25,41 @@ __device__ __forceinline__ Tile& tile_in_shared() {
     memory += (alignof(Tile) - ptx::shared_address(memory) % alignof(Tile)) % alignof(Tile);
   return *reinterpret_cast<Tile*>(memory);
 }
+
+// What the gate of a latent depends on, loaded once for all its products. Decides as `score_of` does.
+template <Activation kActivation>
+struct Gate {
+  float bias = 0.0f, norm = 1.0f, bound = 0.0f, magnitude_scale = 0.0f, magnitude_bias = 0.0f;
+
+  Gate() = default;
+
+  __device__ __forceinline__ Gate(const Sae& sae, int64_t latent) {
+    bias = sae.b_enc[latent];
+    if (sae.decoder_norm != nullptr) norm = sae.decoder_norm[latent];
+    if constexpr (kActivation == Activation::gated) {
+      magnitude_scale = sae.magnitude_scale[latent];
+      magnitude_bias = sae.magnitude_bias[latent];
+    } else if constexpr (kActivation == Activation::threshold) {
+      const float threshold = sae.threshold[latent];
+      bound = threshold < 0.0f ? 0.0f : threshold;  // NaN, which nothing exceeds, stays NaN
+    }
+  }
+
+  // For topk: whether the latent is, if it is among the k largest.
+  __device__ __forceinline__ bool is_active(float product) const {
+    const bool active = (product + bias) * norm > bound;
+    if constexpr (kActivation == Activation::gated)
+      return active && product * magnitude_scale + magnitude_bias > 0.0f;
+    else
+      return active;
+  }
+
+  // For topk: what latents are ranked by, 0 for all that are not active.
+  __device__ __forceinline__ float score(float product) const {
+    const float z = (product + bias) * norm;
+    return z > 0.0f ? z : 0.0f;
+  }
+};
 
 // Adds a tile's active latents to the counts, segment by segment. `segments` holds the segment of each of the tile's
 // tokens; `add_own(segment)` adds a thread's own counts of that segment to the `counters` of the tile's latents. Both

@@ -147,9 +147,12 @@ struct EncodeDensity {
   // Scratch, for the tokens from `first_token` on.
   int64_t first_token = 0;
   int64_t tokens = 0;             // at a time: whole tiles
+  int64_t rows = 0;               // of these, those that there are
   int64_t depth = 0;              // d_model, rounded up to whole steps
   int pieces = 0;                 // 16-bit numbers that add up to one entry of the input; 0 for float32
   uint16_t* halves = nullptr;     // [pieces, tokens, depth]
+  const uint16_t* factors = nullptr;  // these, or the hidden states themselves
+  int64_t factor_stride = 0;          // from one token to the next
   float* inputs = nullptr;        // or [tokens, depth]
   int32_t* segment_of = nullptr;  // [tokens], -1 for a token that activates nothing
   float* scores = nullptr;        // [tokens, d_sae], for topk
@@ -161,6 +164,7 @@ struct DensityPlan {
   int64_t depth = 0;
   int pieces = 0;
   bool by_warpgroups = false;
+  bool in_place = false;  // multiplies the hidden states where they are
   int64_t bytes = 0;
 };
 

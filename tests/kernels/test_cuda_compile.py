@@ -30,7 +30,7 @@ KERNELS = {
     "token_step_ring_kernel": 3,
     "density_inputs_kernel": 1,
     "density_matrix_kernel": 4,
-    "density_warpgroup_kernel": 4,
+    "density_warpgroup_kernel": 6,
     "density_number_kernel": 6,
     "density_topk_kernel": 1,
     "lookup_kernel": 4,
@@ -175,7 +175,7 @@ def test_the_weights_are_loaded_16_bytes_at_a_time(machine_code: dict[tuple[str,
 MEANT = {
     "token_step_ring_kernel": ("UBLKCP", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "LDG.E.128"),
     "density_matrix_kernel": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS"),
-    "density_warpgroup_kernel": ("HGMMA.64x256x16.F32", "FENCE.VIEW.ASYNC", "LDGSTS.E.BYPASS.128"),
+    "density_warpgroup_kernel": ("HGMMA.64x256x16.F32", "UTMALDG.2D.MULTICAST", "USETMAXREG"),
 }
 
 

@@ -50,7 +50,7 @@ from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.triton import scratch_of
 from dspa.kernels.token_step.triton_kernel.prepare import bound_by_recent_argmax
-from dspa.kernels.token_step.triton_kernel.structures import RECENT, Scratch
+from dspa.kernels.token_step.triton_kernel.structures import RECENT, SLICE, Scratch
 from dspa.kernels.triton_common import launch as triton_launch
 from dspa.kernels.triton_common.launch import Launch
 from dspa.kernels.triton_common.rows import ROW, Hidden, as_scalar, products_of
@@ -500,13 +500,13 @@ def test_the_pass_over_weights_beyond_two_to_the_31st(monkeypatch: pytest.Monkey
     sae = SaeWeights(W_enc=W, W_dec=W, b_enc=zeros, threshold=zeros + 1, activation="jumprelu")
     rows, stats = torch.ones(2, d_model, dtype=torch.bfloat16), TokenStats.zeros(2, d_sae)
     rows[1] = 2.0
-    interpreted = Launch.run
+    interpreted, finishing = Launch.run, 2 * blocks(d_model, SLICE.value)
 
     def run_some(launch: Launch) -> None:
-        passes = launch.programs - 2 * 2
+        passes = launch.programs - 2 - finishing
         interpreted(replace(launch, programs=2))
         scratch_of(sae, 2, 1).counters.copy_(torch.tensor([2 + passes - 1, 2, passes - 1, 0]))
-        interpreted(replace(launch, programs=1 + 2))
+        interpreted(replace(launch, programs=1 + finishing))
 
     monkeypatch.setattr(Launch, "run", run_some)
     token_step(rows, sae, edit_list([[], []], [[3], [3]], 1), 0.25, None, stats, mode="dense", backend="triton")

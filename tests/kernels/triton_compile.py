@@ -100,6 +100,9 @@ class Compiled:
         registers: of a thread; on an AMD GPU its vector registers and the scalar ones of its wave.
         stack_bytes: memory of a thread for what does not fit into registers; 0 if nothing is spilled.
         shared_bytes: shared memory of a program.
+        products_from_shared: how many of its instructions multiply on the tensor cores while the program goes on, with
+            both factors in shared memory (sm_90).
+        copies_ahead: groups of copies into shared memory that are still under way where the next one is needed.
     """
 
     kernel: str
@@ -108,6 +111,8 @@ class Compiled:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    products_from_shared: int
+    copies_ahead: int
 
 
 def entries(architecture: str) -> list[tuple[int, int]]:
@@ -222,7 +227,19 @@ def compile_launch(made: Launch, case: Case, architecture: str) -> Compiled:
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=target, options=options.__dict__)
     registers, stack = resources_of(binary)
-    return Compiled(kernel.__name__, str(case), architecture, registers, stack, binary.metadata.shared)
+    text = binary.asm.get("ptx", "")
+    products = re.findall(r"wgmma\.mma_async[\w.]* \{[^}]*\}, %rd\d+, %rd\d+,", text)
+    pending = [int(groups) for groups in re.findall(r"cp\.async\.wait_group\s+(\d+)", text)]
+    return Compiled(
+        kernel.__name__,
+        str(case),
+        architecture,
+        registers,
+        stack,
+        binary.metadata.shared,
+        len(products),
+        max(pending, default=0),
+    )
 
 
 def resources_of(binary: Any) -> tuple[int, int]:

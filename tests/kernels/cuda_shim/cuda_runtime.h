@@ -15,6 +15,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -64,6 +65,7 @@ inline uint32_t __float_as_uint(float value) { return cuda_shim_bits<uint32_t>(v
 inline float __uint_as_float(uint32_t bits) { return cuda_shim_bits<float>(bits); }
 inline long long __double_as_longlong(double value) { return cuda_shim_bits<long long>(value); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __popcll(uint64_t bits) { return __builtin_popcountll(bits); }
 
 // ---- threads together -----------------------------------------------------------------------------------------------
 

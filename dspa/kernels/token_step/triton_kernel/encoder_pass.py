@@ -19,7 +19,16 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     SHIFT,
 )
 from dspa.kernels.triton_common.rows import TOKENS
-from dspa.kernels.triton_common.tiles import add_products, dot, encoder_input, scores, wait_for
+from dspa.kernels.triton_common.tiles import (
+    add_products,
+    dot,
+    encoder_input,
+    fetch_ahead,
+    fetch_rows,
+    numbers_of,
+    score_of,
+    wait_for,
+)
 
 LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
 
@@ -33,12 +42,12 @@ def any_unsettled(first_row, batch, strength, scratch, maxima):
     that are spread over all warps has one result for all of them; one over 16 rows, which every warp holds, may not.
     """
     rows = first_row + tl.arange(0, LOOKS) % TOKENS
-    is_open = rows < batch
-    is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
-    bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=is_open, other=0.0, cache_modifier=".cg")
-    floor = packed_value(tl.load(maxima + rows, mask=is_open, other=0, volatile=True))
-    settled = bar <= alpha_of(strength, rows, is_open) * floor
-    return tl.max((is_open & ~settled).to(tl.int32), axis=0) != 0
+    inside = rows < batch
+    state = tl.load(scratch.states + rows, mask=inside, other=DISABLED, cache_modifier=".cg")
+    bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=inside, other=0.0, cache_modifier=".cg")
+    floor = packed_value(tl.load(maxima + rows, mask=inside, other=0, volatile=True))
+    settled = bar <= alpha_of(strength, rows, inside) * floor
+    return tl.max(((state == OPEN) & ~settled).to(tl.int32), axis=0) != 0
 
 
 @triton.jit
@@ -70,11 +79,14 @@ def count_ranks(score, latents, rows, is_open, edits, scratch):
 def screen_rows(
     tile, first_row, hidden, encoder, strength, scratch, screen, batch, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr,
-    LATENTS: tl.constexpr, MODEL: tl.constexpr,
+    LATENTS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Bounds the scores of one tile of latents, unless the floors of 16 rows are high enough already."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
+    if AHEAD > 0:
+        latents = tile * LATENTS + tl.arange(0, LATENTS)
+        fetch_ahead(screen.codes + latents.to(tl.int64) * screen.width, AHEAD)
     wait_for(scratch.counters + PREPARED, batch)
     is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
     shift = 0.0
@@ -94,23 +106,27 @@ def screen_rows(
 def pass_tile(
     tile, first_row, hidden, encoder, edits, strength, scratch, screen, batch, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
-    LATENTS: tl.constexpr, MODEL: tl.constexpr,
+    LATENTS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Raises the maxima, and for topk the ranks, of 16 rows by the scores of one tile of latents; where a step is
     screened, by those that may be maxima. A score has the same bits whichever others are computed with it."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
+    latents = tile * LATENTS + tl.arange(0, LATENTS)
+    inside = latents < d_sae
+    weights = encoder.W_enc + (tile * LATENTS).to(tl.int64) * d_model + tl.arange(0, LATENTS)[:, None] * d_model
     shift = 0.0
     factor = 1.0
     if LAZY or ACTIVATION == "topk" or NORMALIZATION != "none":  # it needs what the preparation finds out
+        if AHEAD > 0 and screen is None:  # and begins to read meanwhile
+            fetch_ahead(encoder.W_enc + tl.minimum(latents, d_sae - 1).to(tl.int64) * d_model, AHEAD)
         wait_for(scratch.counters + PREPARED, batch)
-        is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
+        states = tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg")
         if NORMALIZATION != "none":
             numbers = scratch.numbers + rows * NUMBERS
             shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
             factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
-    latents = tile * LATENTS + tl.arange(0, LATENTS)
-    inside = latents < d_sae
+        is_open &= states == OPEN
     if screen is not None:
         wait_for(screen.counter, tl.cdiv(d_sae, LATENTS) * tl.cdiv(batch, TOKENS))
         inside &= possible_maxima(tile, rows, batch, strength, scratch, screen, LATENTS)
@@ -122,8 +138,11 @@ def pass_tile(
     else:
         needed = tl.max(is_open.to(tl.int32), axis=0) != 0
     if needed:
-        weights = encoder.W_enc + (tile * LATENTS).to(tl.int64) * d_model + tl.arange(0, LATENTS)[:, None] * d_model
+        if AHEAD > 0 and screen is not None:
+            some = tl.max(tl.where(inside, latents, 0), axis=0)
+            fetch_rows(encoder.W_enc + tl.where(inside, latents, some).to(tl.int64) * d_model, d_model)
         begin = hidden.rows + rows.to(tl.int64)[:, None] * hidden.row_stride
+        of_latents = numbers_of(encoder, latents[:, None], inside[:, None], ACTIVATION)
         product = tl.zeros([LATENTS, TOKENS], tl.float32)
         rest = tl.zeros([LATENTS, TOKENS], tl.float32)
         for first in tl.range(0, d_model, MODEL):
@@ -139,7 +158,7 @@ def pass_tile(
                     h, shift, factor, encoder.b_dec, columns[None, :], within[None, :], valid, NORMALIZATION
                 )  # fmt: skip
                 product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
-        score = scores(product + rest, encoder, latents[:, None], inside[:, None], ACTIVATION)
+        score = score_of(product + rest, of_latents, encoder, ACTIVATION)
         if ACTIVATION == "topk":
             score = count_ranks(score, latents, rows, is_open, edits, scratch)
         score = tl.where(inside[:, None] & (score > 0.0), score, 0.0)
