@@ -22,6 +22,7 @@ from dspa.bench.generation import step_milliseconds, worst_case_policy
 from dspa.bench.measurements import Column, Interval, Row
 from dspa.bench.timing import Way, time_column
 from dspa.kernels import SaeWeights, StepMode, encode_density
+from dspa.kernels.token_step.prepared import PreparedStep
 
 EAGER = "eager with error term"
 DELTA = "eager delta"
@@ -173,7 +174,7 @@ class Rows:
             ours = [way for way in ways if way.name == EAGER or way.name.endswith(", dense")]
             warm = self.sampler.columns(ours, EAGER, cold=False)
             columns += tuple(replace(column, name=f"{column.name}, warm L2") for column in warm)
-            columns += tuple(self._call_column(backend, case) for backend, case in cases.items())
+            columns += tuple(column for name, case in cases.items() for column in self._call_columns(name, case))
         return Row(row, group, columns, EAGER)
 
     def adapter_step(self, model: str, shape: Shape) -> Row:
@@ -226,10 +227,19 @@ class Rows:
     def _compiler(self) -> str:
         return "inductor" if self.sampler.device == "cuda" else "aot_eager"
 
-    def _call_column(self, backend: str, case: Case) -> Column:
+    @torch.no_grad()
+    def _call_columns(self, backend: str, case: Case) -> tuple[Column, ...]:
+        """The time of Python for a call, and for one of a step that was prepared, as in generation."""
         run, _ = case.in_place("none active", "lazy")
-        return Column(
-            f"{backend}, host time of a call", "us", Interval.around_median(self.sampler.call_microseconds(run))
+        hidden = case.hidden.clone()
+        step = PreparedStep(case.sae, case.lists["none active"], case.alpha, mode="lazy", backend=backend)
+        step.prepare(hidden.dtype)
+        calls = {"a call": run, "a prepared step": lambda: step(hidden)}
+        return tuple(
+            Column(
+                f"{backend}, host time of {name}", "us", Interval.around_median(self.sampler.call_microseconds(call))
+            )
+            for name, call in calls.items()
         )
 
     # ---- encode_density ----------------------------------------------------------------------------------------------
@@ -247,8 +257,8 @@ class Rows:
             backend: partial(encode_density, hidden, offsets, sae, backend=backend) for backend in self.backends
         }
         if self.cuda in runs and self.library.has_warpgroup_products():
-            by_warpgroups = LaunchShape(warpgroup_products=True).around(self.library, runs[self.cuda])
-            runs[f"{self.cuda}, by warpgroups"] = by_warpgroups
+            by_warps = LaunchShape(warpgroup_products=False).around(self.library, runs[self.cuda])
+            runs[f"{self.cuda}, by warps"] = by_warps
         ways, memory = [Way(PRODUCT, lambda: hidden @ W_enc.T)], []
         for way, run in runs.items():
             try:

@@ -40,7 +40,18 @@ __device__ __forceinline__ uint4 load_streaming(const void* address, uint64_t po
   return value;
 }
 
+__device__ __forceinline__ uint2 load_8(const void* address) { return *static_cast<const uint2*>(address); }
 __device__ __forceinline__ uint4 load_16(const void* address) { return *static_cast<const uint4*>(address); }
+
+// Brings a multiple of 16 bytes, from a multiple of 16, into the second-level cache in the background.
+__device__ __forceinline__ void prefetch(const void* address, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+#else
+  for (uint32_t offset = 0; offset < bytes; offset += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(address) + offset));
+#endif
+}
 
 // Acquire and release: writes of this thread, and of those it shared a barrier with, are visible to threads that add or
 // load here afterwards.
@@ -121,6 +132,25 @@ __device__ __forceinline__ uint32_t cluster_rank() { return 0; }
 __device__ __forceinline__ uint32_t cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_barrier() { __syncthreads(); }
 __device__ __forceinline__ void store_in_cluster(uint32_t* pointer, uint32_t, uint32_t value) { *pointer = value; }
+
+#endif
+
+// ---- launches that begin before the one before them has ended (sm_90) -----------------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+
+// Until all launches before this one have ended, and what they wrote can be read.
+__device__ __forceinline__ void wait_for_launches_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next launch may begin once all blocks have said so, and waits for the end of this one by itself.
+__device__ __forceinline__ void let_next_launch_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+#else
+
+__device__ __forceinline__ void wait_for_launches_before() {}
+__device__ __forceinline__ void let_next_launch_begin() {}
 
 #endif
 

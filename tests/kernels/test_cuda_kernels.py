@@ -190,6 +190,8 @@ MACHINES = {
     "clusters of two": {"cluster": 2},
     "clusters of four, one at a time": {"cluster": 4, "processors": 6, "clusters_at_a_time": 1},
     "no clusters": {"cluster": 4, "compute_capability": 8},
+    "begun early": {"early_launch": True, "cluster": 2},
+    "begun early, before sm_90": {"early_launch": True, "compute_capability": 8},
     "shared memory for one row": {"shared_limit": 24 * 1024},
     "a warp for a block": {"threads": 32},
     **{f"order {seed}": {"seed": 100 + seed, "clusters_at_a_time": 4} for seed in range(6)},
@@ -570,8 +572,8 @@ def test_warpgroups_count_within_rounding(
         assert torch.equal(count(rows, offsets, sae, backend), counts)
 
 
-@pytest.mark.long
-def test_warpgroups_tell_large_products_from_inputs_that_are_not_finite(backend: Backend) -> None:
+@pytest.mark.parametrize("by_warpgroups", [False, True])
+def test_large_products_are_told_from_inputs_that_are_not_finite(backend: Backend, by_warpgroups: bool) -> None:
     """Both leave sums that are not finite: the latter activate nothing."""
     sae = make_sae(Kind(), 16, 130, torch.bfloat16, seed=3)
     rows = normal(generator(4), 258, 16).bfloat16()
@@ -581,7 +583,7 @@ def test_warpgroups_tell_large_products_from_inputs_that_are_not_finite(backend:
     assert active[[7, 255, 257], 0].all()
     rows[[8, 254], 3] = torch.inf
     active[[8, 254]] = False
-    with machine(warpgroup_products=True):
+    with machine(warpgroup_products=by_warpgroups):
         counts = encode_density(rows, torch.tensor([0, 7, 8, 258]), sae, backend=NAME)
     for segment, (start, end) in enumerate([(0, 7), (7, 8), (8, 258)]):
         difference = counts[segment].numpy() - active[start:end].sum(axis=0)
@@ -589,9 +591,10 @@ def test_warpgroups_tell_large_products_from_inputs_that_are_not_finite(backend:
         assert difference[0] == 0
 
 
+@pytest.mark.parametrize("by_warpgroups", [False, True])
 @pytest.mark.parametrize("view", ["contiguous", "columns", "row stride", "address", "one row"])
-def test_warpgroups_take_hidden_states_of_any_strides(backend: Backend, view: str) -> None:
-    """Those that the copy engine cannot take are copied first."""
+def test_hidden_states_of_any_strides(backend: Backend, view: str, by_warpgroups: bool) -> None:
+    """Those that cannot be copied 16 bytes at a time are written to scratch first."""
     sae = make_integer_sae(Kind(), 16, 37, torch.bfloat16, seed=1)
     numbers = integers(generator(1), -3, 3, 6, 48).bfloat16()
     rows = {
@@ -602,7 +605,7 @@ def test_warpgroups_take_hidden_states_of_any_strides(backend: Backend, view: st
         "one row": numbers[:1, :16].expand(6, 16),
     }[view]
     offsets = torch.tensor([0, 2, 6])
-    with machine(warpgroup_products=True):
+    with machine(warpgroup_products=by_warpgroups):
         counts = encode_density(rows, offsets, sae, backend=NAME)
     assert torch.equal(counts, encode_density(rows, offsets, sae, backend="reference"))
 
@@ -667,6 +670,8 @@ def test_token_step_says_which_call_failed(backend: Backend, dtype: torch.dtype)
     assert calls_that_fail(run) == list(range(1, 10))
     # Without an answer to whether there are bulk copies, the third call, it goes on without them.
     assert calls_that_fail(run, bulk_copies=True) == [1, 2, *range(4, 11)]
+    # How many clusters run at a time is one more.
+    assert calls_that_fail(run, cluster=2) == list(range(1, 11))
 
 
 @pytest.mark.long

@@ -38,7 +38,7 @@ from dspa.kernels.token_step import encoder_codes
 from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
 from dspa.kernels.triton_common import launch
 from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
-from dspa.kernels.triton_common.launch import Launch
+from dspa.kernels.triton_common.launch import Launch, parts_of
 from dspa.kernels.types import CsrMap, EditList, TokenStats
 from dspa.sae.weights import Activation, InputNormalization, SaeWeights
 
@@ -58,6 +58,7 @@ ADAPTERS: dict[str, tuple[AdapterActivation, bool]] = {  # with the mode: activa
     "lookup": ("jump_relu", True),
     "screened": ("jump_relu", False),
 }
+WIDE = (32, 64)  # batches with a tile of their own, where products are plain
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -165,6 +166,12 @@ def spanning_cases(architecture: str) -> Iterator[Case]:
             )
 
 
+def is_plain(case: Case) -> bool:
+    """Whether the encoder input is the hidden state itself, in the dtype of the weights."""
+    is_itself = case.normalization == "none" and not case.subtract_b_dec
+    return is_itself and parts_of(case.hidden, case.weights, True) == 0
+
+
 def launches_of(case: Case, architecture: str) -> list[Launch]:
     """The launches of the operations, on tensors without data."""
 
@@ -204,6 +211,9 @@ def launches_of(case: Case, architecture: str) -> list[Launch]:
         else:
             edits = EditList.empty(batch, k, "meta")
             token_step(hidden, sae, edits, alpha, enabled, stats, cast(StepMode, case.mode))
+        for wide in WIDE if is_plain(case) else ():
+            rows = tensor(wide, d_model, dtype=case.hidden)
+            token_step(rows, sae, EditList.empty(wide, k, "meta"), 0.2, None, None, "lazy")
         encode_density(hidden, tensor(3, dtype=torch.int64), sae)
         activation, clip = ADAPTERS[case.mode]
         adapter = AdapterWeights(

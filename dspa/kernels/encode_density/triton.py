@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
+from dspa.kernels.triton_common.launch import (
+    activation_of,
+    aligned,
+    launch,
+    parts_of,
+    row_stride_of,
+    tile_for,
+    with_aligned_rows,
+)
 from dspa.kernels.triton_common.select import SCAN, are_selected, keys_at, kth_best
 from dspa.kernels.triton_common.table import blocks
 from dspa.kernels.triton_common.tiles import (
@@ -211,11 +219,12 @@ def run(
     counts = torch.zeros(segments, d_sae, dtype=torch.int32, device=hidden.device)
     if tokens == 0 or segments == 0:
         return counts
+    hidden, offsets = with_aligned_rows(hidden), aligned(offsets)
     x_parts = parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
     tile = tile_for("encode_density", W_enc, x_parts)
     shared: dict[str, object] = {
         "hidden": hidden,
-        "row_stride": hidden.stride(0),
+        "row_stride": row_stride_of(hidden),
         "column_stride": hidden.stride(1),
         "encoder": Encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias),
         "d_model": d_model,

@@ -8,9 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dspa.kernels.operands import Versions, versions_of
+from dspa.kernels.operands import Versions, is_being_captured, versions_of
 from dspa.kernels.quantized_rows import scores_never_fall
-from dspa.kernels.token_step.scratch import is_being_captured
 from dspa.sae.encode import encoder_input
 from dspa.sae.weights import SaeWeights
 

@@ -40,11 +40,10 @@ def kept(
         else:
             with torch.inference_mode(False):  # tensors of that mode could not be written outside of it
                 scratch = make()
-        if not is_being_captured(sae.device):
+        if not _is_being_captured(sae.device):
             of_sae[key] = scratch
     return scratch
 
 
-def is_being_captured(device: torch.device) -> bool:
-    """Whether what runs on a device now is recorded for a graph."""
+def _is_being_captured(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +29,24 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     Strength,
 )
 from dspa.kernels.triton_common import launch as launching
-from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
-from dspa.kernels.triton_common.rows import TOKENS, Decoder, Hidden
-from dspa.kernels.triton_common.table import blocks
+from dspa.kernels.triton_common.launch import (
+    Launch,
+    activation_of,
+    aligned,
+    launch_of,
+    parts_of,
+    row_stride_of,
+    tile_for,
+    with_aligned_rows,
+)
+from dspa.kernels.triton_common.rows import Decoder, Hidden
+from dspa.kernels.triton_common.table import blocks, for_batch
 from dspa.kernels.triton_common.tiles import Encoder
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
 BYTES_AHEAD = 512  # of a row of `W_enc`
+LEAST_SCREENED = 16  # rows of the scratch of screened steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +127,7 @@ _screen_scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], ScreenScrat
 def screen_scratch_of(sae: SaeWeights, codes: EncoderCodes, batch: int) -> ScreenScratch:
     """The scratch of an SAE for at least this batch. It has a number for each latent and row, so no more rows than
     that."""
-    rows, latents = max(TOKENS.value, 1 << (batch - 1).bit_length()), codes.codes.shape[0]
+    rows, latents = max(LEAST_SCREENED, 1 << (batch - 1).bit_length()), codes.codes.shape[0]
     return kept(_screen_scratch, sae, (rows, latents), lambda: ScreenScratch.allocate(rows, latents, sae.device))
 
 
@@ -136,7 +147,7 @@ def columns_ahead(W_enc: Tensor) -> int:
     return columns if is_nvidia and W_enc.shape[1] >= 8 * columns else 0
 
 
-def run(
+def step_launch(
     hidden: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -190,13 +201,15 @@ def run(
     floors: Tensor | None = None,
     uppers: Tensor | None = None,
     screened: Tensor | None = None,
-) -> None:
-    """Launches the kernel: the operation as a function of nothing but tensors, numbers and names. With a density, the
-    lists are looked up first, and written. With codes, the step is screened."""
+) -> Launch:
+    """The launch of the operation: a function of nothing but tensors, numbers and names. With a density, the lists are
+    looked up first, and written. With codes, the step is screened. The hidden states have aligned rows."""
     batch, d_model = hidden.shape
     d_sae = W_enc.shape[0]
     x_parts = parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
     tile = tile_for("token_step", W_enc, x_parts)
+    if x_parts == 0 and codes is None:  # codes are small enough to be read again by further rows, from the cache
+        tile = for_batch(tile, batch)
     stats = None
     if seen is not None:
         stats = Stats(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits)  # pyright: ignore[reportArgumentType]
@@ -213,16 +226,16 @@ def run(
             codes, factors, exact, exact_columns, is_exact, exact_inputs, norms, floors, uppers, screened,  # pyright: ignore[reportArgumentType]
             latents_of_codes, width,
         )  # fmt: skip
-    passes = blocks(d_sae, tile.latents) * blocks(batch, TOKENS.value)
-    launch(
+    passes = blocks(d_sae, tile.latents) * blocks(batch, tile.tokens)
+    return launch_of(
         token_step_kernel,
         batch + passes * (1 if screen is None else 2) + batch * blocks(d_model, SLICE.value),
         {
-            "hidden": Hidden(hidden, hidden.stride(0), hidden.stride(1)),
+            "hidden": Hidden(hidden, row_stride_of(hidden), hidden.stride(1)),
             "encoder": Encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias),
             "decoder": Decoder(W_dec, decoder_rows),
             "edits": Edits(latents, signs, counts, latents.shape[1]),
-            "strength": Strength(alpha, alpha_of_row, enabled),
+            "strength": Strength(float(alpha), aligned(alpha_of_row), aligned(enabled)),
             "stats": stats,
             "scratch": Scratch(counters, states, numbers, maxima, listed, ranks, recent_argmax),
             "prompt": prompt,
@@ -238,6 +251,7 @@ def run(
             "EDIT": edit,
             "GUARD": sign_guard,
             "LATENTS": tile.latents,
+            "TOKENS": tile.tokens,
             "MODEL": tile.model,
             "AHEAD": columns_ahead(W_enc),
         },
@@ -245,6 +259,16 @@ def run(
         hidden.device,
     )
 
+
+def run(hidden: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launches the kernel, on a copy of hidden states that it cannot be launched on."""
+    rows = with_aligned_rows(hidden)
+    step_launch(rows, *arguments, **options).run()
+    if rows is not hidden:
+        hidden.copy_(rows)
+
+
+run.__signature__ = inspect.signature(step_launch).replace(return_annotation=None)  # pyright: ignore[reportFunctionMemberAccess]
 
 _WRITTEN = (
     "hidden", "seen", "edited", "nonfinite", "maximum", "maximum_sum", "maximum_known", "latent_edits",

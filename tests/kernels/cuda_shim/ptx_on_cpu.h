@@ -15,6 +15,13 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline uint64_t evict_first_policy() { return 0; }
 
+inline uint2 load_8(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 8 != 0) std::abort();
+  uint2 value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+}
+
 inline uint4 load_16(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) std::abort();  // a GPU would stop as well
   uint4 value;
@@ -23,6 +30,16 @@ inline uint4 load_16(const void* address) {
 }
 
 inline uint4 load_streaming(const void* address, uint64_t) { return load_16(address); }
+
+// Changes nothing, but must be allowed to read.
+inline void prefetch(const void* address, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0 || bytes % 16 != 0) std::abort();
+  const volatile char* first = static_cast<const volatile char*>(address);
+  static_cast<void>(first[0] + first[bytes - 1]);
+}
+
+inline void wait_for_launches_before() {}
+inline void let_next_launch_begin() {}
 
 inline uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
   return cuda_shim::machine().order_is_missing ? __atomic_fetch_add(address, value, __ATOMIC_RELAXED)

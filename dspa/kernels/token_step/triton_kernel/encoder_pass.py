@@ -1,4 +1,4 @@
-"""The second part: the pass of one tile of `W_enc` for 16 rows of the batch."""
+"""The second part: the pass of one tile of `W_enc` for some rows of the batch."""
 # Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
 # pyright: reportGeneralTypeIssues=false
 
@@ -18,7 +18,6 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     PREPARED,
     SHIFT,
 )
-from dspa.kernels.triton_common.rows import TOKENS
 from dspa.kernels.triton_common.tiles import (
     add_products,
     dot,
@@ -34,12 +33,12 @@ LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
 
 
 @triton.jit
-def any_unsettled(first_row, batch, strength, scratch, maxima):
-    """Whether one of 16 open rows still needs a maximum, by the maxima or floors that other programs have found so far.
+def any_unsettled(first_row, batch, strength, scratch, maxima, TOKENS: tl.constexpr):
+    """Whether one of some open rows still needs a maximum, by the maxima or floors that others have found so far.
 
     These rise meanwhile, so threads that look at one row may see different ones; yet all warps of a program have to
     decide alike, since products on tensor cores take them all (else: an illegal instruction). A reduction over elements
-    that are spread over all warps has one result for all of them; one over 16 rows, which every warp holds, may not.
+    that are spread over all warps has one result for all of them; one over few rows, which every warp holds, may not.
     """
     rows = first_row + tl.arange(0, LOOKS) % TOKENS
     inside = rows < batch
@@ -79,9 +78,9 @@ def count_ranks(score, latents, rows, is_open, edits, scratch):
 def screen_rows(
     tile, first_row, hidden, encoder, strength, scratch, screen, batch, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr,
-    LATENTS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
+    LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Bounds the scores of one tile of latents, unless the floors of 16 rows are high enough already."""
+    """Bounds the scores of one tile of latents, unless the floors of its rows are high enough already."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
     if AHEAD > 0:
@@ -95,10 +94,10 @@ def screen_rows(
         numbers = scratch.numbers + rows * NUMBERS
         shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
         factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
-    if any_unsettled(first_row, batch, strength, scratch, screen.floors):
+    if any_unsettled(first_row, batch, strength, scratch, screen.floors, TOKENS):
         screen_tile(
             tile, rows, is_open, shift, factor, hidden, encoder, screen, d_model, d_sae,
-            ACTIVATION, NORMALIZATION, X_PARTS, LATENTS, MODEL,
+            ACTIVATION, NORMALIZATION, X_PARTS, LATENTS, TOKENS, MODEL,
         )  # fmt: skip
 
 
@@ -106,9 +105,9 @@ def screen_rows(
 def pass_tile(
     tile, first_row, hidden, encoder, edits, strength, scratch, screen, batch, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
-    LATENTS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
+    LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Raises the maxima, and for topk the ranks, of 16 rows by the scores of one tile of latents; where a step is
+    """Raises the maxima, and for topk the ranks, of some rows by the scores of one tile of latents; where a step is
     screened, by those that may be maxima. A score has the same bits whichever others are computed with it."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
@@ -129,12 +128,12 @@ def pass_tile(
         is_open &= states == OPEN
     if screen is not None:
         wait_for(screen.counter, tl.cdiv(d_sae, LATENTS) * tl.cdiv(batch, TOKENS))
-        inside &= possible_maxima(tile, rows, batch, strength, scratch, screen, LATENTS)
+        inside &= possible_maxima(tile, rows, batch, strength, scratch, screen, LATENTS, TOKENS)
         needed = tl.max(inside.to(tl.int32), axis=0) != 0
         if tile == 0:
             raise_to_floors(rows, batch, scratch, screen)
     elif LAZY:
-        needed = any_unsettled(first_row, batch, strength, scratch, scratch.maxima)
+        needed = any_unsettled(first_row, batch, strength, scratch, scratch.maxima, TOKENS)
     else:
         needed = tl.max(is_open.to(tl.int32), axis=0) != 0
     if needed:

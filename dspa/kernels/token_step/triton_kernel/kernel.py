@@ -2,14 +2,15 @@
 
 The programs of a launch take numbers as they start. The first of them, one for each row of the batch, *prepare* a row:
 they compute its listed latents and, in lazy mode, decide whether M_t is needed. The next ones *pass* over one tile of
-`W_enc` each, for 16 rows of the batch at a time. The last ones, some for each row, *finish*: they write the edit, each
-to a slice of the columns. A program only ever waits for programs with lower numbers, which are running or done, so that
-a launch gets to its end however few of its programs fit on the GPU at a time, and in whatever order they start. What a
-program will need it loads before it waits. Where the step is screened, as many programs as pass come before them
-(`screening.py`).
+`W_enc` each, for as many rows of the batch as a tile has tokens. The last ones, some for each row, *finish*: they write
+the edit, each to a slice of the columns. A program only ever waits for programs with lower numbers, which are running
+or done, so that a launch gets to its end however few of its programs fit on the GPU at a time, and in whatever order
+they start. What a program will need it loads, or asks for, before it waits. Where the step is screened, as many
+programs as pass come before them (`screening.py`).
 
 Results do not depend on that order: maxima and integer counts are the same in any order, every other sum has a fixed
-one. A row's bits do not depend on the batch: each row is one column of a product that always has 16.
+one. A row's bits do not depend on the batch: each row is one column of a product, which is summed in the same order
+whether it has 16, 32 or 64.
 
 The activations of listed latents come from one piece of code in all modes, and M_t is the largest of them and of what
 the pass finds. So a bound that `lazy` proves from a listed latent holds for the M_t that `dense` computes, bit for bit.
@@ -28,7 +29,6 @@ from dspa.kernels.token_step.triton_kernel.finish import finish
 from dspa.kernels.token_step.triton_kernel.prepare import prepare
 from dspa.kernels.token_step.triton_kernel.screening import clear_screen, measure_input
 from dspa.kernels.token_step.triton_kernel.structures import PASSED, PREPARED, SLICE, STARTED
-from dspa.kernels.triton_common.rows import TOKENS
 from dspa.kernels.triton_common.tiles import announce
 
 
@@ -36,7 +36,8 @@ from dspa.kernels.triton_common.tiles import announce
 def token_step_kernel(
     hidden, encoder, decoder, edits, strength, stats, scratch, prompt, screen, batch, d_model, d_sae, k,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
-    EDIT: tl.constexpr, GUARD: tl.constexpr, LATENTS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
+    EDIT: tl.constexpr, GUARD: tl.constexpr,
+    LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One token for each row of a batch; see the module. `batch + passes + batch * slices` programs, and where it is
     screened `passes` more."""
@@ -58,7 +59,7 @@ def token_step_kernel(
         if screen is not None:
             screen_rows(
                 (number - batch) // groups, (number - batch) % groups * TOKENS, hidden, encoder, strength, scratch,
-                screen, batch, d_model, d_sae, ACTIVATION, NORMALIZATION, X_PARTS, LATENTS, MODEL, AHEAD,
+                screen, batch, d_model, d_sae, ACTIVATION, NORMALIZATION, X_PARTS, LATENTS, TOKENS, MODEL, AHEAD,
             )  # fmt: skip
             announce(screen.counter)
     elif number < batch + screened + passes:
@@ -66,7 +67,7 @@ def token_step_kernel(
         first_row = (number - batch - screened) % groups * TOKENS
         pass_tile(
             tile, first_row, hidden, encoder, edits, strength, scratch, screen, batch, d_model, d_sae,
-            ACTIVATION, NORMALIZATION, LAZY, X_PARTS, LATENTS, MODEL, AHEAD,
+            ACTIVATION, NORMALIZATION, LAZY, X_PARTS, LATENTS, TOKENS, MODEL, AHEAD,
         )  # fmt: skip
         passed = announce(scratch.counters + PASSED)
         if screen is not None:

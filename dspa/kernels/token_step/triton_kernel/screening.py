@@ -31,7 +31,6 @@ from torch import Tensor
 
 from dspa.kernels.token_step.triton_kernel.rows import alpha_of, packed, packed_value
 from dspa.kernels.token_step.triton_kernel.structures import BAR, DISABLED, FACTOR, NUMBERS, OPEN, SHIFT
-from dspa.kernels.triton_common.rows import TOKENS
 from dspa.kernels.triton_common.tiles import (
     INTERPRETED,
     add_products,
@@ -171,9 +170,9 @@ def bounds_of(
 def screen_tile(
     tile, rows, is_open, shift, factor, hidden, encoder, screen, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr,
-    LATENTS: tl.constexpr, MODEL: tl.constexpr,
+    LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Bounds the scores of one tile of latents for 16 rows, and raises the floors of these."""
+    """Bounds the scores of one tile of latents for some rows, and raises the floors of these."""
     # As many bytes at a time as the pass reads of weights.
     COLUMNS: tl.constexpr = 256 if MODEL >= 128 else 2 * MODEL  # pyright: ignore[reportAssignmentType]
     latents = tile * LATENTS + tl.arange(0, LATENTS)
@@ -222,14 +221,14 @@ def screen_tile(
 
 @triton.jit
 def raise_to_floors(rows, batch, scratch, screen):
-    """Lets the maxima of 16 rows be at least their floors, which is what M_t is for rows that need no more."""
+    """Lets the maxima of some rows be at least their floors, which is what M_t is for rows that need no more."""
     floors = tl.load(screen.floors + rows, mask=rows < batch, other=0, cache_modifier=".cg")
     tl.atomic_max(scratch.maxima + rows, floors, mask=floors > 0, sem="relaxed")
 
 
 @triton.jit
-def possible_maxima(tile, rows, batch, strength, scratch, screen, LATENTS: tl.constexpr):
-    """`[latents]`: which latents of a tile may have the maximum of one of 16 open rows that still needs it.
+def possible_maxima(tile, rows, batch, strength, scratch, screen, LATENTS: tl.constexpr, TOKENS: tl.constexpr):
+    """`[latents]`: which latents of a tile may have the maximum of one of some open rows that still needs it.
 
     Everything it reads is final, so that all threads see the same.
     """
