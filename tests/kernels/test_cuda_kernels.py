@@ -59,6 +59,7 @@ from dspa.kernels import (
 )
 from dspa.kernels.adapter_step.arguments import adapter_arguments, row_arguments
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.token_step import scratch as step_scratch
 from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.cuda import scratch_of, scratch_words
 from dspa.kernels.token_step.scratch import LEAST_ROWS
@@ -256,6 +257,15 @@ def test_batches_share_their_scratch(backend: Backend) -> None:
         assert same_bits(step(rows[:batch], sae, given, 0.2, backend=backend), expected[:batch])
     found = [scratch_of(sae, batch, 8) for batch in (1, LEAST_ROWS, LEAST_ROWS + 1, 2 * LEAST_ROWS)]
     assert len({scratch.data_ptr() for scratch in found}) == 2
+
+
+def test_each_stream_has_its_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, found = make_sae(Kind(), 40, 61, torch.bfloat16, seed=0), []
+    monkeypatch.setattr(step_scratch, "runs_on_streams", lambda _: True)
+    for stream in (7, 8, 7):
+        monkeypatch.setattr(step_scratch, "stream_of", lambda _, stream=stream: stream)
+        found.append(scratch_of(sae, 3, 8).data_ptr())
+    assert found[0] == found[2] != found[1]
 
 
 def test_too_little_scratch_is_refused() -> None:

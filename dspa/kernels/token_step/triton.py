@@ -16,7 +16,7 @@ from dspa.kernels.lookup.triton_row import map_arguments, new_lists, prompt_of
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step.arguments import strength_arguments
 from dspa.kernels.token_step.encoder_codes import EncoderCodes, codes_of
-from dspa.kernels.token_step.scratch import kept, rows_for
+from dspa.kernels.token_step.scratch import Key, kept, rows_for
 from dspa.kernels.token_step.triton_kernel.kernel import token_step_kernel
 from dspa.kernels.token_step.triton_kernel.screening import EXACT, NORMS, Screen
 from dspa.kernels.token_step.triton_kernel.structures import (
@@ -51,7 +51,7 @@ LEAST_SCREENED = 16  # rows of the scratch of screened steps
 
 @dataclass(frozen=True, eq=False)
 class StepScratch:
-    """The tensors of `Scratch`, for one SAE. Two steps of one SAE must not run at the same time."""
+    """The tensors of `Scratch`, for one SAE and one stream. Two steps that use it must not run at the same time."""
 
     counters: Tensor
     states: Tensor
@@ -86,18 +86,18 @@ class StepScratch:
             tensor.zero_()
 
 
-_scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], StepScratch]] = WeakKeyDictionary()
+_scratch: WeakKeyDictionary[SaeWeights, dict[Key, StepScratch]] = WeakKeyDictionary()
 
 
 def scratch_of(sae: SaeWeights, batch: int, k: int) -> StepScratch:
-    """The scratch of an SAE for lists of this length and at least this batch."""
+    """The scratch of an SAE on the current stream, for lists of this length and at least this batch."""
     rows = rows_for(batch)
-    return kept(_scratch, sae, (rows, k), lambda: StepScratch.allocate(rows, k, sae.device))
+    return kept(_scratch, sae, rows, k, lambda: StepScratch.allocate(rows, k, sae.device))
 
 
 @dataclass(frozen=True, eq=False)
 class ScreenScratch:
-    """What the programs of a screened launch exchange, see `Screen`; for one SAE."""
+    """What the programs of a screened launch exchange, see `Screen`; for one SAE and one stream."""
 
     exact_inputs: Tensor
     norms: Tensor
@@ -121,14 +121,14 @@ class ScreenScratch:
             tensor.zero_()
 
 
-_screen_scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], ScreenScratch]] = WeakKeyDictionary()
+_screen_scratch: WeakKeyDictionary[SaeWeights, dict[Key, ScreenScratch]] = WeakKeyDictionary()
 
 
 def screen_scratch_of(sae: SaeWeights, codes: EncoderCodes, batch: int) -> ScreenScratch:
-    """The scratch of an SAE for at least this batch. It has a number for each latent and row, so no more rows than
-    that."""
+    """The scratch of an SAE on the current stream for at least this batch. It has a number for each latent and row, so
+    no more rows than that."""
     rows, latents = max(LEAST_SCREENED, 1 << (batch - 1).bit_length()), codes.codes.shape[0]
-    return kept(_screen_scratch, sae, (rows, latents), lambda: ScreenScratch.allocate(rows, latents, sae.device))
+    return kept(_screen_scratch, sae, rows, latents, lambda: ScreenScratch.allocate(rows, latents, sae.device))
 
 
 def screen_arguments(hidden: Tensor, sae: SaeWeights, mode: StepMode | None) -> dict[str, Tensor]:
@@ -320,9 +320,11 @@ def call(compiled: Callable[..., None], sae: SaeWeights, *arguments: Any, **scre
         run(*arguments, **screening)
     except BaseException:
         for scratch in _scratch[sae].values():  # a launch that did not end leaves its counters anywhere
-            scratch.reset()
+            if any(scratch.counters is argument for argument in arguments):
+                scratch.reset()
         for scratch in _screen_scratch.get(sae, {}).values():
-            scratch.reset()
+            if any(scratch.screened is argument for argument in screening.values()):
+                scratch.reset()
         raise
 
 

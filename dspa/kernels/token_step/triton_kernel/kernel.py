@@ -43,6 +43,7 @@ def token_step_kernel(
     screened `passes` more."""
     groups = tl.cdiv(batch, TOKENS)
     passes = tl.cdiv(d_sae, LATENTS) * groups
+    slices = tl.cdiv(d_model, SLICE)
     screened = 0
     if screen is not None:
         screened = passes
@@ -72,8 +73,7 @@ def token_step_kernel(
         passed = announce(scratch.counters + PASSED)
         if screen is not None:
             clear_screen(passed, passes, batch, screen)
-    else:
-        slices = tl.cdiv(d_model, SLICE)
+    elif number < batch + screened + passes + batch * slices:  # else two launches share their scratch
         piece = number - batch - screened - passes
         finish(
             piece // slices, piece % slices, slices, passes, hidden, encoder, decoder, edits, strength, stats, scratch,
