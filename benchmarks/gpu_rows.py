@@ -34,7 +34,10 @@ OURS: tuple[tuple[str, StepMode, str], ...] = (
     ("lazy, none active", "lazy", "none active"),
     ("lazy, all certainly zero", "lazy", "all certainly zero"),
     ("lazy, needs M_t", "lazy", NEEDS_MAXIMUM),
+    ("screened", "screened", NEEDS_MAXIMUM),
 )
+SCREENS = "triton"
+"""The backend in which "screened" is a mode of its own."""
 
 
 @dataclass(frozen=True)
@@ -166,15 +169,16 @@ class Rows:
         lists = tuple(name for name in first.lists if shape.k is None or name != "all certainly zero")
         try:
             for case in cases.values():
-                case.check(("dense", "lazy"), lists)
+                case.check(("dense", "lazy", "screened"), lists)
         except AssertionError as failure:
             return Row(row, group, (), EAGER, failed=_first_line(failure))
         ways = self._plain_ways(first, compiled)
         for backend, case in cases.items():
             for label, mode, wanted in OURS:
-                if wanted in lists:
+                if wanted in lists and (mode != "screened" or (backend == SCREENS and shape.k is None)):
                     run, restore = case.in_place(wanted, mode)
-                    read = first.sae.W_enc.nbytes if wanted == NEEDS_MAXIMUM else None
+                    reads_all = wanted == NEEDS_MAXIMUM and mode != "screened"
+                    read = first.sae.W_enc.nbytes if reads_all else None
                     ways.append(Way(f"{backend}, {label}", run, read, restore))
         columns = self.sampler.columns(ways, EAGER, cold=True)
         if shape.batch == 1:
