@@ -105,6 +105,8 @@ __device__ __forceinline__ void load_lists(const Tile& tile) {
   if (threadIdx.x < static_cast<uint32_t>(tile.rows)) {
     const int64_t row = tile.first + threadIdx.x, count = tile.step.edits.counts[row];
     tile.shared().enabled[threadIdx.x] = tile.step.enabled == nullptr || tile.step.enabled[row];
+    tile.shared().alpha[threadIdx.x] =
+        tile.step.alpha_of_row == nullptr ? tile.step.alpha : tile.step.alpha_of_row[row];
     tile.shared().count[threadIdx.x] =
         static_cast<int32_t>(count < 0 ? 0 : count > tile.capacity ? tile.capacity : count);
   }

@@ -5,33 +5,39 @@
 
 namespace dspa::cuda {
 
+// Counts the rows of the tile, a lane for each. All counters are loaded before any is stored: nothing says that they are
+// not the same memory, and each would wait for the one before.
 template <class Tile>
-__device__ __forceinline__ void count_row(const Tile& tile, int64_t row, bool all_finite, bool edited, bool known,
-                                          float maximum) {
+__device__ __forceinline__ void count_rows(const Tile& tile) {
   const Stats& stats = tile.step.stats;
-  if (stats.seen == nullptr) return;
-  stats.seen[row] += 1;
-  stats.edited[row] += edited;
-  stats.nonfinite[row] += !all_finite;
-  stats.maximum[row] = known ? static_cast<double>(maximum) : static_cast<double>(__uint_as_float(not_finite));
-  if (known) stats.maximum_sum[row] += static_cast<double>(maximum);
-  stats.maximum_known[row] += known;
+  const SharedHeader& shared = tile.shared();
+  if (stats.seen == nullptr || lane() >= tile.rows || shared.enabled[lane()] == 0) return;
+  const int64_t row = tile.first + lane();
+  const uint32_t outcome = shared.outcome[lane()];
+  const bool known = (outcome & maximum_is_known) != 0;
+  const float maximum = __uint_as_float(shared.maximum[lane()]);
+  const int64_t seen = stats.seen[row], edited = stats.edited[row], nonfinite = stats.nonfinite[row];
+  const int64_t maximum_known = stats.maximum_known[row];
+  const double maximum_sum = stats.maximum_sum[row];
+  stats.seen[row] = seen + 1;
+  stats.edited[row] = edited + (shared.kept[lane()] > 0);
+  stats.nonfinite[row] = nonfinite + ((outcome & is_finite) == 0);
+  stats.maximum[row] = static_cast<double>(known ? maximum : __uint_as_float(not_finite));
+  if (known) stats.maximum_sum[row] = maximum_sum + static_cast<double>(maximum);
+  stats.maximum_known[row] = maximum_known + known;
 }
 
 // The edit of a row's listed latents (docs/method.md, section 4), as factors of decoder rows in the order of the list,
 // by a warp. `counts`: this block counts it.
 template <class Tile>
 __device__ __forceinline__ void compute_edit(const Tile& tile, int slot, bool counts) {
-  if (tile.shared().enabled[slot] == 0) return;
-  const int64_t row = tile.first + slot;
-  if (tile.shared().nonfinite[slot] != 0) {
-    if (counts && lane() == 0) count_row(tile, row, false, false, false, 0.0f);
-    return;
-  }
-  const int count = tile.shared().count[slot];
+  SharedHeader& shared = tile.shared();
+  if (lane() == 0) shared.outcome[slot] = 0;
+  if (!tile.is_usable(slot)) return;
+  const int count = shared.count[slot];
   const Listed listed = tile.summary_of_list(slot, true);
-  const float maximum = fmaxf(listed.largest, __uint_as_float(tile.step.scratch.maximum[row]));
-  const float row_alpha = tile.alpha(row), shift = row_alpha * maximum;
+  const float maximum = fmaxf(listed.largest, __uint_as_float(shared.maximum[slot]));
+  const float row_alpha = shared.alpha[slot], shift = row_alpha * maximum;
   const bool needed = listed.any && !listed.vanishes(row_alpha, maximum);
   const auto difference = [&](int i) {
     if (i >= count || !tile.is_active(slot, i, true)) return 0.0f;
@@ -56,7 +62,7 @@ __device__ __forceinline__ void compute_edit(const Tile& tile, int slot, bool co
     if (factor != 0.0f) {
       const int64_t latent = tile.latents(slot)[i];
       if (tile.sae.decoder_norm != nullptr) factor = factor / tile.sae.decoder_norm[latent];
-      if (tile.sae.normalization != Normalization::none) factor = factor * tile.shared().scale[slot];
+      if (tile.sae.normalization != Normalization::none) factor = factor * shared.scale[slot];
       const int place = kept + __popc(changed & ((1u << lane()) - 1u));
       tile.coefficients(slot)[place] = factor;
       tile.decoder_rows(slot)[place] = decoder_row;
@@ -66,8 +72,9 @@ __device__ __forceinline__ void compute_edit(const Tile& tile, int slot, bool co
     kept += __popc(changed);
   }
   if (lane() != 0) return;
-  tile.shared().kept[slot] = kept;
-  if (counts) count_row(tile, row, good, kept > 0, good && (!tile.step.lazy || needed), maximum);
+  shared.kept[slot] = kept;
+  shared.maximum[slot] = __float_as_uint(maximum);
+  shared.outcome[slot] = good ? is_finite | (!tile.step.lazy || needed ? maximum_is_known : 0u) : 0u;
 }
 
 constexpr int piece_size = 4;  // entries of a row that a thread edits
@@ -193,11 +200,16 @@ struct TileEdit {
 
   __device__ __forceinline__ void edit(bool is_last) const {
     if (is_clerk) take_slice();
+    if (threadIdx.x < static_cast<uint32_t>(tile.rows))
+      tile.shared().maximum[threadIdx.x] = tile.step.scratch.maximum[tile.first + threadIdx.x];
     load_scores(tile, tile.is_topk());
+#pragma unroll 1
     for (int slot = warp(); slot < tile.rows; slot += warps()) compute_edit(tile, slot, is_last && cluster.rank == 0);
     cluster.barrier();
     uint32_t slice = tile.shared().slot;
     if (is_clerk && slice >= slices) leave();
+    if (is_clerk && is_last) count_rows(tile);
+#pragma unroll 1
     while (slice < slices) {
       cluster.barrier();  // everyone has read which it is
       if (is_clerk && take_slice()) leave();

@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_scores_and_decide(const Tile& tile) {
   load_scores(tile, false);
   for (int slot = warp(); slot < tile.rows; slot += warps()) {
     const Listed listed = tile.summary_of_list(slot, false);
-    const bool certain = !tile.is_topk() && listed.vanishes(tile.alpha(tile.first + slot), listed.largest);
+    const bool certain = !tile.is_topk() && listed.vanishes(tile.shared().alpha[slot], listed.largest);
     if (lane() == 0) {
       tile.shared().reach[slot] = listed.reach;
       tile.shared().passes[slot] = listed.finite && (!tile.step.lazy || (listed.any && !certain));

@@ -53,7 +53,7 @@ __device__ __forceinline__ float pass_from_memory(const Tile& tile, uint32_t slo
     }
     if (!may_stop) continue;
     if (in_use && largest > known) atomicMax(known_maximum, __float_as_uint(largest));
-    const bool settled = !in_use || tile.shared().reach[slot] <= tile.alpha(tile.first + slot) * fmaxf(largest, known);
+    const bool settled = !in_use || tile.shared().reach[slot] <= tile.shared().alpha[slot] * fmaxf(largest, known);
     if (__all_sync(all_lanes, settled) != 0) break;
   }
   return largest;

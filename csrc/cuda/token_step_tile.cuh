@@ -26,11 +26,15 @@ struct SharedHeader {
   int32_t count[most_inputs];         // entries of the list
   uint32_t passes[most_inputs];       // whether the row needs the pass over W_enc
   float reach[most_inputs];           // see Listed
-  uint32_t maximum[most_inputs];      // bits of the largest activation in the block's share
+  float alpha[most_inputs];
+  uint32_t maximum[most_inputs];      // bits of the largest activation in the block's share, then of all
+  uint32_t outcome[most_inputs];      // of the edit: the flags below
   int32_t kept[most_inputs];          // entries of the edit
   uint64_t full[most_stages];         // barriers of the ring: a stage has been copied, and has been read
   uint64_t empty[most_stages];
 };
+
+constexpr uint32_t is_finite = 1, maximum_is_known = 2;
 
 constexpr int64_t header_bytes = (static_cast<int64_t>(sizeof(SharedHeader)) + 127) / 128 * 128;
 constexpr int listed_arrays = 5;  // a word for each entry of each list
@@ -114,10 +118,6 @@ struct StepTile {
 
   // Whether the pass has to know the scores of the lists.
   __device__ __forceinline__ bool lists_come_first() const { return step.lazy || is_topk(); }
-
-  __device__ __forceinline__ float alpha(int64_t row) const {
-    return step.alpha_of_row == nullptr ? step.alpha : step.alpha_of_row[row];
-  }
 
   __device__ __forceinline__ FromMemory<Weights, kAligned> from_memory() const { return {policy}; }
 
