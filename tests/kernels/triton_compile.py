@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 from unittest import mock
 
 import torch
@@ -31,8 +31,10 @@ from triton.runtime.jit import create_function_from_signature
 
 from dspa.kernels.adapter_step.triton import adapter_step
 from dspa.kernels.adapter_weights import AdapterActivation, AdapterWeights
+from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.encode_density.triton import encode_density
 from dspa.kernels.lookup.triton import lookup
+from dspa.kernels.token_step import encoder_codes
 from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
 from dspa.kernels.triton_common import launch
 from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
@@ -49,11 +51,12 @@ TARGETS = {
 ACTIVATIONS: tuple[Activation, ...] = ("jumprelu", "gated", "topk")  # those that are code of their own
 NORMALIZATIONS: tuple[InputNormalization, ...] = get_args(InputNormalization)
 LOW_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
-MODES = ("dense", "lazy", "lookup")
+MODES = ("dense", "lazy", "lookup", "screened")
 ADAPTERS: dict[str, tuple[AdapterActivation, bool]] = {  # with the mode: activation and clip
     "dense": ("soft_threshold", True),
     "lazy": ("soft_threshold", False),
     "lookup": ("jump_relu", True),
+    "screened": ("jump_relu", False),
 }
 WIDE = (32, 64)  # batches with a tile of their own, where products are plain
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,8 +69,8 @@ class Case:
     Attributes:
         activation, normalization, subtract_b_dec: of the SAE.
         hidden, weights: dtypes.
-        mode: of `token_step`: "dense", "lazy", or "lookup" for lazy with the lookup in the same launch. The version of
-            the adapter goes with it, see `ADAPTERS`.
+        mode: of `token_step`: "dense", "lazy", "screened", or "lookup" for lazy with the lookup in the same launch. The
+            version of the adapter goes with it, see `ADAPTERS`.
         optional: whether there are flags, counters, an alpha for each row, a compact decoder and decoder norms.
         shape: d_model and d_sae.
     """
@@ -125,6 +128,7 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(launch, "architecture", return_value=architecture),
         mock.patch.object(Launch, "run", autospec=True, side_effect=recorded.append),
+        mock.patch.object(encoder_codes, "scores_never_fall", return_value=True),  # of tensors without data
     ):
         yield recorded
 
@@ -156,7 +160,7 @@ def spanning_cases(architecture: str) -> Iterator[Case]:
                 (i + turn // 2) % 2 == 1,
                 hidden,
                 weights,
-                MODES[(i + turn) % 3],
+                MODES[(i + turn) % 4],
                 (j + turn) % 2 == 1,
                 shape,
             )
@@ -206,8 +210,7 @@ def launches_of(case: Case, architecture: str) -> list[Launch]:
             lookup(density, conditional_map, 32, k, "both", True)
         else:
             edits = EditList.empty(batch, k, "meta")
-            mode = "dense" if case.mode == "dense" else "lazy"
-            token_step(hidden, sae, edits, alpha, enabled, stats, mode)
+            token_step(hidden, sae, edits, alpha, enabled, stats, cast(StepMode, case.mode))
         for wide in WIDE if is_plain(case) else ():
             rows = tensor(wide, d_model, dtype=case.hidden)
             token_step(rows, sae, EditList.empty(wide, k, "meta"), 0.2, None, None, "lazy")
