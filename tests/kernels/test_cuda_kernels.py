@@ -58,6 +58,7 @@ from dspa.kernels import (
     token_step_with_lookup,
 )
 from dspa.kernels.adapter_step.arguments import adapter_arguments, row_arguments
+from dspa.kernels.backends.cuda import too_wide
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step import scratch as step_scratch
 from dspa.kernels.token_step.arguments import counter_arguments
@@ -281,6 +282,23 @@ def test_a_model_too_wide_is_refused(backend: Backend) -> None:
     sae = make_sae(Kind(), 520, 61, torch.bfloat16, seed=0)
     with machine(shared_limit=4 * 1024), pytest.raises(RuntimeError, match="token_step could not be launched"):
         token_step(torch.zeros(1, 520).bfloat16(), sae, EditList.empty(1, 4), 0.2, backend=NAME)
+
+
+@pytest.mark.parametrize("d_model", [1000, 1024])  # rows of 2000 bytes are aligned as well, an odd address is not
+@pytest.mark.parametrize("odd", [False, True])
+def test_what_auto_chooses_is_launched(backend: Backend, d_model: int, odd: bool) -> None:
+    """Whatever the shared memory of a GPU: where "auto" takes these kernels, they have room for the longest list."""
+    sae = make_sae(Kind(), d_model, 61, torch.bfloat16, seed=0)
+    if odd:
+        W = torch.zeros(61 * d_model + 1, dtype=torch.bfloat16)[1:].view(61, d_model)
+        sae = replace(sae, W_enc=W.copy_(sae.W_enc))
+    limits = range(8 * 1024, 64 * 1024, 4 * 1024)
+    launched = [limit for limit in limits if too_wide(sae, limit) is None]
+    assert 0 < len(launched) < len(limits)
+    for batch in (1, 9):
+        with machine(shared_limit=launched[0]):
+            rows = torch.zeros(batch, d_model).bfloat16()
+            token_step(rows, sae, EditList.empty(batch, 256), 0.2, backend=NAME)
 
 
 def test_a_pass_that_may_stop_early(backend: Backend) -> None:
