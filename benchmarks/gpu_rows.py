@@ -253,8 +253,8 @@ class Rows:
             backend: partial(encode_density, hidden, offsets, sae, backend=backend) for backend in self.backends
         }
         if self.cuda in runs and self.library.has_warpgroup_products():
-            by_warpgroups = LaunchShape(warpgroup_products=True).around(self.library, runs[self.cuda])
-            runs[f"{self.cuda}, by warpgroups"] = by_warpgroups
+            by_warps = LaunchShape(warpgroup_products=False).around(self.library, runs[self.cuda])
+            runs[f"{self.cuda}, by warps"] = by_warps
         ways, memory = [Way(PRODUCT, lambda: hidden @ W_enc.T)], []
         for way, run in runs.items():
             try:

@@ -18,21 +18,21 @@ class LaunchShape:
         threads: of a block of token_step.
         cluster: blocks of a cluster of token_step.
         bulk_copies: whether the copy engine brings the weights to token_step.
-        warpgroup_products: whether encode_density multiplies by warpgroups.
+        warpgroup_products: whether encode_density multiplies by warpgroups, where the GPU can.
         early_launch: whether token_step begins, and prefetches weights, while the kernel before it ends.
     """
 
     threads: int = 256
     cluster: int = 1
     bulk_copies: bool = False
-    warpgroup_products: bool = False
+    warpgroup_products: bool = True
     early_launch: bool = False
 
     def __str__(self) -> str:
         words = [f"{self.threads} threads"]
         words += [f"clusters of {self.cluster}"] if self.cluster > 1 else []
         words += ["bulk copies"] if self.bulk_copies else []
-        words += ["by warpgroups"] if self.warpgroup_products else []
+        words += [] if self.warpgroup_products else ["by warps"]
         words += ["begun early"] if self.early_launch else []
         return ", ".join(words)
 

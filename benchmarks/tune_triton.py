@@ -202,9 +202,10 @@ def spills() -> bool:
     for kernel in (step.token_step_kernel, density.count_gates):
         caches = getattr(kernel, "device_caches", {})
         for cache, *_ in caches.values():
-            loaded = list(cache.values())
-            if loaded and loaded[-1].n_spills:
-                return True
+            for loaded in list(cache.values())[-1:]:
+                loaded._init_handles()  # what a launch that was prepared has not done
+                if loaded.n_spills:
+                    return True
     return False
 
 

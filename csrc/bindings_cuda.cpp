@@ -310,7 +310,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DSPA_LIBRARY, library) {
               "Tensor(i!)? maximum_sum, Tensor(j!)? maximum_known, Tensor(k!)? latent_edits, Tensor(l!) work, "
               "str step_mode) -> ()");
   library.def(
-      "set_cuda_tuning(int threads, int cluster, int density_bytes, bool warpgroup_products=False, "
+      "set_cuda_tuning(int threads, int cluster, int density_bytes, bool warpgroup_products=True, "
       "bool bulk_copies=False, bool early_launch=False) -> ()");
   library.def("has_warpgroup_products() -> bool");
   library.def("has_bulk_copies() -> bool");

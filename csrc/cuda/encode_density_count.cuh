@@ -26,6 +26,43 @@ __device__ __forceinline__ Tile& tile_in_shared() {
   return *reinterpret_cast<Tile*>(memory);
 }
 
+template <class Integer>
+__device__ __forceinline__ Integer smaller(Integer a, Integer b) {
+  return a < b ? a : b;
+}
+
+// In which order blocks, or pairs of them, go through the tiles. Those that are multiplied at the same time share few
+// latents and few tokens, so that both stay in the second-level cache: some tiles of tokens go through all latents, then
+// the next.
+struct TileOrder {
+  static constexpr uint32_t token_tiles_together = 8;
+  uint32_t token_tiles, latent_groups;  // of the latents of a block, or a pair
+
+  __device__ __forceinline__ uint32_t tiles() const { return token_tiles * latent_groups; }
+
+  __device__ __forceinline__ void place_of(uint32_t tile, uint32_t& token_tile, uint32_t& latent_group) const {
+    const uint32_t together = tile / (token_tiles_together * latent_groups) * token_tiles_together;
+    const uint32_t count = smaller(token_tiles - together, token_tiles_together);
+    const uint32_t within = tile - together * latent_groups;
+    token_tile = together + within % count;
+    latent_group = within / count;
+  }
+};
+
+// Whether the factor of a token has a number that is not finite, by the whole warp. Looked for where a product is not:
+// an input that is not finite leaves none of its token finite, and otherwise they may be too large for a float32.
+template <class Pairs>
+__device__ __forceinline__ bool is_dirty(const EncodeDensity& task, int64_t token) {
+  constexpr uint32_t exponent = Pairs::exponent | Pairs::exponent << 16;
+  bool dirty = false;
+  for (int64_t column = lane() * 8; column < task.sae.W_enc.columns; column += 256) {
+    const uint4 eight = ptx::load_16(task.factors + token * task.factor_stride + column);
+    for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w})
+      dirty = dirty || (two & exponent & 0xffffu) == Pairs::exponent || (two & exponent) >> 16 == Pairs::exponent;
+  }
+  return __any_sync(all_lanes, dirty) != 0;
+}
+
 // What the gate of a latent depends on, loaded once for all its products. Decides as `score_of` does.
 template <Activation kActivation>
 struct Gate {

@@ -25,7 +25,7 @@ bool has_warpgroup_products() {
   return takes_blocks_of(reinterpret_cast<const void*>(kernel), WarpgroupTile::threads);
 }
 
-// Whether the copy engine can take the inputs of the products from the hidden states.
+// Whether the hidden states can be copied 16 bytes at a time, as the inputs of the products.
 inline bool can_be_multiplied_in_place(const StridedMatrix& hidden) {
   return hidden.column_stride == 1 && hidden.row_stride % 8 == 0 && hidden.row_stride >= hidden.columns &&
          reinterpret_cast<uintptr_t>(hidden.data) % 16 == 0;
@@ -36,7 +36,7 @@ DensityPlan plan_density(const StridedMatrix& hidden, const Sae& sae) {
   const bool topk = sae.activation == Activation::topk;
   plan.pieces = pieces_of(hidden, sae);
   plan.by_warpgroups = tuning().warpgroup_products && plan.pieces > 0 && has_warpgroup_products();
-  plan.in_place = plan.by_warpgroups && plan.pieces == 1 && can_be_multiplied_in_place(hidden);
+  plan.in_place = plan.pieces == 1 && can_be_multiplied_in_place(hidden);
   plan.depth = round_up(sae.W_enc.columns, plan.by_warpgroups ? WarpgroupTile::depth : depth_step);
   plan.tokens = round_up(hidden.rows, tile_tokens);
   if (plan.in_place && !topk) return plan;
@@ -48,17 +48,22 @@ DensityPlan plan_density(const StridedMatrix& hidden, const Sae& sae) {
   return plan;
 }
 
+// Of groups of `latents`.
+inline TileOrder order_of(const EncodeDensity& task, int64_t tokens, int64_t tile_of_tokens, int64_t latents) {
+  TileOrder order;
+  order.token_tiles = static_cast<uint32_t>(tokens / tile_of_tokens);
+  order.latent_groups = static_cast<uint32_t>((task.sae.W_enc.rows + latents - 1) / latents);
+  return order;
+}
+
 template <class Tile, class Kernel>
 cudaError_t launch_tiles(Kernel kernel, const EncodeDensity& task, int64_t tokens, cudaStream_t stream) {
   constexpr int64_t shared = shared_bytes_of<Tile>();
   Room room;
   const cudaError_t error = room_for(reinterpret_cast<const void*>(kernel), density_threads, shared, room);
   if (error != cudaSuccess) return error;
-  const int64_t token_tiles = tokens / Tile::tokens;
-  const int64_t latent_tiles = (task.sae.W_enc.rows + Tile::latents - 1) / Tile::latents;
-  // Neighbouring blocks have the same weights, which then come from memory once.
-  return launch(kernel, dim3(static_cast<unsigned>(token_tiles * latent_tiles)), density_threads, shared, 1, stream,
-                task, static_cast<uint32_t>(token_tiles));
+  const TileOrder order = order_of(task, tokens, Tile::tokens, Tile::latents);
+  return launch(kernel, dim3(order.tiles()), density_threads, shared, 1, stream, task, order);
 }
 
 template <class Pairs, Activation kActivation>
@@ -78,25 +83,26 @@ cudaError_t launch_warpgroups(const EncodeDensity& task, int64_t tokens, cudaStr
     error = map_rows(maps.inputs, task.factors, input_rows, std::min(task.factor_stride, weights.columns),
                      task.factor_stride, Tile::copied_rows);
   if (error != cudaSuccess) return error;
-  TileOrder order;
-  order.token_tiles = static_cast<uint32_t>(tokens / Tile::tokens);
-  order.latent_groups = static_cast<uint32_t>((weights.rows + Tile::latents * Tile::cluster - 1) /
-                                              (Tile::latents * Tile::cluster));
-  const int64_t tiles = static_cast<int64_t>(order.token_tiles) * order.latent_groups;
-  const int64_t pairs = std::min(tiles, std::max<int64_t>(room.blocks / Tile::cluster, 1));
+  const TileOrder order = order_of(task, tokens, Tile::tokens, Tile::latents * Tile::cluster);
+  const int64_t pairs = std::min<int64_t>(order.tiles(), std::max<int64_t>(room.blocks / Tile::cluster, 1));
   return launch(kernel, dim3(static_cast<unsigned>(pairs * Tile::cluster)), Tile::threads, shared, Tile::cluster,
                 stream, task, maps, order, static_cast<uint32_t>(pairs));
 }
 
+template <class Pairs, Activation kActivation>
+cudaError_t launch_pairs(const EncodeDensity& task, bool by_warpgroups, int64_t tokens, cudaStream_t stream) {
+  if (by_warpgroups) return launch_warpgroups<Pairs, kActivation>(task, tokens, stream);
+  return launch_tiles<MatrixTile>(&density_matrix_kernel<Pairs, kActivation>, task, tokens, stream);
+}
+
 template <class Pairs, bool kTopk>
 cudaError_t launch_matrix(const EncodeDensity& task, bool by_warpgroups, int64_t tokens, cudaStream_t stream) {
-  if (!by_warpgroups) return launch_tiles<MatrixTile>(&density_matrix_kernel<Pairs, kTopk>, task, tokens, stream);
   if constexpr (kTopk)
-    return launch_warpgroups<Pairs, Activation::topk>(task, tokens, stream);
+    return launch_pairs<Pairs, Activation::topk>(task, by_warpgroups, tokens, stream);
   else if (task.sae.activation == Activation::gated)
-    return launch_warpgroups<Pairs, Activation::gated>(task, tokens, stream);
+    return launch_pairs<Pairs, Activation::gated>(task, by_warpgroups, tokens, stream);
   else
-    return launch_warpgroups<Pairs, Activation::threshold>(task, tokens, stream);
+    return launch_pairs<Pairs, Activation::threshold>(task, by_warpgroups, tokens, stream);
 }
 
 template <bool kTopk>

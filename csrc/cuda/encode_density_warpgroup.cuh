@@ -40,28 +40,6 @@ struct DensityMaps {
   TensorMap weights, inputs;
 };
 
-template <class Integer>
-__device__ __forceinline__ Integer smaller(Integer a, Integer b) {
-  return a < b ? a : b;
-}
-
-// In which order a pair goes through the tiles. Those that are multiplied at the same time share few latents and few
-// tokens, so that both stay in the second-level cache: some tiles of tokens go through all latents, then the next.
-struct TileOrder {
-  static constexpr uint32_t token_tiles_together = 8;
-  uint32_t token_tiles, latent_groups;  // a group of latents is a pair's
-
-  __device__ __forceinline__ uint32_t tiles() const { return token_tiles * latent_groups; }
-
-  __device__ __forceinline__ void place_of(uint32_t tile, uint32_t& token_tile, uint32_t& latent_group) const {
-    const uint32_t together = tile / (token_tiles_together * latent_groups) * token_tiles_together;
-    const uint32_t count = smaller(token_tiles - together, token_tiles_together);
-    const uint32_t within = tile - together * latent_groups;
-    token_tile = together + within % count;
-    latent_group = within / count;
-  }
-};
-
 // The part of the thread that brings the factors of all tiles.
 __device__ __forceinline__ void bring_factors(const EncodeDensity& task, const DensityMaps& maps,
                                               const TileOrder& order, WarpgroupTile& tile, uint32_t rank,
@@ -95,6 +73,7 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[128], WarpgroupTile&
   using Tile = WarpgroupTile;
   // The stage may be filled again, by both blocks.
   const auto release = [&](uint32_t stage) {
+    __syncwarp();  // no other thread waits for its products any more
     if (lane() < Tile::cluster)
       ptx::barrier_arrive_in_cluster(&tile.empty[stage], static_cast<uint32_t>(lane()));
   };
@@ -137,21 +116,7 @@ struct OwnPart {
   }
 };
 
-// Whether the factor of a token has a number that is not finite, by the whole warp.
-template <class Pairs>
-__device__ __forceinline__ bool is_dirty(const EncodeDensity& task, int64_t token) {
-  constexpr uint32_t exponent = Pairs::exponent | Pairs::exponent << 16;
-  bool dirty = false;
-  for (int64_t column = lane() * 8; column < task.sae.W_enc.columns; column += 256) {
-    const uint4 eight = ptx::load_16(task.factors + token * task.factor_stride + column);
-    for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w})
-      dirty = dirty || (two & exponent & 0xffffu) == Pairs::exponent || (two & exponent) >> 16 == Pairs::exponent;
-  }
-  return __any_sync(all_lanes, dirty) != 0;
-}
-
-// The thread's tokens that are to be left out, where one of the warp's sums is not finite. An input that is not finite
-// leaves no product of its token finite; the others may be too large for a float32, or have such weights.
+// The thread's tokens that are to be left out, where one of the warp's sums is not finite.
 template <class Pairs>
 __device__ __noinline__ uint64_t dirty_tokens(const EncodeDensity& task, int64_t first_token, uint64_t suspects) {
   uint64_t dirty = 0;

@@ -180,8 +180,8 @@ struct Tuning {
   int cluster = 1;    // blocks of a cluster of token_step, on sm_90 and later: 1, 2, 4 or 8
   // Bytes of inputs, or for topk of scores, that encode_density holds: about the second-level cache of a large device.
   int64_t density_bytes = int64_t{64} << 20;
-  // These take effect only where the current device supports them. Not measured yet.
-  bool warpgroup_products = false;  // encode_density multiplies by warpgroups
+  // These take effect only where the current device supports them. The last two were slower, or no faster, on an H100.
+  bool warpgroup_products = true;   // encode_density multiplies by warpgroups
   bool bulk_copies = false;         // the copy engine brings W_enc to token_step for a batch of one
   bool early_launch = false;        // token_step begins, and prefetches W_enc, while the kernel before it ends
 };

@@ -11,8 +11,8 @@ namespace dspa::cuda {
 using TensorMap = CUtensorMap;
 
 // Where copies of `box_rows` rows by `box_columns` columns of 16 bits come from. In shared memory a row of a box is 128
-// bytes, whose pieces of 16 are permuted as `swizzled_rows` says. Past the last row or column there are zeros. The address
-// and the stride, in numbers, must be multiples of 16 bytes.
+// bytes, whose pieces of 16 are permuted as `swizzled_rows` says. Past the last row or column there are zeros. The
+// address and the stride, in numbers, must be multiples of 16 bytes.
 inline cudaError_t map_rows(TensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t row_stride,
                             uint32_t box_rows) {
   constexpr uint32_t box_columns = 64;

@@ -29,7 +29,7 @@ KERNELS = {
     "token_step_kernel": 9,  # three dtypes; one row, eight rows, and rows that are not whole 16 bytes
     "token_step_ring_kernel": 3,
     "density_inputs_kernel": 1,
-    "density_matrix_kernel": 4,
+    "density_matrix_kernel": 6,
     "density_warpgroup_kernel": 6,
     "density_number_kernel": 6,
     "density_topk_kernel": 1,

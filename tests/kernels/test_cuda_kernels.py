@@ -59,6 +59,7 @@ from dspa.kernels import (
 )
 from dspa.kernels.adapter_step.arguments import adapter_arguments, row_arguments
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.token_step import scratch as step_scratch
 from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.cuda import scratch_of, scratch_words
 from dspa.kernels.token_step.scratch import LEAST_ROWS
@@ -256,6 +257,15 @@ def test_batches_share_their_scratch(backend: Backend) -> None:
         assert same_bits(step(rows[:batch], sae, given, 0.2, backend=backend), expected[:batch])
     found = [scratch_of(sae, batch, 8) for batch in (1, LEAST_ROWS, LEAST_ROWS + 1, 2 * LEAST_ROWS)]
     assert len({scratch.data_ptr() for scratch in found}) == 2
+
+
+def test_each_stream_has_its_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, found = make_sae(Kind(), 40, 61, torch.bfloat16, seed=0), []
+    monkeypatch.setattr(step_scratch, "runs_on_streams", lambda _: True)
+    for stream in (7, 8, 7):
+        monkeypatch.setattr(step_scratch, "stream_of", lambda _, stream=stream: stream)
+        found.append(scratch_of(sae, 3, 8).data_ptr())
+    assert found[0] == found[2] != found[1]
 
 
 def test_too_little_scratch_is_refused() -> None:
@@ -572,8 +582,8 @@ def test_warpgroups_count_within_rounding(
         assert torch.equal(count(rows, offsets, sae, backend), counts)
 
 
-@pytest.mark.long
-def test_warpgroups_tell_large_products_from_inputs_that_are_not_finite(backend: Backend) -> None:
+@pytest.mark.parametrize("by_warpgroups", [False, True])
+def test_large_products_are_told_from_inputs_that_are_not_finite(backend: Backend, by_warpgroups: bool) -> None:
     """Both leave sums that are not finite: the latter activate nothing."""
     sae = make_sae(Kind(), 16, 130, torch.bfloat16, seed=3)
     rows = normal(generator(4), 258, 16).bfloat16()
@@ -583,7 +593,7 @@ def test_warpgroups_tell_large_products_from_inputs_that_are_not_finite(backend:
     assert active[[7, 255, 257], 0].all()
     rows[[8, 254], 3] = torch.inf
     active[[8, 254]] = False
-    with machine(warpgroup_products=True):
+    with machine(warpgroup_products=by_warpgroups):
         counts = encode_density(rows, torch.tensor([0, 7, 8, 258]), sae, backend=NAME)
     for segment, (start, end) in enumerate([(0, 7), (7, 8), (8, 258)]):
         difference = counts[segment].numpy() - active[start:end].sum(axis=0)
@@ -591,9 +601,10 @@ def test_warpgroups_tell_large_products_from_inputs_that_are_not_finite(backend:
         assert difference[0] == 0
 
 
+@pytest.mark.parametrize("by_warpgroups", [False, True])
 @pytest.mark.parametrize("view", ["contiguous", "columns", "row stride", "address", "one row"])
-def test_warpgroups_take_hidden_states_of_any_strides(backend: Backend, view: str) -> None:
-    """Those that the copy engine cannot take are copied first."""
+def test_hidden_states_of_any_strides(backend: Backend, view: str, by_warpgroups: bool) -> None:
+    """Those that cannot be copied 16 bytes at a time are written to scratch first."""
     sae = make_integer_sae(Kind(), 16, 37, torch.bfloat16, seed=1)
     numbers = integers(generator(1), -3, 3, 6, 48).bfloat16()
     rows = {
@@ -604,7 +615,7 @@ def test_warpgroups_take_hidden_states_of_any_strides(backend: Backend, view: st
         "one row": numbers[:1, :16].expand(6, 16),
     }[view]
     offsets = torch.tensor([0, 2, 6])
-    with machine(warpgroup_products=True):
+    with machine(warpgroup_products=by_warpgroups):
         counts = encode_density(rows, offsets, sae, backend=NAME)
     assert torch.equal(counts, encode_density(rows, offsets, sae, backend="reference"))
 

@@ -241,7 +241,7 @@ def test_compiles_without_a_graph_break(gpu: Backend) -> None:
         token_step(state, sae, lists, ALPHA, mode="lazy", backend=gpu.name)
         return state + 1
 
-    compiled = torch.compile(edited, fullgraph=True, backend="aot_eager" if DRY_RUN else "inductor")
+    compiled = torch.compile(edited, fullgraph=True)  # by inductor, in a dry run as well
     assert same_bits(compiled(hidden), edited(hidden))
 
 

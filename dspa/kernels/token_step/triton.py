@@ -15,7 +15,7 @@ from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.lookup.triton_row import map_arguments, new_lists, prompt_of
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step.arguments import strength_arguments
-from dspa.kernels.token_step.scratch import kept, rows_for
+from dspa.kernels.token_step.scratch import Key, kept, rows_for
 from dspa.kernels.token_step.triton_kernel.kernel import token_step_kernel
 from dspa.kernels.token_step.triton_kernel.structures import (
     NUMBERS,
@@ -48,7 +48,7 @@ BYTES_AHEAD = 512  # of a row of `W_enc`
 
 @dataclass(frozen=True, eq=False)
 class StepScratch:
-    """The tensors of `Scratch`, for one SAE. Two steps of one SAE must not run at the same time."""
+    """The tensors of `Scratch`, for one SAE and one stream. Two steps that use it must not run at the same time."""
 
     counters: Tensor
     states: Tensor
@@ -83,13 +83,13 @@ class StepScratch:
             tensor.zero_()
 
 
-_scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], StepScratch]] = WeakKeyDictionary()
+_scratch: WeakKeyDictionary[SaeWeights, dict[Key, StepScratch]] = WeakKeyDictionary()
 
 
 def scratch_of(sae: SaeWeights, batch: int, k: int) -> StepScratch:
-    """The scratch of an SAE for lists of this length and at least this batch."""
+    """The scratch of an SAE on the current stream, for lists of this length and at least this batch."""
     rows = rows_for(batch)
-    return kept(_scratch, sae, (rows, k), lambda: StepScratch.allocate(rows, k, sae.device))
+    return kept(_scratch, sae, rows, k, lambda: StepScratch.allocate(rows, k, sae.device))
 
 
 def columns_ahead(W_enc: Tensor) -> int:
@@ -254,7 +254,8 @@ def call(compiled: Callable[..., None], sae: SaeWeights, *arguments: Any) -> Non
         run(*arguments)
     except BaseException:
         for scratch in _scratch[sae].values():  # a launch that did not end leaves its counters anywhere
-            scratch.reset()
+            if any(scratch.counters is argument for argument in arguments):
+                scratch.reset()
         raise
 
 

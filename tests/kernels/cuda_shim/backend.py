@@ -32,7 +32,7 @@ def operations() -> Any:
     path = str(build.library())
     torch.ops.load_library(path)
     found = torch.ops.dspa_cuda_shim
-    found.set_cuda_tuning(THREADS, 1, DENSITY_BYTES)
+    found.set_cuda_tuning(THREADS, 1, DENSITY_BYTES, warpgroup_products=False)
     return found
 
 

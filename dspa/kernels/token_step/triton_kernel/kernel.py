@@ -40,6 +40,7 @@ def token_step_kernel(
     """One token for each row of a batch; see the module. `batch + passes + batch * slices` programs."""
     groups = tl.cdiv(batch, TOKENS)
     passes = tl.cdiv(d_sae, LATENTS) * groups
+    slices = tl.cdiv(d_model, SLICE)
     number = tl.atomic_add(scratch.counters + STARTED, 1, sem="relaxed")
     if number < batch:
         prepare(
@@ -55,8 +56,7 @@ def token_step_kernel(
             ACTIVATION, NORMALIZATION, LAZY, X_PARTS, LATENTS, TOKENS, MODEL, AHEAD,
         )  # fmt: skip
         announce(scratch.counters + PASSED)
-    else:
-        slices = tl.cdiv(d_model, SLICE)
+    elif number < batch + passes + batch * slices:  # else two launches share their scratch
         piece = number - batch - passes
         finish(
             piece // slices, piece % slices, slices, passes, hidden, encoder, decoder, edits, strength, stats, scratch,
