@@ -131,6 +131,23 @@ def test_columns_of_hidden_may_be_strided(backend: Backend) -> None:
     assert same_bits(columns.T.contiguous(), expected)
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
+@pytest.mark.parametrize("kind", [Kind(), Kind(subtract_b_dec=True)], ids=str)
+def test_where_hidden_states_lie_changes_no_bit(backend: Backend, kind: Kind, dtype: torch.dtype) -> None:
+    """Rows that are whole 16 bytes are loaded so, others one number at a time. One row is not finite."""
+    sae = make_sae(kind, 40, 61, torch.bfloat16, seed=0)
+    rows = (normal(generator(1), 9, 40) * 2).to(dtype)
+    rows[4, 33] = torch.inf
+    edits = edit_list(*random_lists(sae, 9, 8, seed=2), 8)
+    expected = step(rows, sae, edits, 0.2, backend=backend)
+    assert same_bits(expected[4], rows[4])
+    assert not same_bits(expected[:4], rows[:4])
+    for elsewhere in (torch.zeros(9, 41, dtype=dtype)[:, :40], torch.zeros(361, dtype=dtype)[1:].view(9, 40)):
+        elsewhere.copy_(rows)
+        token_step(elsewhere, sae, edits, 0.2, backend=NAME)
+        assert same_bits(elsewhere.contiguous(), expected)
+
+
 @pytest.mark.product
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
 @pytest.mark.parametrize("version", VERSIONS, ids=str)
