@@ -9,6 +9,7 @@ their launches are recorded instead of run.
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args
 from unittest import mock
@@ -104,6 +106,9 @@ class Compiled:
         products_from_shared: how many of its instructions multiply on the tensor cores while the program goes on, with
             both factors in shared memory (sm_90).
         copies_ahead: groups of copies into shared memory that are still under way where the next one is needed.
+        copying_ahead: device functions with a loop that copies to shared memory what later rounds of it need.
+        multiplying_ahead: whether a product on tensor cores is under way while a loop goes on (sm_90).
+        is_plain: whether factors are multiplied as they are loaded.
     """
 
     kernel: str
@@ -114,6 +119,9 @@ class Compiled:
     shared_bytes: int
     products_from_shared: int
     copies_ahead: int
+    copying_ahead: list[str]
+    multiplying_ahead: bool
+    is_plain: bool
 
 
 def entries(architecture: str) -> list[tuple[int, int]]:
@@ -249,7 +257,40 @@ def compile_launch(made: Launch, case: Case, architecture: str) -> Compiled:
         binary.metadata.shared,
         len(products),
         max(pending, default=0),
+        *loops_of(binary.asm["ttgir"]),
+        is_plain(case),
     )
+
+
+def loops_of(text: str) -> tuple[list[str], bool]:
+    """From Triton's code for a GPU: `copying_ahead` and `multiplying_ahead` of `Compiled`."""
+    locations = dict(re.findall(r"^#(loc\d*) = (.*)$", text, re.MULTILINE))
+
+    def function_at(location: str) -> str:
+        """The innermost function of a location, which may be named, and inlined where it was called."""
+        found = re.search(r'"([^"]+\.py)":(\d+)', locations[location])
+        if found is None:
+            return function_at(re.findall(r"#(loc\d*)", locations[location])[0])
+        return function_around(found[1], int(found[2]))
+
+    copying, is_multiplying, loops = set[str](), False, list[int]()
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1] and line.lstrip().startswith("}"):
+            loops.pop()
+        if loops and "ttg.async_copy_global_to_local" in line:
+            copying.add(function_at(re.findall(r"loc\(#(loc\d*)\)", line)[-1]))
+        is_multiplying |= bool(loops) and re.search(r"warp_group_dot_wait .*pendings = [1-9]", line) is not None
+        if "scf.for " in line:
+            loops.append(indent)
+    return sorted(copying), is_multiplying
+
+
+@cache
+def function_around(path: str, line: int) -> str:
+    """The function of a file that a line belongs to."""
+    functions = [node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.FunctionDef)]
+    return next(node.name for node in functions if node.lineno <= line <= (node.end_lineno or line))
 
 
 def resources_of(binary: Any) -> tuple[int, int]:
