@@ -416,4 +416,4 @@ def test_the_lookup_is_part_of_the_launch(launches: list[Launch]) -> None:
 def test_codes_have_the_fields_of_the_operation() -> None:
     """They are passed by name."""
     names = {field.name for kind in (EncoderCodes, triton_step.ScreenScratch) for field in fields(kind)}
-    assert names <= set(triton_step.run.__annotations__)
+    assert names <= set(triton_step.step_launch.__annotations__)
