@@ -51,7 +51,7 @@ from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step import scratch as step_scratch
 from dspa.kernels.token_step import triton as triton_step
 from dspa.kernels.token_step.arguments import counter_arguments
-from dspa.kernels.token_step.triton import scratch_of
+from dspa.kernels.token_step.triton import NOT_SCREENED, scratch_of
 from dspa.kernels.token_step.triton_kernel.prepare import bound_by_recent_argmax
 from dspa.kernels.token_step.triton_kernel.structures import RECENT, SLICE, Scratch
 from dspa.kernels.triton_common import launch as triton_launch
@@ -758,6 +758,7 @@ def step_arguments(sae: SaeWeights, hidden: Tensor, lists: EditList, optional: b
         torch.arange(batch) % 2 == 0 if optional else None,
         *(counter_arguments(TokenStats.zeros(batch, sae.d_sae)) if optional else (None,) * 7),
         *scratch_of(sae, batch, lists.k).tensors(),
+        *NOT_SCREENED,
         True,
     )
 

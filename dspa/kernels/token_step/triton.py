@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -121,6 +121,7 @@ class ScreenScratch:
             tensor.zero_()
 
 
+NOT_SCREENED: tuple[None, ...] = (None,) * (len(fields(EncoderCodes)) + len(fields(ScreenScratch)))
 _screen_scratch: WeakKeyDictionary[SaeWeights, dict[Key, ScreenScratch]] = WeakKeyDictionary()
 
 
@@ -131,12 +132,13 @@ def screen_scratch_of(sae: SaeWeights, codes: EncoderCodes, batch: int) -> Scree
     return kept(_screen_scratch, sae, rows, latents, lambda: ScreenScratch.allocate(rows, latents, sae.device))
 
 
-def screen_arguments(hidden: Tensor, sae: SaeWeights, mode: StepMode | None) -> dict[str, Tensor]:
-    """The arguments of `run` that only a screened step has."""
+def screen_arguments(hidden: Tensor, sae: SaeWeights, mode: StepMode | None) -> tuple[Tensor | None, ...]:
+    """The arguments of `run` that only a screened step has: the fields of `EncoderCodes` and of `ScreenScratch`. The
+    operation has no defaults for them, since torch 2.11 fails on a default of an argument that is written."""
     codes = codes_of(sae, hidden) if mode == "screened" else None
     if codes is None:
-        return {}
-    return {**vars(codes), **vars(screen_scratch_of(sae, codes, hidden.shape[0]))}
+        return NOT_SCREENED
+    return (*vars(codes).values(), *vars(screen_scratch_of(sae, codes, hidden.shape[0])).values())
 
 
 def columns_ahead(W_enc: Tensor) -> int:
@@ -181,6 +183,16 @@ def step_launch(
     listed: Tensor,
     ranks: Tensor,
     recent_argmax: Tensor,
+    codes: Tensor | None,
+    factors: Tensor | None,
+    exact: Tensor | None,
+    exact_columns: Tensor | None,
+    is_exact: Tensor | None,
+    exact_inputs: Tensor | None,
+    norms: Tensor | None,
+    floors: Tensor | None,
+    uppers: Tensor | None,
+    screened: Tensor | None,
     lazy: bool,
     density: Tensor | None = None,
     row_offsets: Tensor | None = None,
@@ -191,16 +203,6 @@ def step_launch(
     k_diff: int = 0,
     edit: str = "ablate",
     sign_guard: bool = False,
-    codes: Tensor | None = None,
-    factors: Tensor | None = None,
-    exact: Tensor | None = None,
-    exact_columns: Tensor | None = None,
-    is_exact: Tensor | None = None,
-    exact_inputs: Tensor | None = None,
-    norms: Tensor | None = None,
-    floors: Tensor | None = None,
-    uppers: Tensor | None = None,
-    screened: Tensor | None = None,
 ) -> Launch:
     """The launch of the operation: a function of nothing but tensors, numbers and names. With a density, the lists are
     looked up first, and written. With codes, the step is screened. The hidden states have aligned rows."""
@@ -307,23 +309,24 @@ def step_arguments(
         *lists,
         *strength_arguments(alpha, enabled, stats),
         *scratch_of(sae, lists[0].shape[0], lists[0].shape[1]).tensors(),
+        *screen_arguments(hidden, sae, mode),
         mode != "dense",
     )
 
 
-def call(compiled: Callable[..., None], sae: SaeWeights, *arguments: Any, **screening: Tensor) -> None:
+def call(compiled: Callable[..., None], sae: SaeWeights, *arguments: Any) -> None:
     """Runs a step, through the operation that a compiled graph sees or directly."""
     if torch.compiler.is_compiling():
-        compiled(*arguments, **screening)
+        compiled(*arguments)
         return
     try:
-        run(*arguments, **screening)
+        run(*arguments)
     except BaseException:
         for scratch in _scratch[sae].values():  # a launch that did not end leaves its counters anywhere
             if any(scratch.counters is argument for argument in arguments):
                 scratch.reset()
         for scratch in _screen_scratch.get(sae, {}).values():
-            if any(scratch.screened is argument for argument in screening.values()):
+            if any(scratch.screened is argument for argument in arguments):
                 scratch.reset()
         raise
 
@@ -342,8 +345,7 @@ def token_step(
     if hidden.shape[0] == 0:
         return
     lists = (edits.latents.contiguous(), edits.signs.contiguous(), edits.counts.contiguous())
-    screening = screen_arguments(hidden, sae, mode)
-    call(operation, sae, *step_arguments(hidden, sae, lists, alpha, enabled, stats, mode), **screening)
+    call(operation, sae, *step_arguments(hidden, sae, lists, alpha, enabled, stats, mode))
 
 
 def token_step_with_lookup(
@@ -365,5 +367,5 @@ def token_step_with_lookup(
     if hidden.shape[0] > 0:
         arguments = step_arguments(hidden, sae, lists, alpha, enabled, stats, mode)
         prompt = (density, *map_arguments(conditional_map), k_prompt, k_diff, edit, sign_guard)
-        call(operation_with_lookup, sae, *arguments, *prompt, **screen_arguments(hidden, sae, mode))
+        call(operation_with_lookup, sae, *arguments, *prompt)
     return EditList(*lists)
