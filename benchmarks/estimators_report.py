@@ -2,13 +2,14 @@
 
 python benchmarks/estimators_report.py benchmarks/results/organism/estimators_seed*.json [--png docs/estimators.png]
 
-Draws that lack a row yet are left out.
+Draws that lack a row yet are left out; of the control, those that lack it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ ROWS = (
     ("ridge, chosen", "ridge, chosen on validation"),
     ("ridge, control", "control: ridge, lists of other kinds of prompts"),
 )
+STYLES = (("C0", "--"), ("C1", "--"), ("C0", "-"), ("C1", "-"), ("C7", "-"))
 PUBLISHED = "ablate 0.2"
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by degrees of freedom, from 1
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by degrees of freedom, from 1 to 9
 
 
 def draws_of(report: Row, count: int) -> list[Row]:
@@ -38,7 +40,8 @@ def draws_of(report: Row, count: int) -> list[Row]:
 
 
 def is_whole(draw: Row) -> bool:
-    return all(name in draw for name, _ in ROWS)
+    """But for the control."""
+    return all(name in draw for name, _ in ROWS[:-1])
 
 
 def counts_of(report: Row) -> list[int]:
@@ -56,12 +59,14 @@ def over_draws(samples: NDArray[np.float64]) -> Estimate:
     draws, prompts = samples.shape
     square = NORMAL_95**2 * samples.mean(axis=0).var(ddof=1) / prompts
     if draws > 1:
-        square += STUDENT_95[draws - 2] ** 2 * samples.mean(axis=1).var(ddof=1) / draws
+        square += STUDENT_95[min(draws - 2, 8)] ** 2 * samples.mean(axis=1).var(ddof=1) / draws
     return Estimate(float(samples.mean()), float(np.sqrt(square)))
 
 
 def gain_of(draws: Sequence[Row], name: str) -> Estimate:
-    return over_draws(np.stack([gains(draw[name]) for draw in draws]))
+    """Over the draws that have the row; NaN where none has."""
+    found = [gains(draw[name]) for draw in draws if name in draw]
+    return over_draws(np.stack(found)) if found else Estimate(math.nan, math.nan)
 
 
 def advantage(draws: Sequence[Row], setting: str) -> Estimate:
@@ -82,11 +87,11 @@ def share(draws: Sequence[Row], name: str) -> Estimate:
 
 
 def fewer_over_more(report: Row, setting: str) -> Estimate | None:
-    """Ridge with 25 triples over the mean difference at the published strength with 100, paired by draw and prompt."""
+    """Ridge with 25 triples over the mean difference with 100, paired by draw and prompt."""
     pairs = []
     for key, draw in report["draws"].items():
         count, number = key.split("/")
-        more = report["draws"].get(f"100/{number}", {}).get("mean_difference, published")
+        more = report["draws"].get(f"100/{number}", {}).get(f"mean_difference, {setting}")
         if count == "25" and more is not None and f"ridge, {setting}" in draw:
             pairs.append(gains(draw[f"ridge, {setting}"]) - gains(more))
     return over_draws(np.stack(pairs)) if pairs else None
@@ -118,8 +123,9 @@ def table(report: Row) -> list[str]:
         cells = []
         for count in counts:
             draws = draws_of(report, count)
-            estimate = gain_of(draws, name)
-            cells.append(f"{estimate.mean:+.2f} ± {estimate.half_width:.2f}")
+            estimate, measured = gain_of(draws, name), sum(name in draw for draw in draws)
+            few = f" ({measured})" if measured < len(draws) else ""
+            cells.append(f"{estimate.mean:+.2f} ± {estimate.half_width:.2f}{few}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for setting, label in (("published", "published strength"), ("chosen", "chosen on validation")):
         found = [advantage(draws_of(report, count), setting) for count in counts]
@@ -167,21 +173,17 @@ def _means(draws: Sequence[Row], name: str) -> str:
 
 
 def figure(reports: dict[str, Row]) -> bytes:
-    """A panel for each organism: the gain against the number of triples."""
+    """A panel for each organism: the gain against the number of triples, each draw and their mean."""
     drawn = new_figure((4.8 * len(reports) + 3, 4.2))
     for index, (title, report) in enumerate(reports.items()):
         axes: Any = drawn.add_subplot(1, len(reports), index + 1)
         counts = counts_of(report)
-        for (name, label), style in zip(ROWS, ("C0o--", "C1s--", "C0o-", "C1s-", "C7.-"), strict=True):
-            found = [gain_of(draws_of(report, count), name) for count in counts]
-            axes.errorbar(
-                counts,
-                [each.mean for each in found],
-                [each.half_width for each in found],
-                fmt=style,
-                capsize=2,
-                label=label,
-            )
+        for (name, label), (color, line) in zip(ROWS, STYLES, strict=True):
+            means = [gain_of(draws_of(report, count), name).mean for count in counts]
+            axes.plot(counts, means, color=color, linestyle=line, label=label)
+            for count in counts:
+                found = [draw[name]["gain"] for draw in draws_of(report, count) if name in draw]
+                axes.plot([count] * len(found), found, color=color, marker="o", markersize=3, linestyle="none")
         axes.axhline(
             report["ceiling"][PUBLISHED]["gain"],
             color="0.6",
@@ -213,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for setting in ("published", "chosen"):
             print(f"\nridge over mean difference by draw, {setting}\n" + "\n".join(by_draw(report, setting)))
             if (found := fewer_over_more(report, setting)) is not None:
-                print(f"ridge, {setting}, 25 over published map, 100: {found.mean:+.2f} ± {found.half_width:.2f}")
+                print(f"ridge with 25 over mean difference with 100: {found.mean:+.2f} ± {found.half_width:.2f}")
         print("\nagreement of mean difference, of ridge\n" + "\n".join(agreements(report)))
         if title == "all":
             continue
