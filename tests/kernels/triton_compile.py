@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 from unittest import mock
 
 import torch
@@ -31,12 +31,14 @@ from triton.runtime.jit import create_function_from_signature
 
 from dspa.kernels.adapter_step.triton import adapter_step
 from dspa.kernels.adapter_weights import AdapterActivation, AdapterWeights
+from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.encode_density.triton import encode_density
 from dspa.kernels.lookup.triton import lookup
+from dspa.kernels.token_step import encoder_codes
 from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
 from dspa.kernels.triton_common import launch
 from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
-from dspa.kernels.triton_common.launch import Launch
+from dspa.kernels.triton_common.launch import Launch, parts_of
 from dspa.kernels.types import CsrMap, EditList, TokenStats
 from dspa.sae.weights import Activation, InputNormalization, SaeWeights
 
@@ -49,12 +51,14 @@ TARGETS = {
 ACTIVATIONS: tuple[Activation, ...] = ("jumprelu", "gated", "topk")  # those that are code of their own
 NORMALIZATIONS: tuple[InputNormalization, ...] = get_args(InputNormalization)
 LOW_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
-MODES = ("dense", "lazy", "lookup")
+MODES = ("dense", "lazy", "lookup", "screened")
 ADAPTERS: dict[str, tuple[AdapterActivation, bool]] = {  # with the mode: activation and clip
     "dense": ("soft_threshold", True),
     "lazy": ("soft_threshold", False),
     "lookup": ("jump_relu", True),
+    "screened": ("jump_relu", False),
 }
+WIDE = (32, 64)  # batches with a tile of their own, where products are plain
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -65,8 +69,8 @@ class Case:
     Attributes:
         activation, normalization, subtract_b_dec: of the SAE.
         hidden, weights: dtypes.
-        mode: of `token_step`: "dense", "lazy", or "lookup" for lazy with the lookup in the same launch. The version of
-            the adapter goes with it, see `ADAPTERS`.
+        mode: of `token_step`: "dense", "lazy", "screened", or "lookup" for lazy with the lookup in the same launch. The
+            version of the adapter goes with it, see `ADAPTERS`.
         optional: whether there are flags, counters, an alpha for each row, a compact decoder and decoder norms.
         shape: d_model and d_sae.
     """
@@ -97,6 +101,9 @@ class Compiled:
         registers: of a thread; on an AMD GPU its vector registers and the scalar ones of its wave.
         stack_bytes: memory of a thread for what does not fit into registers; 0 if nothing is spilled.
         shared_bytes: shared memory of a program.
+        products_from_shared: how many of its instructions multiply on the tensor cores while the program goes on, with
+            both factors in shared memory (sm_90).
+        copies_ahead: groups of copies into shared memory that are still under way where the next one is needed.
     """
 
     kernel: str
@@ -105,6 +112,8 @@ class Compiled:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    products_from_shared: int
+    copies_ahead: int
 
 
 def entries(architecture: str) -> list[tuple[int, int]]:
@@ -119,6 +128,7 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(launch, "architecture", return_value=architecture),
         mock.patch.object(Launch, "run", autospec=True, side_effect=recorded.append),
+        mock.patch.object(encoder_codes, "scores_never_fall", return_value=True),  # of tensors without data
     ):
         yield recorded
 
@@ -150,10 +160,16 @@ def spanning_cases(architecture: str) -> Iterator[Case]:
                 (i + turn // 2) % 2 == 1,
                 hidden,
                 weights,
-                MODES[(i + turn) % 3],
+                MODES[(i + turn) % 4],
                 (j + turn) % 2 == 1,
                 shape,
             )
+
+
+def is_plain(case: Case) -> bool:
+    """Whether the encoder input is the hidden state itself, in the dtype of the weights."""
+    is_itself = case.normalization == "none" and not case.subtract_b_dec
+    return is_itself and parts_of(case.hidden, case.weights, True) == 0
 
 
 def launches_of(case: Case, architecture: str) -> list[Launch]:
@@ -194,8 +210,10 @@ def launches_of(case: Case, architecture: str) -> list[Launch]:
             lookup(density, conditional_map, 32, k, "both", True)
         else:
             edits = EditList.empty(batch, k, "meta")
-            mode = "dense" if case.mode == "dense" else "lazy"
-            token_step(hidden, sae, edits, alpha, enabled, stats, mode)
+            token_step(hidden, sae, edits, alpha, enabled, stats, cast(StepMode, case.mode))
+        for wide in WIDE if is_plain(case) else ():
+            rows = tensor(wide, d_model, dtype=case.hidden)
+            token_step(rows, sae, EditList.empty(wide, k, "meta"), 0.2, None, None, "lazy")
         encode_density(hidden, tensor(3, dtype=torch.int64), sae)
         activation, clip = ADAPTERS[case.mode]
         adapter = AdapterWeights(
@@ -219,7 +237,19 @@ def compile_launch(made: Launch, case: Case, architecture: str) -> Compiled:
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=target, options=options.__dict__)
     registers, stack = resources_of(binary)
-    return Compiled(kernel.__name__, str(case), architecture, registers, stack, binary.metadata.shared)
+    text = binary.asm.get("ptx", "")
+    products = re.findall(r"wgmma\.mma_async[\w.]* \{[^}]*\}, %rd\d+, %rd\d+,", text)
+    pending = [int(groups) for groups in re.findall(r"cp\.async\.wait_group\s+(\d+)", text)]
+    return Compiled(
+        kernel.__name__,
+        str(case),
+        architecture,
+        registers,
+        stack,
+        binary.metadata.shared,
+        len(products),
+        max(pending, default=0),
+    )
 
 
 def resources_of(binary: Any) -> tuple[int, int]:
