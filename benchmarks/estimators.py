@@ -1,10 +1,11 @@
 """Estimators of the conditional map against the number of triples, on the organism (docs/results.md).
 
 For every number of triples and every draw of them: each estimator at the published strength, and at the strength that
-is chosen on validation prompts, by the same number of tries; the control with lists of other prompts; gains over the
-unsteered model on held-out prompts, paired by prompt. One JSON file, written after each draw, so that a run that was
-interrupted goes on where it stopped. The gains of single prompts are kept, for intervals over draws and prompts
-(`estimators_report.py`).
+is chosen on validation prompts, by the same number of tries; for ridge, the control with lists of prompts of other
+kinds; gains over the unsteered model on held-out prompts, paired by prompt. One JSON file for each organism, written
+after each draw, so that a run that was interrupted goes on where it stopped: rows that are missing are measured. All
+numbers of triples and all organisms have a draw before the next one begins. The gains of single prompts are kept, for
+intervals over draws and prompts (`estimators_report.py`).
 
     python benchmarks/estimators.py --out estimators.json --triples 10,25,50,100,250,600 --draws 5
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +41,7 @@ from dspa.organism.evaluation import (
     true_kind_lists,
 )
 from dspa.organism.language import Prompt, draw_prompts
+from dspa.util.files import write_atomically
 
 STRENGTHS: tuple[dict[str, Any], ...] = (
     {"edit": "ablate", "alpha": 0.2},  # the published one
@@ -47,6 +50,7 @@ STRENGTHS: tuple[dict[str, Any], ...] = (
     {"edit": "both", "alpha": 0.3},
 )
 ESTIMATORS = ("mean_difference", "ridge")
+CONTROLLED = "ridge"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,38 +96,50 @@ class Study:
         }
 
 
-def one_draw(study: Study, store: DensitySubset) -> dict[str, dict[str, Any]]:
-    """The rows of every estimator, fitted on the triples of a store."""
-    organism, found = study.organism, dict[str, dict[str, Any]]()
+def measure_draw(study: Study, store: DensitySubset, found: dict[str, dict[str, Any]]) -> None:
+    """Adds the rows of every estimator, fitted on the triples of a store, that are not there yet."""
     for name in ESTIMATORS:
-        tries: dict[str, SteeringPolicy] = {}
-        for strength in STRENGTHS:
-            # The published gate at the published strength, and elsewhere the one that does better on the organism.
-            gate: Any = "ge" if strength == STRENGTHS[0] else "positive_ge"
-            estimator: Any = name
-            fitted = ConditionalDifferenceMap.fit(store, estimator=estimator, gate_rule=gate)
-            policy = SteeringPolicy(fitted, organism.input_sae, organism.output_sae, **strength)
-            tries[f"{strength['edit']} {strength['alpha']}"] = policy
-        validated = study.measured(tries, validation=True)
-        allowed = study.unsteered_validation.malformed.mean() + MALFORMED_ALLOWANCE
+        tries = policies(study, store, name)
         published = next(iter(tries))
-        sound = [each for each in tries if validated[each].malformed.mean() <= allowed] or [published]
-        chosen = max(sound, key=lambda each: validated[each].rewards.mean())
-        settings: dict[str, Any] = {"published": tries[published], "chosen": tries[chosen]}
-        settings["control"] = control(study, tries[chosen])
-        measured = study.measured(settings)
-        for setting, measurement in measured.items():
+        settings: dict[str, Any] = {}
+        if f"{name}, published" not in found or f"{name}, chosen" not in found:
+            chosen = best_on_validation(study, tries)
+            settings = {"published": tries[published], "chosen": tries[chosen]}
+        else:
+            chosen = found[f"{name}, chosen"]["strength"]
+        if name == CONTROLLED and f"{name}, control" not in found:
+            settings["control"] = control(study, tries[chosen])
+        for setting, measurement in (study.measured(settings) if settings else {}).items():
             found[f"{name}, {setting}"] = study.row(measurement) | {"strength": chosen}
-        estimator: Any = name
-        agreement = cross_validated_agreement(store, estimator=estimator, folds=min(5, store.run.triple_count))
-        found[f"{name}, chosen"]["agreement"] = agreement.mean
+        if "agreement" not in found[f"{name}, chosen"]:
+            options: Any = {"estimator": name, "edit": "both", "folds": min(5, store.run.triple_count)}
+            found[f"{name}, chosen"]["agreement"] = cross_validated_agreement(store, **options).mean
+
+
+def policies(study: Study, store: DensitySubset, estimator: Any) -> dict[str, SteeringPolicy]:
+    """By strength, the published one first."""
+    found: dict[str, SteeringPolicy] = {}
+    for strength in STRENGTHS:
+        # The published gate at the published strength, and elsewhere the one that does better on the organism.
+        gate: Any = "ge" if strength == STRENGTHS[0] else "positive_ge"
+        fitted = ConditionalDifferenceMap.fit(store, estimator=estimator, gate_rule=gate)
+        policy = SteeringPolicy(fitted, study.organism.input_sae, study.organism.output_sae, **strength)
+        found[f"{strength['edit']} {strength['alpha']}"] = policy
     return found
 
 
+def best_on_validation(study: Study, tries: dict[str, SteeringPolicy]) -> str:
+    """The highest reward among those that break few responses; the published strength if all break too many."""
+    validated = study.measured(tries, validation=True)
+    allowed = study.unsteered_validation.malformed.mean() + MALFORMED_ALLOWANCE
+    sound = [each for each in tries if validated[each].malformed.mean() <= allowed] or [next(iter(tries))]
+    return max(sound, key=lambda each: validated[each].rewards.mean())
+
+
 def control(study: Study, policy: SteeringPolicy) -> StaticPolicy:
-    """Every prompt with the list of another one."""
+    """Every prompt with the list of one of another kind."""
     densities = prompt_densities(study.organism.model, study.organism.tokenizer, study.heldout, policy)
-    return StaticPolicy.with_edits(policy, lists_of_other_prompts(policy.select(densities), study.seed))
+    return StaticPolicy.with_edits(policy, lists_of_other_prompts(policy.select(densities), study.heldout, study.seed))
 
 
 def ceilings(study: Study) -> dict[str, dict[str, float]]:
@@ -137,48 +153,72 @@ def ceilings(study: Study) -> dict[str, dict[str, float]]:
     return {name: study.row(measurement) for name, measurement in study.measured(settings).items()}
 
 
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A file with what was measured of an organism."""
+
+    file: Path
+    study: Study
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, file: Path, study: Study, setup: dict[str, Any]) -> Report:
+        record = json.loads(file.read_text()) if file.exists() else {"setup": setup, "draws": {}}
+        if record["setup"] != setup:
+            raise SystemExit(f"{file} was measured with {record['setup']}; expected {setup}: pass another --out")
+        record.setdefault("unsteered", study.row(study.unsteered))
+        if "ceiling" not in record:
+            record["ceiling"] = ceilings(study)
+        return cls(file, study, record)
+
+    def measure(self, count: int, draw: int) -> None:
+        """Measures what is missing of a draw."""
+        store, everything = self.study.organism.store, self.study.organism.store.run.triple_count
+        if count > everything or (count == everything and draw):
+            return
+        order = np.random.default_rng([self.study.seed, draw]).permutation(everything)
+        rows = self.record["draws"].setdefault(f"{count}/{draw}", {})
+        measure_draw(self.study, DensitySubset.from_store(store, order[:count].tolist()), rows)
+        write_atomically(self.file, json.dumps(self.record, indent=1).encode())
+        gains = {name: round(row["gain"], 2) for name, row in rows.items()}
+        print(f"{self.file.name} {count}/{draw}", gains, flush=True)
+
+
 def main(
-    out: Annotated[Path, typer.Option(help="The JSON file; one that exists is continued.")],
+    out: Annotated[
+        list[Path], typer.Option(help="The JSON file, one for each organism; one that exists is continued.")
+    ],
+    data: Annotated[list[Path], typer.Option(help="Folder of an organism, in the order of --out.")] = [DATA],  # noqa: B006
     triples: Annotated[str, typer.Option(help="Numbers of triples, by commas.")] = "10,25,50,100,250,600",
     draws: Annotated[int, typer.Option(help="Draws of triples for each number.")] = 5,
-    data: Annotated[Path, typer.Option(help="Folder of an organism.")] = DATA,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 600,
     validation_prompts: Annotated[int, typer.Option(help="Validation prompts.")] = 120,
     neutral_texts: Annotated[int, typer.Option(help="Neutral texts that are scored.")] = 240,
     seed: Annotated[int, typer.Option(help="Of prompts, draws and sampling noise.")] = 0,
 ) -> None:
-    """Measure what does not stand in the file yet."""
-    numbers = [int(each) for each in triples.split(",")]
-    setup: dict[str, Any] = {
-        "prompts": prompts,
-        "validation_prompts": validation_prompts,
-        "neutral_texts": neutral_texts,
-        "seed": seed,
-    }
-    setup["data"] = data.name
-    record = json.loads(out.read_text()) if out.exists() else {"setup": setup, "draws": {}}
-    if record["setup"] != setup:
-        raise SystemExit(f"{out} was measured with {record['setup']}; expected {setup}: pass another --out")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        with (data / "triples.jsonl").open() as lines:
-            everything = sum(1 for _ in lines)
-        organism = load_organism(DemoOptions(data=data, triples=everything), folder, progress=True)
-        study = unsteered_study(organism, prompts, validation_prompts, neutral_texts, seed)
-        record.setdefault("unsteered", study.row(study.unsteered))
-        if "ceiling" not in record:
-            record["ceiling"] = ceilings(study)
+    """Measure what does not stand in the files yet."""
+    if len(out) != len(data):
+        raise SystemExit(f"there are {len(out)} --out and {len(data)} --data; expected one for each")
+    with ExitStack() as stack:
+        reports = []
+        for file, source in zip(out, data, strict=True):
+            setup = {
+                "prompts": prompts,
+                "validation_prompts": validation_prompts,
+                "neutral_texts": neutral_texts,
+                "seed": seed,
+                "data": source.name,
+            }
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with (source / "triples.jsonl").open() as lines:
+                everything = sum(1 for _ in lines)
+            organism = load_organism(DemoOptions(data=source, triples=everything), folder, progress=False)
+            study = unsteered_study(organism, prompts, validation_prompts, neutral_texts, seed)
+            reports.append(Report.open(file, study, setup))
         for draw in range(draws):
-            order = np.random.default_rng([seed, draw]).permutation(everything)
-            for number in numbers:
-                key = f"{number}/{draw}"
-                if key in record["draws"] or number > everything or (number == everything and draw):
-                    continue
-                store = DensitySubset.from_store(organism.store, order[:number].tolist())
-                record["draws"][key] = one_draw(study, store)
-                out.write_text(json.dumps(record, indent=1))
-                gains = {name: round(row["gain"], 2) for name, row in record["draws"][key].items()}
-                print(key, gains, flush=True)
+            for count in triples.split(","):
+                for report in reports:
+                    report.measure(int(count), draw)
 
 
 def unsteered_study(organism: Organism, prompts: int, validation_prompts: int, neutral_texts: int, seed: int) -> Study:

@@ -24,7 +24,7 @@ import torch
 import dspa
 from dspa.kernels import EditList
 from dspa.methods.conditional_map import ConditionalDifferenceMap
-from dspa.methods.controls import random_latents, with_permuted_latents
+from dspa.methods.controls import random_latents, response_density, with_permuted_latents
 from dspa.methods.fsrl.policy import FsrlPolicy
 from dspa.methods.fsrl.training import TrainingOptions, TrainingResult, train
 from dspa.methods.mean_vectors import (
@@ -137,8 +137,9 @@ Method = Callable[[Bench, int], list[Try]]
 # ------------------------------------------------------------------------------------------------------------- methods
 
 
-def dspa_policy(bench: Bench, count: int, candidate: Candidate) -> tuple[SteeringPolicy, float]:
-    store, seconds = bench.once(
+def collected(bench: Bench, count: int) -> tuple[dspa.DensityStore, float]:
+    """Densities of the first triples, and the seconds that they took."""
+    return bench.once(
         "densities",
         count,
         lambda: dspa.collect(
@@ -152,6 +153,10 @@ def dspa_policy(bench: Bench, count: int, candidate: Candidate) -> tuple[Steerin
             out=bench.folder / f"densities-{count}",
         ),
     )
+
+
+def dspa_policy(bench: Bench, count: int, candidate: Candidate) -> tuple[SteeringPolicy, float]:
+    store, seconds = collected(bench, count)
     started = time.perf_counter()
     fitted = ConditionalDifferenceMap.fit(store, gate_percentile=90, gate_rule=candidate.gate_rule)
     policy = SteeringPolicy(fitted, bench.input_sae, bench.output_sae, alpha=candidate.alpha, edit=candidate.edit)
@@ -311,8 +316,8 @@ def controls(bench: Bench, count: int, method: str, chosen: Try) -> dict[str, Po
         return {}
     densities = prompt_densities(bench.model, bench.tokenizer, bench.prompts(), chosen.policy)
     lists: EditList = chosen.policy.select(densities)
-    others = lists_of_other_prompts(lists, bench.settings.seed)
-    random = random_latents(lists, bench.output_sae.d_sae, bench.settings.seed)
+    others = lists_of_other_prompts(lists, bench.prompts(), bench.settings.seed)
+    random = random_latents(lists, response_density(collected(bench, count)[0]), bench.settings.seed)
     return {
         "control: DSPA, lists of other prompts": StaticPolicy.with_edits(chosen.policy, others),
         "control: DSPA, random latents": StaticPolicy.with_edits(chosen.policy, random),

@@ -165,7 +165,7 @@ def fit(
     estimator: Annotated[
         str, typer.Option(help="mean_difference (the paper's) or ridge, for few triples.")
     ] = "mean_difference",
-    features: Annotated[int, typer.Option(help="With ridge, how many latents describe a prompt.")] = 64,
+    features: Annotated[int, typer.Option(help="With ridge, how many latents describe a prompt at most.")] = 64,
     folds: Annotated[int, typer.Option(help="Parts of the triples to check the map on; 0 for no check.")] = 0,
     k_prompt: Annotated[int, typer.Option(help="Prompt latents that choose rows of the map.")] = 32,
     k_diff: Annotated[int, typer.Option(help="Latents edited in each direction.")] = 16,
@@ -199,7 +199,7 @@ def fit(
     )
     agreement = None
     if folds:
-        looked_up: dict[str, Any] = {"k_prompt": k_prompt, "k_diff": k_diff, "edit": edit}
+        looked_up: dict[str, Any] = {"k_prompt": k_prompt, "k_diff": k_diff, "edit": edit, "sign_guard": sign_guard}
         agreement = cross_validated_agreement(DensityStore.open(densities), folds=folds, **looked_up, **options)
     policy.save_pretrained(out)
     record = {

@@ -157,12 +157,12 @@ def random_densities(
 
 
 def described(rho: Matrix, centre: Matrix, count: int) -> Matrix:
-    """Which `count` latents are densest beyond `centre`, in units of the deviation of one token, as 0 and 1."""
+    """Which at most `count` latents are densest beyond `centre`, in units of the deviation of one token, as 0 and 1."""
     unit = np.sqrt(centre * (1 - centre))
     deviation = np.where(unit > 0, (rho - centre) / np.where(unit > 0, unit, 1), 0).astype(np.float32)
     chosen = np.zeros_like(rho)
     for row, values in zip(chosen, deviation, strict=True):
-        row[np.argsort(-values, kind="stable")[:count]] = 1
+        row[[latent for latent in np.argsort(-values, kind="stable")[:count] if values[latent] > 0]] = 1
     return chosen
 
 

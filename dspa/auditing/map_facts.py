@@ -179,7 +179,7 @@ class MapByLatent:
         order = masses.argsort(descending=True, stable=True)
         half = int((masses[order].cumsum(dim=0) < self.mass / 2).sum()) + 1 if self.mass else 0
         counts, page = torch.bincount(self.rows, minlength=matrix.d_sae_in), self.row_page()
-        always = fitted.always_on().cpu()
+        always = fitted.always_on().cpu() if fitted.features is None else None
         heaviest = [
             MapRow(
                 row=row,
@@ -187,7 +187,7 @@ class MapByLatent:
                 mass=float(masses[row]),
                 share=float(masses[row]) / self.mass,
                 gate_count=int(fitted.gate_counts[row]),
-                always_open=bool(always[row]),
+                always_open=None if always is None else bool(always[row]),
                 link=page(row),
             )
             for row in order[:SHOWN_ROWS].tolist()
@@ -201,8 +201,8 @@ class MapByLatent:
             columns_used=len(self.latents),
             columns_left_out=self.left_out,
             rows_used=int((counts > 0).sum()),
-            always_open=int(always.sum()),
-            always_open_mass=float(masses[always].sum()) / self.mass if self.mass else None,
+            always_open=None if always is None else int(always.sum()),
+            always_open_mass=None if always is None or not self.mass else float(masses[always].sum()) / self.mass,
             entry_size=quantiles(self.values.abs()),
             rows_for_half_the_mass=half,
             heaviest=tuple(heaviest),

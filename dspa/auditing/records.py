@@ -57,7 +57,7 @@ class MapRow:
         mass: the sum of |A_ij| over them.
         share: its part of the mass of all rows.
         gate_count: N_i, for how many triples its gate was open, or with `ridge` how many it described.
-        always_open: whether that was all of them.
+        always_open: whether that was all of them; None with `ridge`, which has no gates.
         link: the prompt latent's page on neuronpedia.org, if the SAE's metadata name one.
     """
 
@@ -66,7 +66,7 @@ class MapRow:
     mass: float
     share: float
     gate_count: int
-    always_open: bool
+    always_open: bool | None
     link: str | None
 
 
@@ -83,8 +83,8 @@ class MapFacts:
         columns_used: output latents that some row names.
         columns_left_out: output latents that some row names and that are left out.
         rows_used: rows that name some latent.
-        always_open: how many gates were open for every triple.
-        always_open_mass: the share of the mass in their rows; None where all entries are 0.
+        always_open: how many gates were open for every triple; None with `ridge`, which has no gates.
+        always_open_mass: the share of the mass in their rows; None with `ridge`, and where all entries are 0.
         entry_size: of |A_ij| over the entries.
         rows_for_half_the_mass: how many rows, heaviest first, hold half of the mass.
         heaviest: the rows with the largest mass, heaviest first.
@@ -97,7 +97,7 @@ class MapFacts:
     columns_used: int
     columns_left_out: int
     rows_used: int
-    always_open: int
+    always_open: int | None
     always_open_mass: float | None
     entry_size: Quantiles
     rows_for_half_the_mass: int

@@ -104,7 +104,7 @@ def map_lines(audit: AuditRecord) -> dict[str, str]:
         "rows that hold half of the mass": str(facts.rows_for_half_the_mass),
         "preference triples": str(facts.triples),
     }
-    if facts.always_open_mass is not None:
+    if facts.always_open is not None and facts.always_open_mass is not None:
         share = percent(facts.always_open / facts.shape[0])
         lines["gates always open"] = (
             f"{facts.always_open} ({share}), with {percent(facts.always_open_mass)} of the mass"

@@ -27,7 +27,8 @@ def cross_validated_agreement(
     seed: int = 0,
     k_prompt: int = 32,
     k_diff: int = 16,
-    edit: EditKind = "both",
+    edit: EditKind = "ablate",
+    sign_guard: bool = False,
     **fit: Any,
 ) -> Estimate:
     """The mean over triples of `Σ_augment D_j - Σ_ablate D_j`, with the lists that a map fitted from the other folds
@@ -40,11 +41,13 @@ def cross_validated_agreement(
         seed: of the division.
         k_prompt: prompt latents that choose rows, as in a policy.
         k_diff: latents edited in each direction, as in a policy.
-        edit: in which directions.
+        edit: in which directions, as in a policy.
+        sign_guard: as in a policy.
         fit: options of `ConditionalDifferenceMap.fit`.
 
     Raises:
-        InvalidInputError: if there are fewer triples than folds, or an option is out of range.
+        InvalidInputError: if there are fewer triples than folds, or an option is out of range; with `ridge`, if the
+            triples of some folds leave nothing to learn.
     """
     check_integer("folds", folds, 2)
     count = store.run.triple_count
@@ -58,7 +61,7 @@ def cross_validated_agreement(
         left_out = np.sort(order[fold::folds])
         others = np.setdiff1d(order, left_out)
         fitted = ConditionalDifferenceMap.fit(DensitySubset.from_store(whole, others.tolist()), **fit)
-        edits = fitted.select(density[left_out], k_prompt, k_diff, edit)
+        edits = fitted.select(density[left_out], k_prompt, k_diff, edit, sign_guard=sign_guard)
         agreement[left_out] = _agreement(edits, difference[left_out]).numpy()
     return Estimate.from_samples(agreement)
 

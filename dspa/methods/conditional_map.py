@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dspa.errors import CorruptFileError, InvalidInputError
 from dspa.kernels import CsrMap, EditKind, EditList, lookup
-from dspa.kernels.lookup import check_lookup_options
-from dspa.methods.prompt_features import PromptFeatures, ridge_weights
+from dspa.kernels.lookup import check_lookup_options, top
+from dspa.methods.prompt_features import PromptFeatures, check_that_triples_differ, ridge_weights
 from dspa.offline.density_store import CollectionRun, DensityStore, SparseCounts
 from dspa.offline.density_subset import DensitySubset
 from dspa.util.files import TensorFolder
@@ -47,7 +47,7 @@ class FitOptions:
         entries_per_side: how many of a row's largest, and of its smallest, entries are its extremes.
         estimator: "mean_difference" is the paper's map; "ridge" has no gates, but is a regression on the latents that
             are denser than usual, and is looked up by them.
-        features: with "ridge", how many latents describe a prompt.
+        features: with "ridge", how many latents describe a prompt at most.
     """
 
     gate_percentile: float = 90.0
@@ -124,10 +124,14 @@ class ConditionalDifferenceMap:
                 "triples": run.triple_count,
                 "entries": f"{self.matrix.nonzeros} in {columns} columns",
                 "estimator": options.estimator,
-                "gates": f"{options.gate_rule} percentile {options.gate_percentile:g}"
-                if self.features is None
-                else "none",
-                "gates always on": f"{float(self.always_on().double().mean()):.1%}",
+                **(
+                    {
+                        "gates": f"{options.gate_rule} percentile {options.gate_percentile:g}",
+                        "gates always on": f"{float(self.always_on().double().mean()):.1%}",
+                    }
+                    if self.features is None
+                    else {"features of a prompt": f"at most {self.features.count}"}
+                ),
                 "sparsify": options.sparsify,
             }
         )
@@ -148,7 +152,8 @@ class ConditionalDifferenceMap:
         """Fits a map from collected densities, without the model, in float64, a block of rows at a time.
 
         A dense block takes at most a quarter of a GiB; the whole map is never dense. `ridge` keeps a number for each
-        pair of triples, and for each triple and output latent: it is meant for at most some thousands of triples.
+        pair of triples, and for each triple and latent on either side, and the densities of a shard, dense: it is meant
+        for at most some thousands of triples.
 
         Args:
             store: what `collect` returned, or its folder, or some of its triples.
@@ -161,7 +166,8 @@ class ConditionalDifferenceMap:
             progress: whether to draw a progress bar.
 
         Raises:
-            InvalidInputError: for an option out of range, or a collection that is not complete.
+            InvalidInputError: for an option out of range, or a collection that is not complete; with `ridge`, for
+                triples whose prompts, or whose differences, are all alike, such as a single one.
             CorruptFileError: for a damaged shard.
         """
         if entries_per_side is None:
@@ -205,12 +211,15 @@ class ConditionalDifferenceMap:
         check_lookup_options(self.matrix, self.rows_per_prompt(k_prompt), k_diff, edit)
 
     def rows_per_prompt(self, k_prompt: int) -> int:
-        """How many rows a prompt chooses: k_prompt, or as many as the features it was fitted with."""
+        """How many rows a prompt chooses: k_prompt, or at most as many as the features it was fitted with."""
         return k_prompt if self.features is None else self.features.count
 
-    def choosing(self, density: Tensor) -> Tensor:
-        """By what `[B, d_sae_in]` a prompt chooses rows, the largest first: its density, or the deviation of it."""
-        return density if self.features is None else self.features.to(density.device).deviation(density)
+    def picked(self, density: Tensor, k_prompt: int) -> list[int]:
+        """The rows that a prompt of density `[d_sae_in]` chooses, the first choice first."""
+        if self.features is None:
+            return top(density, k_prompt, largest=True).tolist()
+        deviation = self.features.to(density.device).deviation(density[None])[0]
+        return [row for row in top(deviation, self.features.count, largest=True).tolist() if deviation[row] > 0]
 
     def select(
         self, density: Tensor, k_prompt: int, k_diff: int, edit: EditKind, *, sign_guard: bool = False
@@ -225,17 +234,37 @@ class ConditionalDifferenceMap:
         Raises:
             InvalidInputError: if the shape does not fit.
         """
-        matrix, rows = self.matrix.to(density.device), self.rows_per_prompt(k_prompt)
-        return lookup(self.choosing(density), matrix, rows, k_diff, edit, sign_guard=sign_guard)
+        if self.features is not None:
+            density = self.features.to(density.device).ranking(density)
+        matrix, rows = self._looked_up.to(density.device), self.rows_per_prompt(k_prompt)
+        return lookup(density, matrix, rows, k_diff, edit, sign_guard=sign_guard)
+
+    @cached_property
+    def _looked_up(self) -> CsrMap:
+        return self.matrix if self.features is None else self.features.padded(self.matrix)
 
     def always_on(self) -> Tensor:
-        """`[d_sae_in]` bool: gates that were on for every triple; their rows are the prompt-blind mean difference."""
+        """`[d_sae_in]` bool: gates that were on for every triple; their rows are the prompt-blind mean difference.
+
+        Raises:
+            InvalidInputError: for a map by `ridge`, which has no gates.
+        """
+        self._check_gates()
         return self.gate_counts == self.run.triple_count
 
     def deviation_probability(self, epsilon: float) -> Tensor:
         """`[d_sae_in]` float64: a bound on the probability that an entry of row i is off its expectation by epsilon
-        or more, `2 exp(-N_i epsilon^2 / 2)`, at most 1 (appendix A)."""
+        or more, `2 exp(-N_i epsilon^2 / 2)`, at most 1 (appendix A).
+
+        Raises:
+            InvalidInputError: for a map by `ridge`, whose entries are no means over gated triples.
+        """
+        self._check_gates()
         return (2 * torch.exp(-self.gate_counts.double() * epsilon**2 / 2)).clamp(max=1)
+
+    def _check_gates(self) -> None:
+        if self.features is not None:
+            raise InvalidInputError("this map was fitted by ridge and has no gates; ask a map by mean_difference")
 
     def save(self, folder: str | Path) -> Path:
         """Writes the map to a folder: the tensors and `config.json`.
@@ -341,6 +370,7 @@ class RidgeFit:
         features = PromptFeatures((total / run.triple_count).float(), min(count, run.d_sae_in))
         prompts = torch.cat([features.indicators(_dense(shard.prompt, 0, run.d_sae_in)) for shard in store.read()])
         deviations = torch.cat([difference for _, difference in differences(store)]) - _mean_difference(store)
+        check_that_triples_differ(prompts, deviations)
         found = cls(features, prompts, torch.empty(0), deviations)
         products = torch.zeros(run.triple_count, run.triple_count, dtype=torch.float64)
         for start in range(0, run.d_sae_in, _rows_per_block(run)):

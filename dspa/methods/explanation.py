@@ -174,10 +174,8 @@ def explain_prompt(
     density = (counts / len(hidden)).float().cpu()
     row = density[0]
     fitted = policy.conditional_map
-    matrix, choosing = fitted.matrix.to("cpu"), fitted.choosing(density)[0]
-    count = fitted.rows_per_prompt(policy.k_prompt)
-    picked = choosing.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
-    of_rows = {latent: _entries(matrix, latent) for latent in picked}
+    matrix, picked = fitted.matrix.to("cpu"), fitted.picked(row, policy.k_prompt)
+    of_rows = {latent: _entries(matrix, latent) for latent in sorted(picked)}
     selection = policy.select(density)
     edits = []
     for place in range(int(selection.counts[0])):
@@ -194,10 +192,7 @@ def explain_prompt(
             )
         )
     page = policy.input_sae.metadata.neuronpedia_page
-    rows = [
-        PickedRow(place, float(row[place]), len(of_rows[place]), page(place))
-        for place in sorted(picked, key=lambda place: (-float(choosing[place]), place))
-    ]
+    rows = [PickedRow(place, float(row[place]), len(of_rows[place]), page(place)) for place in picked]
     return PolicyExplanation(len(ids), len(hidden), int((row > 0).sum()), tuple(rows), tuple(edits))
 
 

@@ -32,7 +32,7 @@ def merge(weights: Mapping[SteeringPolicy, float]) -> SteeringPolicy:
 
     Raises:
         InvalidInputError: if there are fewer than two, one is no `SteeringPolicy`, a weight is negative, or all are 0;
-            if the options differ, or a map has rows of triples.
+            if the options differ, or a map was fitted by `ridge`.
         MismatchError: if models, layers, SAEs, factors of latents or counting rules differ.
     """
     if not isinstance(weights, Mapping):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 
@@ -24,22 +26,22 @@ class DensitySubset:
     shard: DensityShard
 
     @classmethod
-    def from_store(cls, store: DensityStore | DensitySubset, triples: Sequence[int]) -> DensitySubset:
-        """The triples of these numbers.
+    def from_store(cls, store: DensityStore | DensitySubset, triples: Iterable[int]) -> DensitySubset:
+        """The triples of these numbers, which may repeat.
 
         Raises:
-            InvalidInputError: if there are none, or a number is out of range.
+            InvalidInputError: if there are none, or one is no number from 0 to the last triple's.
             CorruptFileError: for a damaged shard.
         """
         count = store.run.triple_count
-        if not triples or not all(0 <= triple < count for triple in triples):
-            raise InvalidInputError(
-                f"triples are {list(triples)[:8]}; expected numbers from 0 to {count - 1}, at least 1"
-            )
+        numbers = list(triples)
+        if not numbers or not all(isinstance(number, Integral) and 0 <= number < count for number in numbers):
+            raise InvalidInputError(f"triples are {numbers[:8]}; expected numbers from 0 to {count - 1}, at least 1")
+        chosen = [int(number) for number in numbers]
         shards = list(store.read())
-        parts = [_rows(SparseCounts.concatenate([shard.part(part) for shard in shards]), triples) for part in PARTS]
-        name = f"{store.run.triples} {list(triples)}"
-        run = replace(store.run, triple_count=len(triples), triples_per_shard=len(triples), triples=name)
+        parts = [_rows(SparseCounts.concatenate([shard.part(part) for shard in shards]), chosen) for part in PARTS]
+        name = hashlib.sha256(f"{store.run.triples} {chosen}".encode()).hexdigest()
+        run = replace(store.run, triple_count=len(chosen), triples_per_shard=len(chosen), triples=name)
         return cls(run, DensityShard(*parts))
 
     def read(self) -> Iterator[DensityShard]:

@@ -215,7 +215,7 @@ def _measure(
     densities = prompt_densities(organism.model, organism.tokenizer, prompts, published)
     lists = {PUBLISHED_50: median.select(densities), PUBLISHED_90: published.select(densities)}
     ceiling = true_kind_lists(organism.store, organism.triple_kinds, prompts, published)
-    others = lists_of_other_prompts(lists[PUBLISHED_90], options.seed)
+    others = lists_of_other_prompts(lists[PUBLISHED_90], prompts, options.seed)
     settings = [
         Setting(UNSTEERED, None),
         Setting(STATIC, StaticPolicy.from_mean_difference(published)),

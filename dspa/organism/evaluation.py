@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
 from dspa.kernels.lookup import top
 from dspa.methods.conditional_map import differences
@@ -207,12 +208,18 @@ def true_kind_lists(
     return EditList.from_lists(up, down).rows(torch.tensor([KINDS.index(prompt.kind) for prompt in prompts]))
 
 
-def lists_of_other_prompts(lists: EditList, seed: int) -> EditList:
-    """The control: each prompt gets the list of another one, drawn at random, and no prompt its own."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(lists.batch))
-    other = torch.empty_like(order)
-    other[order] = order.roll(1)
-    return lists.rows(other)
+def lists_of_other_prompts(lists: EditList, prompts: Sequence[Prompt], seed: int) -> EditList:
+    """The control: each prompt gets the list of one of another kind, drawn at random.
+
+    Raises:
+        InvalidInputError: if all prompts are of one kind.
+    """
+    generator = np.random.default_rng(seed)
+    kinds = np.array([prompt.kind for prompt in prompts])
+    if len(set(kinds.tolist())) < 2:
+        raise InvalidInputError("all prompts are of one kind; expected two kinds, to exchange their lists")
+    others = [generator.choice(np.flatnonzero(kinds != kind)) for kind in kinds]
+    return lists.rows(torch.tensor(others))
 
 
 @dataclass(frozen=True)

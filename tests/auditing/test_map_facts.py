@@ -117,6 +117,11 @@ def test_a_map_by_ridge_is_taken_apart_by_triple(store: DensityStore, densities:
     policy = policy_of(store, estimator="ridge", features=5)
     coefficients, deviation = tiny.ridge_coefficients(densities, 5)
     found = audit(policy, densities=store)
+    assert found.map is not None
+    assert (found.map.always_open, found.map.always_open_mass) == (None, None)
+    assert {row.always_open for row in found.map.heaviest} == {None}
+    for text in (found.to_json(), found.to_markdown(), found.to_html()):
+        assert "always open" not in text
     assert found.latents
     for latent in found.latents:
         by_hand = coefficients.sum(axis=0) * deviation[:, latent.latent]

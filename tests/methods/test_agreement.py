@@ -15,6 +15,7 @@ from dspa.errors import InvalidInputError
 from dspa.offline.density_subset import DensitySubset
 
 LENGTHS = (3, 5, 7, 11, 13)
+K_DIFF = 8
 
 
 def part_of(densities: tiny.Densities, triples: tiny.Counts) -> tiny.Densities:
@@ -27,11 +28,19 @@ def test_a_subset_is_as_if_it_had_been_collected(tmp_path: Path, triples: list[i
     densities = tiny.random_densities(12, 20, 15, 0, LENGTHS)
     subset = DensitySubset.from_store(tiny.write_store(tmp_path / "all", densities, 5), triples)
     alone = tiny.write_store(tmp_path / "some", part_of(densities, np.array(triples)))
-    for options in ({"sparsify": "none"}, {"estimator": "ridge", "features": 4}):
+    for options in ({"sparsify": "none"}, {"estimator": "ridge", "features": 4})[: len(triples)]:
         one, other = (ConditionalDifferenceMap.fit(each, **options) for each in (subset, alone))  # type: ignore[arg-type]
         assert torch.equal(one.to_dense(), other.to_dense())
+    by_numpy = DensitySubset.from_store(tiny_store(tmp_path / "numpy"), np.array(triples))
+    assert by_numpy.run.triples == DensitySubset.from_store(tiny_store(tmp_path / "list"), triples).run.triples
+    assert by_numpy.run.triples != DensitySubset.from_store(tiny_store(tmp_path / "other"), [*triples, 3]).run.triples
+
+
+@pytest.mark.parametrize("triples", [[12], [-1], [], [1.0], [True, "2"], [float("nan")], np.array([0.5]), np.array([])])
+def test_a_subset_of_no_triples_is_refused(tmp_path: Path, triples: Any) -> None:
+    whole = DensitySubset.from_store(tiny_store(tmp_path), range(12))
     with pytest.raises(InvalidInputError, match="expected numbers from 0 to 11, at least 1"):
-        DensitySubset.from_store(DensitySubset.from_store(tiny_store(tmp_path), range(12)), [12])
+        DensitySubset.from_store(whole, triples)
 
 
 def tiny_store(folder: Path) -> Any:
@@ -40,11 +49,20 @@ def tiny_store(folder: Path) -> Any:
 
 @pytest.mark.parametrize("edit", ["ablate", "augment", "both"])
 @pytest.mark.parametrize("fit", [{"estimator": "ridge", "features": 5}, {"gate_percentile": 70}])
-def test_agreement_is_what_the_lists_of_other_folds_take_along(tmp_path: Path, fit: Any, edit: Any) -> None:
-    densities = tiny.random_densities(17, 20, 60, 4, LENGTHS)
+@pytest.mark.parametrize("sign_guard", [False, True])
+def test_agreement_is_what_the_lists_of_other_folds_take_along(
+    tmp_path: Path, fit: Any, edit: Any, sign_guard: bool
+) -> None:
+    densities = tiny.random_densities(17, 20, 20, 5, LENGTHS)
     store = tiny.write_store(tmp_path / "all", densities)
-    found = cross_validated_agreement(store, folds=4, seed=3, k_prompt=6, k_diff=5, edit=edit, sparsify="none", **fit)
-    order, agreement = np.random.default_rng(3).permutation(17), np.zeros(17)
+    policy: Any = {"k_prompt": 6, "k_diff": K_DIFF, "edit": edit, "sign_guard": sign_guard}
+    found = cross_validated_agreement(store, folds=4, seed=3, **policy, sparsify="none", **fit)
+    if edit == "ablate" and not sign_guard:
+        assert (
+            cross_validated_agreement(store, folds=4, seed=3, k_prompt=6, k_diff=K_DIFF, sparsify="none", **fit)
+            == found
+        )
+    order, agreement, guarded = np.random.default_rng(3).permutation(17), np.zeros(17), 0
     for fold in range(4):
         others = np.array(sorted(set(order) - set(order[fold::4])))
         fitted = ConditionalDifferenceMap.fit(
@@ -58,9 +76,18 @@ def test_agreement_is_what_the_lists_of_other_folds_take_along(tmp_path: Path, f
                 chosen = tiny.described(rho[None], centre.astype(np.float32).astype(np.float64), 5)[0]
             else:
                 chosen = np.isin(np.arange(20), np.argsort(-rho, kind="stable")[:6]).astype(float)
-            best = np.argsort(-(chosen @ A), kind="stable")
+            score = chosen @ A
+            ordered = np.sort(score)
+            gaps = ordered[K_DIFF] - ordered[K_DIFF - 1], ordered[-K_DIFF] - ordered[-K_DIFF - 1], np.abs(score).min()
+            assert min(gaps) > 1e-5, "construct another case"
+            up, down = (np.argsort(each, kind="stable")[:K_DIFF] for each in (-score, score))
+            if sign_guard:
+                up, down = up[score[up] > 0], down[score[down] < 0]
+                guarded += 2 * K_DIFF - len(up) - len(down)
             D = densities.difference[triple]
-            agreement[triple] = (edit != "ablate") * D[best[:5]].sum() - (edit != "augment") * D[best[-5:]].sum()
+            agreement[triple] = (edit != "ablate") * D[up].sum() - (edit != "augment") * D[down].sum()
+    if sign_guard:
+        assert guarded, "construct another case"
     assert found.mean == pytest.approx(agreement.mean())
     assert found.half_width == pytest.approx(1.959964 * agreement.std(ddof=1) / 17**0.5)
 
@@ -78,8 +105,8 @@ def test_agreement_finds_the_estimator_that_predicts(tmp_path: Path) -> None:
     store = tiny.write_store(
         tmp_path, tiny.Densities(tiny.Part(prompt, tokens), *(tiny.Part(each, tokens) for each in counts))
     )
-    ridge = cross_validated_agreement(store, k_prompt=6, k_diff=6, estimator="ridge", features=6)
-    mean = cross_validated_agreement(store, k_prompt=6, k_diff=6)
+    ridge = cross_validated_agreement(store, k_prompt=6, k_diff=6, edit="both", estimator="ridge", features=6)
+    mean = cross_validated_agreement(store, k_prompt=6, k_diff=6, edit="both")
     assert ridge.mean - ridge.half_width > mean.mean + mean.half_width
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_collection as tiny
 import torch
 from fsrl_cases import tiny_fsrl_policy
 from tiny_models import BOS, D_MODEL, D_SAE_OUT, EOS, OUTPUT_LAYER, VOCAB, tiny_model, tiny_sae
@@ -16,7 +17,7 @@ from torch import Tensor
 import dspa
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError
 from dspa.kernels import EditList
-from dspa.methods.controls import random_latents, with_permuted_latents
+from dspa.methods.controls import random_latents, response_density, with_permuted_latents
 from dspa.methods.imported_vectors import import_vectors
 from dspa.methods.mean_vectors import (
     ResponseMeans,
@@ -125,7 +126,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_random_latents_keep_lengths_signs_and_what_lists_share() -> None:
     lists = EditList.from_lists([[3, 5], [5]], [[9], []])
-    found = random_latents(lists, D_SAE_OUT, seed=1)
+    found = random_latents(lists, torch.rand(D_SAE_OUT, generator=torch.Generator().manual_seed(0)), seed=1)
     assert torch.equal(found.counts, lists.counts)
     assert torch.equal(found.signs, lists.signs)
     (first, shared), ablated = found.augmented(0), found.ablated(0)
@@ -133,6 +134,25 @@ def test_random_latents_keep_lengths_signs_and_what_lists_share() -> None:
     assert len({first, shared, *ablated}) == 3
     assert [first, shared, *ablated] != [3, 5, 9]
     assert int(found.latents[1, 1]) == 0  # padding stays padding
+
+
+@pytest.mark.parametrize("d_sae", [2, 15, 40, 100])
+def test_random_latents_are_others_that_fire_about_as_often(d_sae: int) -> None:
+    density = torch.rand(d_sae, generator=torch.Generator().manual_seed(3))
+    everything = EditList.from_lists([list(range(d_sae))], [[]])
+    found, other = (random_latents(everything, density, seed).augmented(0) for seed in (1, 2))
+    assert sorted(found) == list(range(d_sae))
+    assert all(latent != instead for latent, instead in enumerate(found))
+    assert d_sae == 2 or found != other
+    rank = density.argsort().argsort()
+    assert int((rank - rank[found]).abs().max()) < 32
+
+
+def test_response_density_is_the_mean_over_chosen_and_rejected(tmp_path: Path) -> None:
+    densities = tiny.random_densities(7, 5, 9, 1, (3, 5))
+    expected = (densities.chosen.density.mean(axis=0) + densities.rejected.density.mean(axis=0)) / 2
+    found = response_density(tiny.write_store(tmp_path, densities, 3))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
 def test_permuted_latents_are_the_same_rows_elsewhere() -> None:
