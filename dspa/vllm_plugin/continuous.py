@@ -1,0 +1,135 @@
+"""Steering a continuous batch: each step computes some tokens of some requests, each under its own policy.
+
+    before a step     `begin_step`: which tokens it computes of which requests. Those without a policy are not named.
+    after a layer     the prompt tokens of the step, of all requests that read alike, are encoded by one call. The
+    that is read      counts add up over the steps that a prompt takes; after the last, its policy selects its edits.
+    after a layer     the rows of all policies that share a launch are edited by one, each with its own list and
+    that is edited    strength.
+
+State belongs to requests, from their first step until `forget`; what was read of a block of the KV cache belongs to the
+block. A preempted request keeps its lists: its tokens are computed again, and edited by the same lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspa.kernels import StepMode
+from dspa.methods.policy import Policy
+from dspa.online.policy_groups import editing_groups, reading_groups
+from dspa.vllm_plugin.step import RequestState, Segment
+from dspa.vllm_plugin.step_editor import COUNTERS, StepEditor
+from dspa.vllm_plugin.step_reader import StepReader
+
+
+@dataclass(frozen=True)
+class PolicyCounts:
+    """The tokens of one policy so far: positions that were to be edited, those whose hidden state changed, and those
+    left alone because of NaN or Inf."""
+
+    seen: int
+    edited: int
+    nonfinite: int
+
+
+class ContinuousSteering:
+    """The policies of an engine, and the requests that follow them.
+
+    Attributes:
+        policies: by name.
+        requests: what is known of each steered request, by id.
+    """
+
+    def __init__(
+        self,
+        policies: Mapping[str, Policy],
+        device: torch.device,
+        backend: str = "auto",
+        mode: StepMode | None = None,
+    ) -> None:
+        """Args:
+        policies: by name; they fit the model.
+        device: where the model computes.
+        backend: a kernel backend's name, or "auto".
+        mode: how the kernel gets to its result.
+        """
+        self.policies = dict(policies)
+        self.requests: dict[str, RequestState] = {}
+        self._readers = [
+            StepReader(group, self.policies, device, backend)
+            for group in reading_groups(self.policies)
+            if group.sae is not None
+        ]
+        numbers = {name: number for number, name in enumerate(self.policies)}
+        self._editors = [StepEditor(group, numbers, device, backend, mode) for group in editing_groups(self.policies)]
+        self._reading: list[StepReader] = []
+        self._editing: list[StepEditor] = []
+
+    def keep_by_block(self, blocks: int, block_tokens: int) -> int:
+        """From now on requests may begin with blocks of the KV cache that others computed.
+
+        Args:
+            blocks: how many blocks the KV cache has.
+            block_tokens: tokens of a block.
+
+        Returns:
+            How many bytes that takes.
+        """
+        return sum(reader.keep_by_block(blocks, block_tokens) for reader in self._readers)
+
+    def begin_step(self, segments: Sequence[Segment]) -> bool:
+        """States what the step computes of requests that have a policy.
+
+        Returns:
+            Whether anything is to be read or edited.
+        """
+        known: list[tuple[Segment, RequestState]] = []
+        for segment in segments:
+            state = self.requests.get(segment.request)
+            if state is None:
+                state = self.requests[segment.request] = RequestState.of(segment, self.policies[segment.policy])
+            known.append((segment, state))
+        self._reading = [reader for reader in self._readers if reader.begin_step(known)]
+        self._editing = []
+        for editor in self._editors:
+            rows: list[int] = []
+            states: list[RequestState] = []
+            counted: list[bool] = []
+            for segment, state in known:
+                if segment.policy in editor.names:
+                    positions = state.edited_positions(self.policies[segment.policy], segment)
+                    rows += (positions + (segment.first_row - segment.start)).tolist()
+                    states += [state] * len(positions)
+                    counted += (positions >= state.seen_until).tolist()
+            if editor.begin_step(rows, states, counted):
+                self._editing.append(editor)
+        for segment, state in known:
+            state.seen_until = max(state.seen_until, segment.end)
+        return bool(self._reading or self._editing)
+
+    @torch.no_grad()
+    def layer_computed(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Reads and edits what is to be read and edited after a layer, in place. The residual stream is
+        `hidden + residual`, `[N, d_model]` both, or `hidden` alone."""
+        for reader in self._reading:
+            if reader.layer == layer:
+                reader.read(hidden, residual)
+        for editor in self._editing:
+            if editor.layer == layer:
+                editor.edit(hidden, residual)
+
+    def forget(self, request: str) -> None:
+        """A request has ended, however it did."""
+        self.requests.pop(request, None)
+
+    def counts(self) -> dict[str, PolicyCounts]:
+        """The tokens of each policy so far."""
+        total = torch.stack([editor.counters for editor in self._editors]).sum(dim=0).tolist()
+        return {
+            name: PolicyCounts(**dict(zip(COUNTERS, row, strict=True)))
+            for name, row in zip(self.policies, total[:-1], strict=True)
+        }

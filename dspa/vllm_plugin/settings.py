@@ -1,0 +1,173 @@
+"""Which policies a vLLM engine serves: named once, when it starts, and known to all of its processes.
+
+They are named by the environment variable `DSPA_VLLM_POLICIES="kind=FOLDER,brief=FOLDER"`, or in vLLM's
+`additional_config={"dspa": {"kind": FOLDER, "brief": FOLDER}}`. The process that starts the engine reads them, and
+puts what the others have to know in that place of the configuration, as plain JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dspa.errors import InvalidInputError
+from dspa.methods.hub import local_folder
+from dspa.methods.policy import EditPositions, Policy
+from dspa.methods.saved_policy import KINDS, load_policy
+from dspa.sae.autoencoder import SparseAutoencoder
+
+ENVIRONMENT_VARIABLE = "DSPA_VLLM_POLICIES"
+CONFIG_KEY = "dspa"  # in vLLM's additional_config
+REQUEST_KEY = "dspa"  # in a request's extra_args
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class ServedPolicy:
+    """What every process knows of a policy.
+
+    Attributes:
+        folder: where it is.
+        fingerprint: SHA-256 of its files.
+        edit_positions: which positions it edits.
+        layer: the decoder layer after which it edits.
+        reading_layer: the decoder layer after which it reads prompts; None for a policy that reads nothing.
+        reading: what it reads prompts by, the same for policies that read alike; None for one that reads nothing.
+    """
+
+    folder: str
+    fingerprint: str
+    edit_positions: EditPositions
+    layer: int
+    reading_layer: int | None
+    reading: str | None
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The policies of one engine, by name."""
+
+    policies: Mapping[str, ServedPolicy]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers after which prompts are read or tokens edited, ascending."""
+        found = {policy.layer for policy in self.policies.values()}
+        found |= {policy.reading_layer for policy in self.policies.values() if policy.reading_layer is not None}
+        return tuple(sorted(found))
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {"served": {name: asdict(policy) for name, policy in self.policies.items()}}
+
+    @classmethod
+    def from_json(cls, recorded: Any) -> EngineSettings | None:
+        """The settings that `as_json` wrote; None if the engine has no policies.
+
+        Raises:
+            InvalidInputError: for policies that the process which starts the engine has not read.
+        """
+        if not recorded:
+            return None
+        if not isinstance(recorded, dict) or recorded.keys() != {"served"}:
+            raise InvalidInputError(
+                "policies were named in a vLLM configuration that was not made by EngineArgs; start vLLM by LLM(...), "
+                "AsyncEngineArgs or `vllm serve`"
+            )
+        return cls({name: ServedPolicy(**fields) for name, fields in recorded["served"].items()})
+
+    def load(self) -> dict[str, Policy]:
+        """The policies themselves.
+
+        Raises:
+            InvalidInputError: if a folder is gone.
+            CorruptFileError: if a file is truncated or altered.
+        """
+        return {name: load_policy(policy.folder) for name, policy in self.policies.items()}
+
+
+def named_sources(environment: str | None, configured: Any) -> dict[str, str]:
+    """Folders by name, from the environment variable and from vLLM's configuration; none if no policy is named.
+
+    Raises:
+        InvalidInputError: if a name is not usable in a model's name, or names two policies.
+    """
+    named: list[tuple[str, str]] = []
+    for entry in filter(None, (part.strip() for part in (environment or "").split(","))):
+        name, separator, folder = entry.partition("=")
+        if not separator:
+            raise InvalidInputError(f"{ENVIRONMENT_VARIABLE} has the entry {entry!r}; expected NAME=FOLDER,...")
+        named.append((name, folder))
+    if configured is not None:
+        if not isinstance(configured, Mapping) or not all(isinstance(folder, str) for folder in configured.values()):
+            raise InvalidInputError(f"additional_config[{CONFIG_KEY!r}] is {configured!r:.80}; expected NAME: FOLDER")
+        named += configured.items()
+    found: dict[str, str] = {}
+    for name, folder in named:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise InvalidInputError(f"a policy has the name {name!r}; expected letters, digits, dots, - and _")
+        if found.get(name, folder) != folder:
+            raise InvalidInputError(f"two policies have the name {name!r}; give each its own")
+        found[name] = folder
+    return found
+
+
+def read_policies(sources: Mapping[str, str]) -> EngineSettings:
+    """Loads every policy and keeps what other processes have to know of it.
+
+    Raises:
+        InvalidInputError: if there is no such policy, or it cannot be served by vLLM.
+        CorruptFileError: if a file is truncated or altered.
+    """
+    served = {}
+    for name, source in sources.items():
+        folder = local_folder(source, [pattern for kind in KINDS for pattern in kind.patterns])
+        policy: Policy = load_policy(folder)
+        observation = policy.observation
+        if observation is not None and policy.edit_positions == "all":
+            raise InvalidInputError(
+                f"policy {name!r} edits all positions by what it reads of the whole prompt; vLLM computes a prompt in "
+                "pieces and reuses pieces of other prompts, so use edit_positions='from_last_prompt'"
+            )
+        reading = None
+        if observation is not None:
+            sae = SparseAutoencoder.from_any(observation.sae, "input").encoder_only()
+            parts = (str(observation.layer), sae.fingerprint(), *map(str, sorted(set(policy.uncounted_token_ids))))
+            reading = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        served[name] = ServedPolicy(
+            folder=str(Path(folder).resolve()),
+            fingerprint=_digest(Path(folder)),
+            edit_positions=policy.edit_positions,
+            layer=policy.intervention.layer,
+            reading_layer=None if observation is None else observation.layer,
+            reading=reading,
+        )
+    return EngineSettings(served)
+
+
+def requested_policy(extra_args: Mapping[str, Any] | None, known: Mapping[str, Any]) -> str | None:
+    """The policy that a request names; None for a request that is not to be steered.
+
+    Raises:
+        InvalidInputError: for a name that the engine was not started with.
+    """
+    name = (extra_args or {}).get(REQUEST_KEY)
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in known:
+        raise InvalidInputError(f"policy {name!r:.80} is not served here; expected one of {', '.join(known)}")
+    return name
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({path for kind in KINDS for pattern in kind.patterns for path in folder.glob(pattern)}):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,7 @@
+"""Tests that run vLLM are collected where it is installed; `make test-vllm` makes such an environment."""
+
+from __future__ import annotations
+
+import importlib.util
+
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_offline.py", "test_server.py"]
