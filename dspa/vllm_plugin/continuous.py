@@ -100,7 +100,13 @@ class ContinuousSteering:
             states: list[RequestState] = []
             counted: list[bool] = []
             for segment, state in known:
-                if segment.policy in editor.names:
+                if segment.policy not in editor.names:
+                    continue
+                if segment.tokens == 1 and segment.start >= state.prompt_tokens:  # as almost always
+                    rows.append(segment.first_row)
+                    states.append(state)
+                    counted.append(segment.start >= state.seen_until)
+                else:
                     positions = state.edited_positions(self.policies[segment.policy], segment)
                     rows += (positions + (segment.first_row - segment.start)).tolist()
                     states += [state] * len(positions)

@@ -64,7 +64,9 @@ def test_answers_in_a_mixed_batch(family: Any, count: int, tmp_path: Path, preem
     for name, prompt in requests:
         if name is not None:
             edited[name] += NEW_TOKENS - 1 + in_prompt(name, prompt)  # the last token is not read
-    assert {name: counts[name].seen for name in counts} == edited
+    seen = {name: counts[name].seen for name in counts}
+    assert seen.pop("all") <= edited.pop("all")  # of a reused prompt nothing is computed
+    assert seen == edited
 
 
 def in_prompt(policy: str, prompt: list[int]) -> int:
