@@ -36,10 +36,10 @@ class Case:
 
 def tiny_case(family: Family, folder: Path) -> Case:
     """A random model of a size that vLLM's attention takes, with policies that share a launch, others, and a vector."""
-    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    if family == "gemma2":
-        shape["sliding_window"] = 64
-    model: Any = tiny_model(family, dtype=torch.float32, **shape, max_position_embeddings=512)
+    shape: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 512}
+    if family == "gemma2":  # vLLM's has one matrix for both embeddings
+        shape |= {"sliding_window": 64, "tie_word_embeddings": True}
+    model: Any = tiny_model(family, dtype=torch.float32, **shape)
     first = tiny_policy(model, dtype=torch.float32)
     vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
     policies: dict[str, Any] = {

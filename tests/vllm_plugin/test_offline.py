@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM is imported
 
+import psutil
 import pytest
 from vllm_plugin.engines import (
     NEW_TOKENS,
@@ -24,6 +26,8 @@ from vllm_plugin.engines import (
 
 import dspa
 from dspa.errors import DspaError
+
+MANY = 10_000
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +167,42 @@ def test_policies_that_cannot_be_served_are_refused(llama: Case, monkeypatch: py
     refused("layers are 0 to 3", additional_config={"dspa": {"v": str(deep.save_pretrained(llama.folder / "deep"))}})
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
     refused(r"steers in vLLM 0\.32; found 0\.99\.1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_requests_with_random_aborts(llama: Case) -> None:
+    """Memory stays flat, nothing is kept of requests that ended, and each answer is that of its own policy."""
+    rng, requests = random.Random(4), mixed_requests(llama, 200, seed=3)
+    live: dict[str, int] = {}
+    resident: list[int] = []
+    finished: list[tuple[int, list[int]]] = []
+    added = ended = 0
+    with engine(llama, max_num_batched_tokens=64) as llm:
+        core, steering = llm.llm_engine, steering_of(llm)
+        while added < MANY or live:
+            while added < MANY and len(live) < 24:
+                number = rng.randrange(len(requests))
+                policy, prompt = requests[number]
+                core.add_request(str(added), {"prompt_token_ids": prompt}, parameters(policy))
+                live[str(added)] = number
+                added += 1
+                if added % (MANY // 10) == 0:
+                    resident.append(psutil.Process().memory_info().rss)
+            if rng.random() < 0.2:
+                name = rng.choice([*live])
+                core.abort_request([name])
+                del live[name]
+                ended += 1
+            for output in core.step():
+                if output.finished and output.request_id in live:
+                    finished.append((live.pop(output.request_id), list(output.outputs[0].token_ids)))
+            assert len(steering.requests) <= 48
+        while core.has_unfinished_requests():
+            core.step()
+        assert steering.requests.keys() <= core_of(llm).scheduler.finished_req_ids
+    assert ended > MANY // 20
+    assert max(resident[2:]) - resident[2] < 16 * 2**20
+    different = sorted({(number, *tokens) for number, tokens in finished})
+    ties = check_answers(llama, [requests[number] for number, *_ in different], [tokens for _, *tokens in different])
+    assert ties <= len(different) // 20
