@@ -105,9 +105,15 @@ def prepared(name: str, folder: Path) -> tuple[Path, dict[str, dspa.SteeringPoli
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+    shape: dict[str, Any] = {
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    }
     config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=3072, **shape)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
     model.save_pretrained(folder / "model")
     return folder / "model", random_policies(model, (3, 8), 8192)
 
