@@ -1,13 +1,15 @@
 """Everything that touches vLLM's insides, for the versions that `SUPPORTED` names.
 
+A spawned process loads the plugin while it makes its engine core or its worker, so that nothing earlier can be hooked.
+
 Written against vLLM's V1 engine and its first model runner. What is relied on, by process:
 
     the one that starts it   `EngineArgs.create_engine_config` makes the configuration that all processes get;
                              `InputProcessor.process_inputs` makes a request of what a user passed.
     the server               `OpenAIServingModels` lists names; `BaseServing._check_model` sees each request first.
-    the engine's core        `EngineCore.request_block_hasher` hashes a request's blocks for the prefix cache, by way of
-                             `kv_cache_utils.generate_block_hash_extra_keys`.
-    a worker                 `WorkerWrapperBase.init_worker` makes the worker; `Worker.load_model` loads a model, which
+    the engine's core        `EngineCore.preprocess_add_request` makes the core's request of it; `request_block_hasher`
+                             hashes its blocks for the prefix cache, by `kv_cache_utils.generate_block_hash_extra_keys`.
+    a worker                 `WorkerBase.__init__` is called for every worker, whose `load_model` loads a model, which
                              is traced later; `GPUModelRunner._model_forward` runs it for one step, whose requests are
                              in `input_batch`, `requests` and `query_start_loc`; `_on_request_state_removed` tells which
                              have ended; `initialize_kv_cache` which blocks there are.
@@ -52,6 +54,7 @@ ARCHITECTURES = (
 
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _KEYS = "_dspa_block_key"  # of a vLLM request: from a block's end to its key
+_SETTINGS = "_dspa_settings"  # of a vLLM engine core, once a request has come
 _installed = False
 _serving = False
 
@@ -70,12 +73,12 @@ def install() -> None:
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
+    from vllm.v1.worker.worker_base import WorkerBase
 
     _wrap(InputProcessor, "process_inputs", _process_inputs)
-    _wrap(EngineCore, "__init__", _init_engine_core)
+    _wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
     _wrap(kv_cache_utils, "generate_block_hash_extra_keys", _extra_keys)
-    _wrap(WorkerWrapperBase, "init_worker", _init_worker)
+    _wrap(WorkerBase, "__init__", _init_worker)
 
 
 def _wrap(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
@@ -257,13 +260,16 @@ def _follow_name(request: Any, settings: EngineSettings) -> str | None:
 # ---------------------------------------------------------------------------------------------------- the engine's core
 
 
-def _init_engine_core(original: Callable[..., Any], core: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    original(core, vllm_config, *args, **kwargs)
-    settings = EngineSettings.from_json(vllm_config.additional_config.get(CONFIG_KEY))
-    hasher = core.request_block_hasher
-    if settings is None or hasher is None:
-        return
+def _preprocess_add_request(original: Callable[..., Any], core: Any, request: Any) -> Any:
+    if not hasattr(core, _SETTINGS):  # the first request
+        settings = EngineSettings.from_json(core.vllm_config.additional_config.get(CONFIG_KEY))
+        if settings is not None and core.request_block_hasher is not None:
+            core.request_block_hasher = _keyed_hasher(core.request_block_hasher, settings)
+        setattr(core, _SETTINGS, settings)
+    return original(core, request)
 
+
+def _keyed_hasher(hasher: Callable[[Any], Any], settings: EngineSettings) -> Callable[[Any], Any]:
     def hash_blocks(request: Any) -> Any:
         if not hasattr(request, _KEYS):
             params = request.sampling_params
@@ -272,7 +278,7 @@ def _init_engine_core(original: Callable[..., Any], core: Any, vllm_config: Any,
             setattr(request, _KEYS, policy and (lambda end: block_key(policy, request.num_prompt_tokens, end)))
         return hasher(request)
 
-    core.request_block_hasher = hash_blocks
+    return hash_blocks
 
 
 def _extra_keys(
@@ -287,20 +293,17 @@ def _extra_keys(
 # ------------------------------------------------------------------------------------------------------------- a worker
 
 
-def _init_worker(original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(wrapper, *args, **kwargs)
-    settings = EngineSettings.from_json(wrapper.vllm_config.additional_config.get(CONFIG_KEY))
+def _init_worker(original: Callable[..., Any], worker: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    original(worker, vllm_config, *args, **kwargs)
+    settings = EngineSettings.from_json(vllm_config.additional_config.get(CONFIG_KEY))
     if settings is not None:
-        worker = wrapper.worker
         load = worker.load_model
 
-        def load_model(*args: Any, **kwargs: Any) -> Any:
-            loaded = load(*args, **kwargs)
+        def load_model(*args: Any, **kwargs: Any) -> None:
+            load(*args, **kwargs)
             attach(worker.model_runner, settings)
-            return loaded
 
         worker.load_model = load_model
-    return result
 
 
 def attach(runner: Any, settings: EngineSettings) -> ContinuousSteering:

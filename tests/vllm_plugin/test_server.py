@@ -122,6 +122,7 @@ def test_names_and_arguments(server: Server) -> None:
     xargs: dict[str, Any] = {"extra_body": {"ignore_eos": True, "vllm_xargs": {"dspa": "a"}}}
     assert server.complete("tiny", prompt, **xargs) == server.complete("tiny@a", prompt)
     chat: Any = {"messages": [{"role": "user", "content": prompt}], "max_tokens": TOKENS, "temperature": 0}
+    chat["extra_body"] = {"ignore_eos": True}
     answers = {
         name: server.client.chat.completions.create(model=name, **chat).choices[0].message.content for name in NAMES
     }
