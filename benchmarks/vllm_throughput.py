@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the hook reaches into the engine
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_CACHE_ROOT"] = os.environ.get("VLLM_CACHE_ROOT", str(Path(tempfile.gettempdir()) / "dspa-vllm-cache"))
 
 import torch

@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_offline.py", "test_server.py"]
+
+os.environ["VLLM_NO_USAGE_STATS"] = "1"  # nothing is sent anywhere
