@@ -40,16 +40,16 @@ REQUESTS, PROMPT_TOKENS, NEW_TOKENS, POLICIES = 64, 48, 64, 8
 
 
 def random_sae(d_model: int, d_sae: int, seed: int) -> dspa.SparseAutoencoder:
-    """A JumpReLU SAE of which a few latents in a hundred are active."""
+    """A JumpReLU SAE whose edits change what a model says."""
     generator = torch.Generator().manual_seed(seed)
     encoder = torch.randn(d_sae, d_model, generator=generator) / d_model**0.5
     decoder = torch.randn(d_sae, d_model, generator=generator) / d_model**0.5
     return dspa.SparseAutoencoder(
         W_enc=encoder,
-        W_dec=0.05 * decoder,
+        W_dec=decoder,
         b_enc=torch.zeros(d_sae),
         b_dec=torch.zeros(d_model),
-        threshold=torch.full((d_sae,), 1.8),
+        threshold=torch.full((d_sae,), 1.0),
         activation="jumprelu",
     )
 
@@ -92,7 +92,7 @@ def random_policies(model: Any, layers: tuple[int, int], d_sae: int) -> dict[str
         run=run,
         options=FitOptions(),
     )
-    first = dspa.SteeringPolicy(fitted, *saes)
+    first = dspa.SteeringPolicy(fitted, *saes, edit="both")
     return {f"p{n}": first.with_options(alpha=0.1 + 0.05 * n, k_diff=16 - n) for n in range(POLICIES)}
 
 
