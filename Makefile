@@ -12,13 +12,14 @@
 # make docs    the documentation as a site in site/, with an API reference; a broken link or reference fails
 # make soak    a hostile campaign of about 20 minutes: mutated files, kills, interrupts, bad operands, a busy
 #              server, memory; MINUTES=5 takes a part of each, PART=files one of them
-# make sanitize  the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize  the CPU kernels' tests, and bad operands, under Address-, UndefinedBehavior- and ThreadSanitizer
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test test-all test-compilers test-packaging test-vllm test-slow lint wheel bench bench-report bench-compare \
 	gpu docs sanitize soak clean
@@ -106,8 +107,8 @@ gpu:
 
 # The packages of the extra `docs`, which the tests do not need.
 docs: $(READY)
-	$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install \
-		--quiet --disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || \
+		$(PIP) mkdocs-material 'mkdocstrings[python]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="https?://' site --include='*.html'  # nothing from elsewhere
 
@@ -120,15 +121,26 @@ MINUTES ?= 20
 soak: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) $(if $(PART),--part $(PART))
 
-# torch comes first: what is built and what depends on it must find it there.
-$(READY): $(SOURCES)
+# torch comes first: what is built and what depends on it must find it there. The packages and the libraries come beside
+# each other with `make --jobs=2`; the libraries are built in place, where a later build finds their objects.
+$(READY): $(VENV)/.packages $(VENV)/.libraries
+	touch $@
+
+$(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy ninja 'setuptools>=77' wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	$(PIP) torch numpy ninja 'setuptools>=77' wheel
+	touch $@
+
+$(VENV)/.libraries: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml constraints.txt
+	DSPA_BUILD=skip $(PIP) --no-build-isolation -e '.[test]'
 	# Compared with in tests/sae; what it depends on pins an old transformers, and its encode needs none of it.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps dictionary-learning
-	touch $(READY)
+	$(PIP) --no-deps dictionary-learning
+	touch $@
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

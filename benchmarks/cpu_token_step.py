@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch import nn
 
 from dspa.bench.cases import NEEDS_MAXIMUM, Case
 from dspa.bench.eager import as_delta, with_error_term
-from dspa.bench.operations import our_ways, read_way
+from dspa.bench.operations import in_dtype, name_of, our_ways, read_way
 from dspa.bench.timing import Way
 
 BASELINE = "sae-lens with error term"
 
 
-def cpu_ways(case: Case, sae: JumpReLUSAE, *, compiled: bool) -> list[Way]:
-    """sae-lens as it is used, as a delta and, if wanted, compiled, the bare reading of the encoder, and every mode of
-    ours."""
-    hidden, latents = case.hidden, case.lists[NEEDS_MAXIMUM].latents.long()
+def cpu_ways(case: Case, saes: list[JumpReLUSAE], *, compiled: bool) -> list[Way]:
+    """sae-lens as it is used, as a delta and, if wanted, compiled, in the dtype of each of its SAEs; the bare reading
+    of the encoder; and every mode of ours."""
+    latents = case.lists[NEEDS_MAXIMUM].latents.long()
+    ways = [read_way(case.sae.W_enc)]
+    for sae in saes:
+        ways += sae_lens_ways(sae, case, latents, compiled=compiled)
+    return [*ways, *our_ways(case)]
+
+
+def sae_lens_ways(sae: JumpReLUSAE, case: Case, latents: torch.Tensor, *, compiled: bool) -> list[Way]:
+    hidden, suffix = case.hidden.to(sae.dtype), named_dtype(case, sae.dtype)
     ways = [
-        read_way(case.sae.W_enc),
-        Way(BASELINE, lambda: with_error_term(sae, hidden, latents)),
-        Way("sae-lens as a delta", lambda: as_delta(sae, hidden, latents)),
+        Way(BASELINE + suffix, lambda: with_error_term(sae, hidden, latents)),
+        Way(f"sae-lens as a delta{suffix}", lambda: as_delta(sae, hidden, latents)),
     ]
     if compiled:
         run = torch.compile(as_delta, dynamic=False)
-        ways.append(Way("torch.compile of the delta", lambda: run(sae, hidden, latents)))
-    return [*ways, *our_ways(case)]
+        ways.append(Way(f"torch.compile of the delta{suffix}", lambda: run(sae, hidden, latents)))
+    return ways
+
+
+def named_dtype(case: Case, dtype: torch.dtype) -> str:
+    """What tells a way in another dtype than the case's from one in its own."""
+    return "" if dtype == case.shape.dtype else f", {name_of(dtype)}"
+
+
+def in_other_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """The same case with weights of another dtype."""
+    if dtype == case.shape.dtype:
+        return case
+    other = case.on(case.backend)
+    other.shape, other.sae = replace(case.shape, dtype=dtype), in_dtype(case.sae, dtype)
+    return other
 
 
 def sae_lens_of(case: Case) -> JumpReLUSAE:

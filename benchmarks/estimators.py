@@ -3,7 +3,8 @@
 For every number of triples and every draw of them: each estimator at the published strength, and at the strength that
 is chosen on validation prompts, by the same number of tries; the control with lists of other prompts; gains over the
 unsteered model on held-out prompts, paired by prompt. One JSON file, written after each draw, so that a run that was
-interrupted goes on where it stopped.
+interrupted goes on where it stopped. The gains of single prompts are kept, for intervals over draws and prompts
+(`estimators_report.py`).
 
     python benchmarks/estimators.py --out estimators.json --triples 10,25,50,100,250,600 --draws 5
 """
@@ -13,19 +14,19 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
 from dspa.kernels import EditList
+from dspa.methods.agreement import cross_validated_agreement
 from dspa.methods.conditional_map import ConditionalDifferenceMap
 from dspa.methods.static_policy import StaticPolicy
 from dspa.methods.steering_policy import SteeringPolicy
-from dspa.offline.density_store import DensityShard, DensityStore, SparseCounts
+from dspa.offline.density_subset import DensitySubset
 from dspa.organism import DATA
 from dspa.organism.demo import MALFORMED_ALLOWANCE, DemoOptions, Organism, load_organism
 from dspa.organism.evaluation import (
@@ -45,7 +46,7 @@ STRENGTHS: tuple[dict[str, Any], ...] = (
     {"edit": "both", "alpha": 0.2},
     {"edit": "both", "alpha": 0.3},
 )
-ESTIMATORS = ("mean_difference", "nearest_prompts")
+ESTIMATORS = ("mean_difference", "ridge")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,7 @@ class Study:
     unsteered: Measurement
     unsteered_validation: Measurement
     seed: int
+    neutral_texts: int
 
     def measured(self, policies: dict[str, Any], *, validation: bool = False) -> dict[str, Measurement]:
         """Responses under each policy, by name."""
@@ -73,40 +75,24 @@ class Study:
             self.validation if validation else self.heldout,
             [Setting(name, policy) for name, policy in policies.items()],
             seed=self.seed + (10**6 if validation else 0),
-            neutral_texts=2 if validation else 240,
+            neutral_texts=2 if validation else self.neutral_texts,
         )
         return {measurement.setting: measurement for measurement in found}
 
-    def row(self, measurement: Measurement) -> dict[str, float]:
-        """The gain over the unsteered model with its interval, and what it costs."""
-        gain = Estimate.from_samples(measurement.rewards - self.unsteered.rewards)
+    def row(self, measurement: Measurement) -> dict[str, Any]:
+        """The gain over the unsteered model with its interval, and by prompt; and what it costs."""
+        gains = measurement.rewards - self.unsteered.rewards
+        gain = Estimate.from_samples(gains)
         return {
             "gain": gain.mean,
             "half_width": gain.half_width,
             "malformed": float(measurement.malformed.mean()),
             "perplexity": measurement.perplexity().mean,
+            "gains": " ".join(str(each) for each in gains),
         }
 
 
-def subset(store: DensityStore, triples: Sequence[int], folder: Path) -> DensityStore:
-    """A store of some of the triples, in the order given."""
-    whole = [SparseCounts.concatenate([getattr(shard, part) for shard in store.read()]) for part in PARTS]
-    run = replace(store.run, triple_count=len(triples), triples_per_shard=len(triples), triples=f"{list(triples)}")
-    return DensityStore.create_or_resume(folder, run).append(DensityShard(*(rows(part, triples) for part in whole)), 0)
-
-
-PARTS = ("prompt", "chosen", "rejected")
-
-
-def rows(counts: SparseCounts, chosen: Sequence[int]) -> SparseCounts:
-    """The counts of some triples."""
-    entries = [torch.arange(int(counts.offsets[t]), int(counts.offsets[t + 1])) for t in chosen]
-    offsets = torch.tensor([0, *np.cumsum([len(each) for each in entries]).tolist()])
-    every = torch.cat(entries)
-    return SparseCounts(offsets, counts.latents[every], counts.counts[every], counts.tokens[torch.tensor(chosen)])
-
-
-def one_draw(study: Study, store: DensityStore) -> dict[str, dict[str, Any]]:
+def one_draw(study: Study, store: DensitySubset) -> dict[str, dict[str, Any]]:
     """The rows of every estimator, fitted on the triples of a store."""
     organism, found = study.organism, dict[str, dict[str, Any]]()
     for name in ESTIMATORS:
@@ -128,9 +114,9 @@ def one_draw(study: Study, store: DensityStore) -> dict[str, dict[str, Any]]:
         measured = study.measured(settings)
         for setting, measurement in measured.items():
             found[f"{name}, {setting}"] = study.row(measurement) | {"strength": chosen}
-        nearest = tries[chosen].conditional_map.prompts
-        if nearest is not None:
-            found[f"{name}, chosen"]["neighbours"] = nearest.neighbours
+        estimator: Any = name
+        agreement = cross_validated_agreement(store, estimator=estimator, folds=min(5, store.run.triple_count))
+        found[f"{name}, chosen"]["agreement"] = agreement.mean
     return found
 
 
@@ -158,11 +144,18 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of an organism.")] = DATA,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 600,
     validation_prompts: Annotated[int, typer.Option(help="Validation prompts.")] = 120,
+    neutral_texts: Annotated[int, typer.Option(help="Neutral texts that are scored.")] = 240,
     seed: Annotated[int, typer.Option(help="Of prompts, draws and sampling noise.")] = 0,
 ) -> None:
     """Measure what does not stand in the file yet."""
     numbers = [int(each) for each in triples.split(",")]
-    setup = {"prompts": prompts, "validation_prompts": validation_prompts, "seed": seed, "data": str(data.name)}
+    setup: dict[str, Any] = {
+        "prompts": prompts,
+        "validation_prompts": validation_prompts,
+        "neutral_texts": neutral_texts,
+        "seed": seed,
+    }
+    setup["data"] = data.name
     record = json.loads(out.read_text()) if out.exists() else {"setup": setup, "draws": {}}
     if record["setup"] != setup:
         raise SystemExit(f"{out} was measured with {record['setup']}; expected {setup}: pass another --out")
@@ -171,7 +164,7 @@ def main(
         with (data / "triples.jsonl").open() as lines:
             everything = sum(1 for _ in lines)
         organism = load_organism(DemoOptions(data=data, triples=everything), folder, progress=True)
-        study = unsteered_study(organism, prompts, validation_prompts, seed)
+        study = unsteered_study(organism, prompts, validation_prompts, neutral_texts, seed)
         record.setdefault("unsteered", study.row(study.unsteered))
         if "ceiling" not in record:
             record["ceiling"] = ceilings(study)
@@ -181,14 +174,14 @@ def main(
                 key = f"{number}/{draw}"
                 if key in record["draws"] or number > everything or (number == everything and draw):
                     continue
-                store = subset(organism.store, order[:number].tolist(), folder / key.replace("/", "-"))
+                store = DensitySubset.from_store(organism.store, order[:number].tolist())
                 record["draws"][key] = one_draw(study, store)
                 out.write_text(json.dumps(record, indent=1))
                 gains = {name: round(row["gain"], 2) for name, row in record["draws"][key].items()}
                 print(key, gains, flush=True)
 
 
-def unsteered_study(organism: Organism, prompts: int, validation_prompts: int, seed: int) -> Study:
+def unsteered_study(organism: Organism, prompts: int, validation_prompts: int, neutral_texts: int, seed: int) -> Study:
     """The prompts, and the unsteered model on them."""
     heldout = draw_prompts(np.random.default_rng(seed), "heldout", prompts)
     validation = draw_prompts(np.random.default_rng(seed + 1), "validation", validation_prompts)
@@ -201,9 +194,9 @@ def unsteered_study(organism: Organism, prompts: int, validation_prompts: int, s
             seed=seed + more,
             neutral_texts=texts,
         )[0]
-        for each, more, texts in ((heldout, 0, 240), (validation, 10**6, 2))
+        for each, more, texts in ((heldout, 0, neutral_texts), (validation, 10**6, 2))
     ]
-    return Study(organism, heldout, validation, measured[0], measured[1], seed)
+    return Study(organism, heldout, validation, measured[0], measured[1], seed, neutral_texts)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import dspa
+from dspa.kernels import AdapterWeights
 from dspa.offline.batching import BatchLimits
 from dspa.offline.density_store import DensityStore
 from dspa.offline.preferences import PreferenceTriple, PreferenceTriples
@@ -106,6 +107,13 @@ class Collection:
             for row, i in enumerate(batch):
                 counts[i] = active[row, list(counted(self.triples[i]))].sum(dim=0)
         return counts
+
+
+def kept_adapter(folder: Path, sae: SparseAutoencoder, make: Callable[[], AdapterWeights]) -> AdapterWeights:
+    """An adapter of the output SAE that a folder holds, or that is made and written there."""
+    if not folder.is_dir():
+        dspa.FsrlPolicy(make(), sae, OUTPUT_LAYER).save_pretrained(folder)
+    return dspa.FsrlPolicy.from_pretrained(folder).adapter
 
 
 def _dense_counts(store: DensityStore, part: str, d_sae: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,3 +38,18 @@ def random_model(name: str, dtype: torch.dtype, device: str = "cpu", **config_ch
             for piece in flat.split(RANDOM_NUMBERS):
                 piece.copy_(scaled[: len(piece)])
     return model.eval()
+
+
+@lru_cache(maxsize=1)
+def model_dtype() -> torch.dtype:
+    """bfloat16, or float32 on a CPU without instructions for it, where plain torch is hundreds of times slower."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix, row = torch.ones(1024, 1024, dtype=dtype), torch.ones(1, 1024, dtype=dtype)
+        row.matmul(matrix)
+        start = time.perf_counter()
+        for _ in range(10):
+            row.matmul(matrix)
+        return time.perf_counter() - start
+
+    return torch.bfloat16 if seconds(torch.bfloat16) < 5 * seconds(torch.float32) else torch.float32

@@ -26,18 +26,19 @@ class Record:
         *,
         check: Callable[[], None] | None = None,
         reference: str | None = None,
+        left_out: str = "",
     ) -> None:
         """A row whose check fails is kept as failed, without a number, and fails the run.
 
         Args:
-            name, group, reference: see `Row`.
+            name, group, reference, left_out: see `Row`.
             measure: returns the columns.
             check: raises AssertionError if a result is wrong; None where `measure` counts and does not time.
         """
         try:
             if check is not None:
                 check()
-            row = Row(name, group, measure(), reference)
+            row = Row(name, group, measure(), reference, left_out=left_out)
         except AssertionError as failure:
             row = Row(name, group, (), reference, failed=(str(failure).strip() or "check failed").splitlines()[0])
         ROWS.append(row)

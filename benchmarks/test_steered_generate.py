@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from interleaved import time_column
+from random_model import model_dtype
 from record import Record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dspa
 from dspa.bench.generation import worst_case_policy
 from dspa.bench.measurements import Column
+from dspa.bench.operations import name_of
 from dspa.methods.policy import Policy
 from dspa.organism import triples_file
 from dspa.organism.demo import Organism
@@ -60,7 +62,7 @@ def organism_case(loaded: Organism) -> Case:
         encoded = loaded.tokenizer.pad({"input_ids": [list(row) for row in rows[:batch]]}, return_tensors="pt")
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    return Case("organism, 1.25 M", loaded.model, loaded.policy(90), prompts, new_tokens=32, rounds=15)
+    return Case("organism, 1.25 M", loaded.model, loaded.policy(90), prompts, new_tokens=32, rounds=10)
 
 
 def random_case(_: Organism) -> Case:
@@ -77,7 +79,7 @@ def random_case(_: Organism) -> Case:
         eos_token_id=None,
     )
     model: Any = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).eval()
+    model = model.to(model_dtype()).eval()
 
     def prompts(batch: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(3, 32000, (batch, PROMPT_TOKENS), generator=torch.Generator().manual_seed(batch))
@@ -87,7 +89,7 @@ def random_case(_: Organism) -> Case:
         return {"input_ids": ids, "attention_mask": mask}
 
     policy = worst_case_policy(model, layer=8, d_sae=16384)
-    return Case("random Llama, 200 M, bfloat16", model, policy, prompts, new_tokens=8, rounds=5)
+    return Case(f"random Llama, 200 M, {name_of(model_dtype())}", model, policy, prompts, new_tokens=8, rounds=4)
 
 
 @pytest.fixture(scope="module", params=[organism_case, random_case], ids=["organism", "random"])

@@ -9,6 +9,11 @@
 #include "cpu/stream_read.h"
 #include "cpu/token_step.h"
 
+#ifdef DSPA_STD_THREADS
+#include <thread>
+#include <vector>
+#endif
+
 namespace dspa::binding {
 
 bool is_on_device(const Tensor& tensor) { return tensor.is_cpu(); }
@@ -21,6 +26,16 @@ namespace {
 using namespace dspa::binding;
 namespace cpu = dspa::cpu;
 
+#ifdef DSPA_STD_THREADS
+// So many threads of our own, for ThreadSanitizer, which cannot see how those of OpenMP wait for each other.
+cpu::ThreadPool torch_threads() {
+  return {DSPA_STD_THREADS, [](int threads, void (*task)(void*), void* context) {
+            std::vector<std::thread> started;
+            for (int i = 0; i < threads; ++i) started.emplace_back(task, context);
+            for (std::thread& thread : started) thread.join();
+          }};
+}
+#else
 // torch's thread pool.
 cpu::ThreadPool torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), [](int threads, void (*task)(void*), void* context) {
@@ -29,6 +44,7 @@ cpu::ThreadPool torch_threads() {
             });
           }};
 }
+#endif
 
 cpu::Mode mode_of(const std::string& name) {
   if (name == "dense") return cpu::Mode::dense;

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dspa.auditing.audit import audit
     from dspa.auditing.report import PolicyAudit
     from dspa.kernels import AdapterWeights
+    from dspa.methods.agreement import cross_validated_agreement
     from dspa.methods.conditional_map import ConditionalDifferenceMap, FitOptions
     from dspa.methods.explanation import PolicyExplanation
     from dspa.methods.fsrl.policy import FsrlPolicy
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "AdapterWeights": "dspa.kernels",
     "PolicyAudit": "dspa.auditing.report",
     "audit": "dspa.auditing.audit",
+    "cross_validated_agreement": "dspa.methods.agreement",
     "FsrlPolicy": "dspa.methods.fsrl.policy",
     "collect": "dspa.offline.collection",
     "ConditionalDifferenceMap": "dspa.methods.conditional_map",
@@ -109,6 +111,7 @@ __all__ = [
     "VectorPolicy",
     "audit",
     "collect",
+    "cross_validated_agreement",
     "kernels",
     "load_preferences",
     "merge",

@@ -160,11 +160,13 @@ def fit(
     gate_rule: Annotated[str, typer.Option(help="ge (literal) or positive_ge.")] = "ge",
     sparsify: Annotated[str, typer.Option(help="per_row, global_tau or none.")] = "per_row",
     entries_per_side: Annotated[
-        int | None, typer.Option(help="Extremes kept on each side of a row; default 16, or 64 of nearest_prompts.")
+        int | None, typer.Option(help="Extremes kept on each side of a row; default 16, or 32 with ridge.")
     ] = None,
     estimator: Annotated[
-        str, typer.Option(help="mean_difference (the paper's) or nearest_prompts, for few triples.")
+        str, typer.Option(help="mean_difference (the paper's) or ridge, for few triples.")
     ] = "mean_difference",
+    features: Annotated[int, typer.Option(help="With ridge, how many latents describe a prompt.")] = 64,
+    folds: Annotated[int, typer.Option(help="Parts of the triples to check the map on; 0 for no check.")] = 0,
     k_prompt: Annotated[int, typer.Option(help="Prompt latents that choose rows of the map.")] = 32,
     k_diff: Annotated[int, typer.Option(help="Latents edited in each direction.")] = 16,
     alpha: Annotated[float, typer.Option(help="Edit strength, in units of the largest activation.")] = 0.2,
@@ -174,20 +176,17 @@ def fit(
     as_json: JsonOption = False,
 ) -> None:
     """Fit the conditional-difference map and write a steering policy."""
+    from dspa.methods.agreement import cross_validated_agreement
     from dspa.methods.conditional_map import ConditionalDifferenceMap
     from dspa.methods.steering_policy import SteeringPolicy, check_policy_names
+    from dspa.offline.density_store import DensityStore
     from dspa.sae.named import load_sae
 
     check_policy_names(edit, edit_positions)
     saes = load_sae(input_sae), load_sae(output_sae)
-    options: dict[str, Any] = {"gate_rule": gate_rule, "sparsify": sparsify, "estimator": estimator}
-    fitted = ConditionalDifferenceMap.fit(
-        densities,
-        gate_percentile=gate_percentile,
-        entries_per_side=entries_per_side,
-        progress=not as_json,
-        **options,
-    )
+    options: dict[str, Any] = {"gate_percentile": gate_percentile, "gate_rule": gate_rule, "sparsify": sparsify}
+    options |= {"entries_per_side": entries_per_side, "estimator": estimator, "features": features}
+    fitted = ConditionalDifferenceMap.fit(densities, progress=not as_json, **options)
     choices: dict[str, Any] = {"edit": edit, "edit_positions": edit_positions}
     policy = SteeringPolicy(
         fitted,
@@ -198,6 +197,10 @@ def fit(
         sign_guard=sign_guard,
         **choices,
     )
+    agreement = None
+    if folds:
+        looked_up: dict[str, Any] = {"k_prompt": k_prompt, "k_diff": k_diff, "edit": edit}
+        agreement = cross_validated_agreement(DensityStore.open(densities), folds=folds, **looked_up, **options)
     policy.save_pretrained(out)
     record = {
         "policy": str(out),
@@ -205,10 +208,12 @@ def fit(
         "estimator": estimator,
         "map_nonzeros": fitted.matrix.nonzeros,
     }
-    if fitted.prompts is None:
+    if fitted.features is None:
         record |= {"gate_percentile": gate_percentile, "gates_always_on": float(fitted.always_on().double().mean())}
     else:
-        record |= {"neighbours": fitted.prompts.neighbours}
+        record |= {"features": fitted.features.count}
+    if agreement is not None:
+        record |= {"agreement": agreement.mean, "agreement_half_width": agreement.half_width}
     _print_record(record, as_json)
 
 

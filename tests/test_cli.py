@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from altered_records import tensors_file
 
+import dspa
 from dspa import __version__, cli
 from dspa.organism import DATA, sae_folder, triples_file
 
@@ -173,6 +174,22 @@ def test_bad_fits_end_with_one_line(
     capsys.readouterr()
     assert run(monkeypatch, *fit_arguments(folders[0], tmp_path / "out", **changes)) == 2
     assert_one_line(capsys.readouterr().err, message)
+
+
+def test_fit_by_ridge_says_how_well_it_predicts(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"estimator": "ridge", "features": "40", "folds": "3", "k-diff": "9"}
+    capsys.readouterr()
+    assert run(monkeypatch, *fit_arguments(folders[0], tmp_path / "out", **options)) == 0
+    record = json.loads(capsys.readouterr().out)
+    expected = dspa.cross_validated_agreement(
+        dspa.DensityStore.open(folders[0]), folds=3, k_diff=9, edit="ablate", estimator="ridge", features=40
+    )
+    assert (record["features"], record["estimator"], record["triples"]) == (40, "ridge", 12)
+    assert (record["agreement"], record["agreement_half_width"]) == (expected.mean, expected.half_width)
+    fitted = dspa.SteeringPolicy.from_pretrained(tmp_path / "out").conditional_map
+    assert fitted.options == dspa.FitOptions(estimator="ridge", features=40, entries_per_side=32)
 
 
 def test_altered_policy_ends_with_one_line(

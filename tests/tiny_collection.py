@@ -156,6 +156,31 @@ def random_densities(
     return Densities(part(d_sae_in), part(d_sae_out), part(d_sae_out))
 
 
+def described(rho: Matrix, centre: Matrix, count: int) -> Matrix:
+    """Which `count` latents are densest beyond `centre`, in units of the deviation of one token, as 0 and 1."""
+    unit = np.sqrt(centre * (1 - centre))
+    deviation = np.where(unit > 0, (rho - centre) / np.where(unit > 0, unit, 1), 0).astype(np.float32)
+    chosen = np.zeros_like(rho)
+    for row, values in zip(chosen, deviation, strict=True):
+        row[np.argsort(-values, kind="stable")[:count]] = 1
+    return chosen
+
+
+def ridge_coefficients(densities: Densities, count: int) -> tuple[Matrix, Matrix]:
+    """Of the estimator `ridge` (docs/method.md, section 2.1), by singular vectors: `[d_sae_in, N]`, what a triple's
+    difference counts in a row of A, and `[N, d_sae_out]`, the differences minus their mean."""
+    rho = densities.prompt.density
+    centre = rho.mean(axis=0).astype(np.float32).astype(np.float64)
+    features = described(rho, centre, count)
+    features -= features.mean(axis=0)
+    deviation = densities.difference - densities.difference.mean(axis=0)
+    left, sizes, right = np.linalg.svd(features, full_matrices=False)
+    ridge = right.T @ np.diag(sizes / (sizes**2 + (sizes**2).sum() / len(rho))) @ left.T
+    left, sizes, _ = np.linalg.svd(deviation, full_matrices=False)
+    shrunk = left @ np.diag(sizes**2 / (sizes**2 + (sizes**2).sum() / len(rho))) @ left.T
+    return ridge @ shrunk, deviation
+
+
 def collection_run(
     triples: int,
     d_sae_in: int,

@@ -169,27 +169,24 @@ class MapByLatent:
         return tuple(leads)
 
     def row_page(self) -> Page:
-        """The page of a row's prompt latent; triples have none."""
-        if self.map.prompts is not None:
-            return lambda row: None
+        """The page of a row's prompt latent."""
         return self.policy.input_sae.metadata.neuronpedia_page
 
     def facts(self) -> MapFacts:
         """The map as a whole."""
         fitted, matrix = self.map, self.map.matrix
-        latents = fitted.prompts is None
         masses = torch.zeros(matrix.d_sae_in, dtype=torch.float64).index_add_(0, self.rows, self.values.abs())
         order = masses.argsort(descending=True, stable=True)
         half = int((masses[order].cumsum(dim=0) < self.mass / 2).sum()) + 1 if self.mass else 0
         counts, page = torch.bincount(self.rows, minlength=matrix.d_sae_in), self.row_page()
-        always = fitted.always_on().cpu() if latents else torch.zeros(matrix.d_sae_in, dtype=torch.bool)
+        always = fitted.always_on().cpu()
         heaviest = [
             MapRow(
                 row=row,
                 entries=int(counts[row]),
                 mass=float(masses[row]),
                 share=float(masses[row]) / self.mass,
-                gate_count=int(fitted.gate_counts[row]) if latents else None,
+                gate_count=int(fitted.gate_counts[row]),
                 always_open=bool(always[row]),
                 link=page(row),
             )
@@ -197,7 +194,6 @@ class MapByLatent:
             if counts[row]
         ]
         return MapFacts(
-            rows_of="prompt latent" if latents else "triple",
             shape=(matrix.d_sae_in, matrix.d_sae_out),
             triples=fitted.run.triple_count,
             entries=len(self.values),
@@ -205,8 +201,8 @@ class MapByLatent:
             columns_used=len(self.latents),
             columns_left_out=self.left_out,
             rows_used=int((counts > 0).sum()),
-            always_open=int(always.sum()) if latents else None,
-            always_open_mass=float(masses[always].sum()) / self.mass if latents and self.mass else None,
+            always_open=int(always.sum()),
+            always_open_mass=float(masses[always].sum()) / self.mass if self.mass else None,
             entry_size=quantiles(self.values.abs()),
             rows_for_half_the_mass=half,
             heaviest=tuple(heaviest),

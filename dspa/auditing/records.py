@@ -52,11 +52,11 @@ class MapRow:
     """A row of the conditional-difference map A.
 
     Attributes:
-        row: the number of its prompt latent, or of its triple.
+        row: the number of its prompt latent.
         entries: how many output latents it names.
         mass: the sum of |A_ij| over them.
         share: its part of the mass of all rows.
-        gate_count: N_i, for how many triples its gate was open; None for a row that is a triple.
+        gate_count: N_i, for how many triples its gate was open, or with `ridge` how many it described.
         always_open: whether that was all of them.
         link: the prompt latent's page on neuronpedia.org, if the SAE's metadata name one.
     """
@@ -65,7 +65,7 @@ class MapRow:
     entries: int
     mass: float
     share: float
-    gate_count: int | None
+    gate_count: int
     always_open: bool
     link: str | None
 
@@ -76,7 +76,6 @@ class MapFacts:
     of latents that are switched off, or that an overlay decides, are left out of everything but the shape.
 
     Attributes:
-        rows_of: what has a row.
         shape: rows and columns.
         triples: N.
         entries: how many are not 0.
@@ -84,14 +83,13 @@ class MapFacts:
         columns_used: output latents that some row names.
         columns_left_out: output latents that some row names and that are left out.
         rows_used: rows that name some latent.
-        always_open: how many gates were open for every triple; None where rows are triples.
-        always_open_mass: the share of the mass in their rows; None likewise.
+        always_open: how many gates were open for every triple.
+        always_open_mass: the share of the mass in their rows; None where all entries are 0.
         entry_size: of |A_ij| over the entries.
         rows_for_half_the_mass: how many rows, heaviest first, hold half of the mass.
         heaviest: the rows with the largest mass, heaviest first.
     """
 
-    rows_of: Literal["prompt latent", "triple"]
     shape: tuple[int, int]
     triples: int
     entries: int
@@ -99,7 +97,7 @@ class MapFacts:
     columns_used: int
     columns_left_out: int
     rows_used: int
-    always_open: int | None
+    always_open: int
     always_open_mass: float | None
     entry_size: Quantiles
     rows_for_half_the_mass: int
@@ -111,7 +109,7 @@ class Lead:
     """A row of the map that leads to an edit of a latent.
 
     Attributes:
-        row: the number of its prompt latent, or of its triple.
+        row: the number of its prompt latent.
         entry: A_ij.
         prompts: on how many of the audit's prompts it was picked while the latent was listed; None without prompts.
         link: the prompt latent's page, if there is one.

@@ -11,7 +11,7 @@ from torch import Tensor
 from dspa.auditing.map_facts import MapByLatent
 from dspa.auditing.records import Support
 from dspa.errors import MismatchError
-from dspa.methods.conditional_map import differences
+from dspa.methods.conditional_map import RidgeFit, differences
 from dspa.offline.density_store import DensityStore, SparseCounts
 from dspa.offline.triples import PreferenceTriples
 
@@ -30,8 +30,8 @@ def supporting_triples(
     """The triples that contribute most to the edit of each latent.
 
     A score is the sum of A_ij over picked rows i, and A_ij the mean over triples of `g_i D_j`, so that triple k
-    contributes `D_j(x_k) / N` once for each picked row that names j and whose gate it opens. In a map of nearest
-    prompts, whose rows are triples, it contributes the entries of its own row.
+    contributes `D_j(x_k) / N` once for each picked row that names j and whose gate it opens. A map by `ridge` weighs
+    `D_j(x_k)`, less its mean, otherwise (section 2.1).
 
     Args:
         by_latent: the policy's map.
@@ -100,15 +100,16 @@ def _contributions(
     fitted, run = by_latent.map, store.run
     weights = torch.zeros(fitted.matrix.d_sae_in, len(latents), dtype=torch.float64)
     for column, latent in enumerate(latents):
-        rows, values = by_latent.entries_of(latent)
+        rows, _ = by_latent.entries_of(latent)
         times = [1 if picks is None else picks.get((row, latent), 0) for row in rows.tolist()]
         weights[rows, column] = torch.tensor(times, dtype=torch.float64)
-        if fitted.prompts is not None:
-            weights[rows, column] *= values
-    if fitted.prompts is not None:
-        return weights
     used = weights.any(dim=1).nonzero().flatten()
     weights, chosen = weights[used], torch.tensor(latents, dtype=torch.int64)
+    if fitted.features is not None:
+        ridge = RidgeFit.from_store(store, fitted.options.features)
+        prompts = ridge.centred(0, run.d_sae_in)[:, used]
+        _check_entries(by_latent, latents, used, weights, prompts.T @ ridge.predictions[:, chosen])
+        return ridge.weights.T @ (prompts @ weights) * ridge.deviations[:, chosen]
     thresholds = fitted.gate_thresholds.cpu()[used]
     parts = []
     means = torch.zeros_like(weights)

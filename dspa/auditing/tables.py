@@ -91,7 +91,7 @@ def map_lines(audit: AuditRecord) -> dict[str, str]:
     facts = audit.map
     assert facts is not None
     lines = {
-        "rows": f"{facts.shape[0]} ({facts.rows_of}s), {facts.rows_used} of them with entries",
+        "rows": f"{facts.shape[0]} (prompt latents), {facts.rows_used} of them with entries",
         "output latents named": f"{facts.columns_used} of {facts.shape[1]}",
         **(
             {"output latents left out": f"{facts.columns_left_out}, switched off or decided by the overlay"}
@@ -104,7 +104,7 @@ def map_lines(audit: AuditRecord) -> dict[str, str]:
         "rows that hold half of the mass": str(facts.rows_for_half_the_mass),
         "preference triples": str(facts.triples),
     }
-    if facts.always_open is not None and facts.always_open_mass is not None:
+    if facts.always_open_mass is not None:
         share = percent(facts.always_open / facts.shape[0])
         lines["gates always open"] = (
             f"{facts.always_open} ({share}), with {percent(facts.always_open_mass)} of the mass"
@@ -272,9 +272,9 @@ def _rows(audit: AuditRecord, number: Number) -> Table:
             str(row.entries),
             figure(row.mass),
             percent(row.share),
-            "-" if row.gate_count is None else f"{row.gate_count}" + (" (always)" if row.always_open else ""),
+            f"{row.gate_count}" + (" (always)" if row.always_open else ""),
         )
         for row in facts.heaviest[:SHOWN_ROWS]
     )
     note = "The heaviest rows, by the sum of the sizes of their entries; for how many triples their gates were open."
-    return Table("Rows of the map", note, (facts.rows_of, "entries", "mass", "share", "gate open"), rows)
+    return Table("Rows of the map", note, ("prompt latent", "entries", "mass", "share", "gate open"), rows)

@@ -90,7 +90,7 @@ def measure_token_step(subject: Subject) -> Row:
     lists = tuple(kind for kind in LISTS if kind in case.lists)
     try:
         case.check(("dense", "lazy", "screened"), lists)
-        dtypes, left_out = eager_dtypes(subject, case.sae, EAGER_PRODUCTS * len(case.hidden))
+        dtypes, left_out = eager_dtypes(case.sae, EAGER_PRODUCTS * len(case.hidden), subject.seconds_a_call)
         eager = eager_ways(case, dtypes)
         ways = [read_way(case.sae.W_enc), *eager, *our_ways(case)]
         reference = eager[0].name if eager else "dense"
@@ -129,13 +129,15 @@ def eager_ways(case: Case, dtypes: list[torch.dtype]) -> list[Way]:
     return ways
 
 
-def eager_dtypes(subject: Subject, sae: SaeWeights, products: int) -> tuple[list[torch.dtype], str]:
+def eager_dtypes(sae: SaeWeights, products: int, seconds_a_call: float) -> tuple[list[torch.dtype], str]:
     """The dtypes that the eager form is timed in, and which was left out. On a CPU that is float32 as well, which is
     faster without matrix units for 16 bits. Without instructions for them, 16 bits are hundreds of times slower, and
     left out where a call would take too long.
 
     Args:
+        sae: in the dtype of the operation.
         products: of one row with a matrix of the SAE's shape, in a call.
+        seconds_a_call: what is too long.
     """
     if sae.device.type != "cpu" or sae.dtype.itemsize != 2:
         return [sae.dtype], ""
@@ -146,12 +148,12 @@ def eager_dtypes(subject: Subject, sae: SaeWeights, products: int) -> tuple[list
     row.matmul(encoder)
     alone = time.perf_counter() - start
     together = torch.ones(min(products, ROWS_TRIED), sae.d_model, dtype=sae.dtype)
-    if alone <= subject.seconds_a_call:  # rows share what is read, where there are instructions
+    if alone <= seconds_a_call:  # rows share what is read, where there are instructions
         start = time.perf_counter()
         together.matmul(encoder)
         alone = (time.perf_counter() - start) / len(together)
     expected = products * alone
-    if expected <= subject.seconds_a_call:
+    if expected <= seconds_a_call:
         return [sae.dtype, torch.float32], ""
     return [torch.float32], f"plain torch in {name_of(sae.dtype)}, about {expected:.2g} s a call on this CPU"
 
@@ -203,7 +205,8 @@ def measure_adapter_step(subject: Subject) -> Row:
     name = str(subject.case.shape)
     try:
         adapters.check()
-        dtypes, left_out = eager_dtypes(subject, adapters.case.sae, EAGER_ADAPTER_PRODUCTS * len(adapters.case.hidden))
+        products = EAGER_ADAPTER_PRODUCTS * len(adapters.case.hidden)
+        dtypes, left_out = eager_dtypes(adapters.case.sae, products, subject.seconds_a_call)
         eager = eager_adapter_ways(adapters, dtypes)
         ways = [read_way(adapters.adapter.weight, READ_ADAPTER), *eager, *adapter_ways(adapters)]
         reference = eager[0].name if eager else "dense"
@@ -241,7 +244,7 @@ def measure_encode_density(subject: Subject) -> Row | None:
     except AssertionError as failure:
         return failed_row(name, "encode_density", failure)
     ways: list[Way] = []
-    dtypes, left_out = eager_dtypes(subject, sae, subject.tokens)
+    dtypes, left_out = eager_dtypes(sae, subject.tokens, subject.seconds_a_call)
     for dtype in dtypes:
         suffix = "" if dtype == sae.dtype else f", {name_of(dtype)}"
         ways += _density_pair(in_dtype(sae, dtype), hidden.to(dtype), offsets, suffix)

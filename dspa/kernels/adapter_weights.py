@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError
+from dspa.kernels.operands import check_same_device
 from dspa.sae.weights import STORAGE_DTYPES
 
 AdapterActivation = Literal["soft_threshold", "relu", "jump_relu"]
@@ -40,6 +41,7 @@ class AdapterWeights:
     clip: bool = True
 
     def __post_init__(self) -> None:
+        check_same_device(self.weight.device, bias=self.bias, threshold=self.threshold)
         if self.activation not in get_args(AdapterActivation):
             raise InvalidInputError(
                 f"adapter activation {self.activation!r} is not known; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from dspa.errors import CorruptFileError, InvalidInputError
 from dspa.kernels import CsrMap, EditKind, EditList, lookup
 from dspa.kernels.lookup import check_lookup_options
-from dspa.methods.nearest_prompts import QUERIES, TriplePrompts, choose_neighbours
+from dspa.methods.prompt_features import PromptFeatures, ridge_weights
 from dspa.offline.density_store import CollectionRun, DensityStore, SparseCounts
+from dspa.offline.density_subset import DensitySubset
 from dspa.util.files import TensorFolder
 from dspa.util.html_table import html_table
 from dspa.util.progress import track
@@ -27,10 +29,9 @@ from dspa.util.scalars import check_integer, check_number
 
 GateRule = Literal["ge", "positive_ge"]
 Sparsification = Literal["per_row", "global_tau", "none"]
-Estimator = Literal["mean_difference", "nearest_prompts"]
+Estimator = Literal["mean_difference", "ridge"]
 
 BLOCK_BYTES = 256 * 2**20  # what one dense block may take in memory while fitting
-EDITS_PER_SIDE = 16  # as many edits decide how many neighbours predict best: the published k_diff
 GRID = 2.0**48  # A is rounded to multiples of 1 / GRID, far below what densities resolve and above what sums lose
 
 
@@ -44,8 +45,9 @@ class FitOptions:
             well.
         sparsify: "per_row" keeps each row's own extremes; "global_tau" is appendix B's one threshold for all rows.
         entries_per_side: how many of a row's largest, and of its smallest, entries are its extremes.
-        estimator: "mean_difference" is the paper's map, with a row for each prompt latent; "nearest_prompts" has a row
-            for each triple and no gates.
+        estimator: "mean_difference" is the paper's map; "ridge" has no gates, but is a regression on the latents that
+            are denser than usual, and is looked up by them.
+        features: with "ridge", how many latents describe a prompt.
     """
 
     gate_percentile: float = 90.0
@@ -53,6 +55,7 @@ class FitOptions:
     sparsify: Sparsification = "per_row"
     entries_per_side: int = 16
     estimator: Estimator = "mean_difference"
+    features: int = 64
 
     def __post_init__(self) -> None:
         check_number("gate_percentile", self.gate_percentile, 0, 100)
@@ -64,8 +67,9 @@ class FitOptions:
             if value not in known:
                 raise InvalidInputError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         check_integer("entries_per_side", self.entries_per_side, 1)
-        if self.estimator == "nearest_prompts" and self.sparsify == "global_tau":
-            raise InvalidInputError("global_tau is one threshold for the rows of latents; use per_row or none here")
+        check_integer("features", self.features, 1)
+        if self.estimator == "ridge" and self.sparsify == "global_tau":
+            raise InvalidInputError("global_tau is a rule of the paper's map; use per_row or none with ridge")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,6 @@ class MapConfig:
 
     run: CollectionRun
     fit: FitOptions
-    neighbours: int | None = None
 
 
 FOLDER = TensorFolder("conditional_map", 2, MapConfig, version_without_checksum=1)
@@ -85,13 +88,13 @@ class ConditionalDifferenceMap:
     """The map `A` of method.md, section 2, and what is known of its rows.
 
     Attributes:
-        matrix: A by compressed rows, float32; of the estimator `nearest_prompts`, a row for each triple.
-        gate_counts: `[d_sae_in]` int64, N_i: for how many triples gate i was on, or without gates latent i was active.
-        gate_thresholds: `[d_sae_in]` float64, tau_i; 0 without gates.
+        matrix: A by compressed rows, float32.
+        gate_counts: `[d_sae_in]` int64, N_i: for how many triples gate i was on; with `ridge`, how many it described.
+        gate_thresholds: `[d_sae_in]` float64, tau_i; 0 with `ridge`, which has no gates.
         mean_difference: `[d_sae_out]` float32, the mean of D over all triples: what a prompt-blind edit goes by.
         run: the collection it was fitted from.
         options: how it was fitted.
-        prompts: whose rows the matrix has; None where they are those of latents.
+        features: what a prompt is looked up by; None where it is the density itself.
     """
 
     matrix: CsrMap
@@ -100,7 +103,7 @@ class ConditionalDifferenceMap:
     mean_difference: Tensor
     run: CollectionRun
     options: FitOptions
-    prompts: TriplePrompts | None = None
+    features: PromptFeatures | None = None
 
     def __repr__(self) -> str:
         run = self.run
@@ -120,7 +123,10 @@ class ConditionalDifferenceMap:
                 "latents": f"{run.d_sae_in} → {run.d_sae_out}",
                 "triples": run.triple_count,
                 "entries": f"{self.matrix.nonzeros} in {columns} columns",
-                "gates": f"{options.gate_rule} percentile {options.gate_percentile:g}",
+                "estimator": options.estimator,
+                "gates": f"{options.gate_rule} percentile {options.gate_percentile:g}"
+                if self.features is None
+                else "none",
                 "gates always on": f"{float(self.always_on().double().mean()):.1%}",
                 "sparsify": options.sparsify,
             }
@@ -129,27 +135,29 @@ class ConditionalDifferenceMap:
     @classmethod
     def fit(
         cls,
-        store: DensityStore | str | Path,
+        store: DensityStore | DensitySubset | str | Path,
         *,
         gate_percentile: float = 90.0,
         gate_rule: GateRule = "ge",
         sparsify: Sparsification = "per_row",
         entries_per_side: int | None = None,
         estimator: Estimator = "mean_difference",
+        features: int = 64,
         progress: bool = False,
     ) -> ConditionalDifferenceMap:
         """Fits a map from collected densities, without the model, in float64, a block of rows at a time.
 
-        A dense block takes at most a quarter of a GiB; the whole map is never dense. With `nearest_prompts` the map and
-        the time of a lookup grow with the number of triples: it is meant for at most some thousands.
+        A dense block takes at most a quarter of a GiB; the whole map is never dense. `ridge` keeps a number for each
+        pair of triples, and for each triple and output latent: it is meant for at most some thousands of triples.
 
         Args:
-            store: what `collect` returned, or its folder.
+            store: what `collect` returned, or its folder, or some of its triples.
             gate_percentile: see FitOptions.
             gate_rule: see FitOptions.
             sparsify: see FitOptions.
-            entries_per_side: see FitOptions; None for 16, or 64 with `nearest_prompts`.
+            entries_per_side: see FitOptions; None for 16, or 32 with `ridge`.
             estimator: see FitOptions.
+            features: see FitOptions; at most `d_sae_in` are used.
             progress: whether to draw a progress bar.
 
         Raises:
@@ -157,11 +165,10 @@ class ConditionalDifferenceMap:
             CorruptFileError: for a damaged shard.
         """
         if entries_per_side is None:
-            entries_per_side = 64 if estimator == "nearest_prompts" else 16
-        options = FitOptions(gate_percentile, gate_rule, sparsify, entries_per_side, estimator)
-        store = store if isinstance(store, DensityStore) else DensityStore.open(store)
-        if estimator == "nearest_prompts":
-            return _fit_nearest_prompts(store, options)
+            entries_per_side = 32 if estimator == "ridge" else 16
+        options = FitOptions(gate_percentile, gate_rule, sparsify, entries_per_side, estimator, features)
+        store = store if isinstance(store, (DensityStore, DensitySubset)) else DensityStore.open(store)
+        ridge = RidgeFit.from_store(store, features) if estimator == "ridge" else None
         starts = range(0, store.run.d_sae_in, _rows_per_block(store.run))
         threshold = 0.0
         if sparsify == "global_tau":
@@ -170,7 +177,7 @@ class ConditionalDifferenceMap:
             threshold = min(_smallest_extreme(_row_block(store, options, at).rows, entries_per_side) for at in passes)
         counts, thresholds, lengths, columns, values = [], [], [], [], []
         for at in track(starts, "Fitting the map", enabled=progress, unit="row blocks"):
-            block = _row_block(store, options, at)
+            block = _row_block(store, options, at) if ridge is None else ridge.row_block(at, _rows_per_block(store.run))
             kept = _kept(block.rows, options, threshold)
             counts.append(block.gate_counts)
             thresholds.append(block.gate_thresholds)
@@ -186,16 +193,24 @@ class ConditionalDifferenceMap:
             mean_difference=_mean_difference(store).float(),
             run=store.run,
             options=options,
+            features=None if ridge is None else ridge.features,
         )
 
     def to_dense(self) -> Tensor:
-        """`[rows, d_sae_out]` float32, a row for each prompt latent or each triple."""
+        """`[d_sae_in, d_sae_out]` float32."""
         return self.matrix.to_dense()
 
     def check_lookup(self, k_prompt: int, k_diff: int, edit: str) -> None:
-        """Raises InvalidInputError if the options cannot be used with this map. Nearest prompts have no k_prompt."""
-        rows = k_prompt if self.prompts is None else self.prompts.neighbours
-        check_lookup_options(self.matrix, rows, k_diff, edit)
+        """Raises InvalidInputError if the options cannot be used with this map."""
+        check_lookup_options(self.matrix, self.rows_per_prompt(k_prompt), k_diff, edit)
+
+    def rows_per_prompt(self, k_prompt: int) -> int:
+        """How many rows a prompt chooses: k_prompt, or as many as the features it was fitted with."""
+        return k_prompt if self.features is None else self.features.count
+
+    def choosing(self, density: Tensor) -> Tensor:
+        """By what `[B, d_sae_in]` a prompt chooses rows, the largest first: its density, or the deviation of it."""
+        return density if self.features is None else self.features.to(density.device).deviation(density)
 
     def select(
         self, density: Tensor, k_prompt: int, k_diff: int, edit: EditKind, *, sign_guard: bool = False
@@ -204,16 +219,14 @@ class ConditionalDifferenceMap:
 
         Args:
             density: `[B, d_sae_in]` floating point.
-            k_prompt: how many of a prompt's densest latents choose rows; not used with nearest prompts, whose number of
-                neighbours was chosen when the map was fitted.
+            k_prompt: how many of a prompt's densest latents choose rows; not used with `ridge`, which was fitted for a
+                number of its own.
 
         Raises:
             InvalidInputError: if the shape does not fit.
         """
-        matrix, rows = self.matrix.to(density.device), k_prompt
-        if self.prompts is not None:
-            density, rows = self.prompts.to(density.device).nearness(density), self.prompts.neighbours
-        return lookup(density, matrix, rows, k_diff, edit, sign_guard=sign_guard)
+        matrix, rows = self.matrix.to(density.device), self.rows_per_prompt(k_prompt)
+        return lookup(self.choosing(density), matrix, rows, k_diff, edit, sign_guard=sign_guard)
 
     def always_on(self) -> Tensor:
         """`[d_sae_in]` bool: gates that were on for every triple; their rows are the prompt-blind mean difference."""
@@ -245,8 +258,7 @@ class ConditionalDifferenceMap:
     def config(self) -> dict[str, object]:
         """What is saved as JSON."""
         fit = {**asdict(self.options), "gate_percentile": float(self.options.gate_percentile)}
-        neighbours = None if self.prompts is None else self.prompts.neighbours
-        return {"run": asdict(self.run), "fit": fit, "neighbours": neighbours}
+        return {"run": asdict(self.run), "fit": fit}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved as tensors."""
@@ -257,7 +269,7 @@ class ConditionalDifferenceMap:
             "gate_counts": self.gate_counts,
             "gate_thresholds": self.gate_thresholds,
             "mean_difference": self.mean_difference,
-            **({} if self.prompts is None else self.prompts.tensors()),
+            **({} if self.features is None else {"prompt_centre": self.features.centre}),
         }
 
     @classmethod
@@ -270,21 +282,14 @@ class ConditionalDifferenceMap:
         try:
             run, options = config.run, config.fit
             matrix = CsrMap(tensors["row_offsets"], tensors["columns"], tensors["values"], run.d_sae_out)
-            rows = {name: tensors[name] for name in ("gate_counts", "gate_thresholds", "mean_difference")}
+            names = ["gate_counts", "gate_thresholds", "mean_difference"]
+            rows = {name: tensors[name] for name in names + ["prompt_centre"] * (options.estimator == "ridge")}
         except KeyError as error:
             raise CorruptFileError(f"{source} does not hold a whole map (no tensor {error}); fit it again") from error
-        nearest = options.estimator == "nearest_prompts"
-        try:
-            prompts = TriplePrompts.from_tensors(tensors, config.neighbours) if nearest else None
-        except KeyError as error:
-            raise CorruptFileError(f"{source} does not hold a whole map (no tensor {error}); fit it again") from error
-        known = rows.keys() | {"row_offsets", "columns", "values"} | (prompts.tensors().keys() if prompts else set())
+        known = rows.keys() | {"row_offsets", "columns", "values"}
         if surplus := sorted(tensors.keys() - known):
             raise CorruptFileError(f"{source} holds a tensor {surplus[0]!r} that is no part of a map; fit it again")
-        sizes = {"gate_counts": run.d_sae_in, "gate_thresholds": run.d_sae_in, "mean_difference": run.d_sae_out}
-        sizes["row_offsets"] = (run.triple_count if nearest else run.d_sae_in) + 1
-        if prompts is not None:
-            sizes |= {"prompts.row_offsets": run.triple_count + 1, "prompts.centre": run.d_sae_in}
+        sizes = dict.fromkeys(rows, run.d_sae_in) | {"mean_difference": run.d_sae_out, "row_offsets": run.d_sae_in + 1}
         for name, size in sizes.items():
             if tuple(tensors[name].shape) != (size,):
                 raise CorruptFileError(f"{source}: {name} is {tuple(tensors[name].shape)}; expected [{size}]")
@@ -295,41 +300,11 @@ class ConditionalDifferenceMap:
         ):
             if rows[name].dtype != dtype or not bool(((rows[name] >= low) & (rows[name] <= high)).all()):
                 raise CorruptFileError(f"{source}: {name} is not all {dtype} from {low} to {high}; fit it again")
-        if prompts is not None:
-            prompts.check(source)
+        centre, features = rows.get("prompt_centre"), None
+        if centre is not None:
+            features = PromptFeatures(centre, min(options.features, run.d_sae_in)).check(source)
         counts, thresholds, mean = rows["gate_counts"], rows["gate_thresholds"], rows["mean_difference"]
-        return cls(matrix.check(), counts, thresholds, mean, run, options, prompts)
-
-
-def _fit_nearest_prompts(store: DensityStore, options: FitOptions) -> ConditionalDifferenceMap:
-    """A row for each triple: D minus its mean, sparsified."""
-    run, mean = store.run, _mean_difference(store)
-    prompts = SparseCounts.concatenate([shard.prompt for shard in store.read()])
-    densities = CsrMap(prompts.offsets, prompts.latents, prompts.densities().float(), run.d_sae_in)
-    active = torch.zeros(run.d_sae_in, dtype=torch.int64)
-    active.index_add_(0, prompts.latents.long(), torch.ones_like(prompts.latents, dtype=torch.int64))
-    lengths, columns, values, queries = [], [], [], []
-    for first, difference in differences(store):
-        deviation = difference - mean
-        kept = _kept(deviation, options, 0.0)
-        lengths.append(kept.sum(dim=1))
-        columns.append(kept.nonzero()[:, 1].int())
-        values.append(deviation[kept].float())
-        queries.append(difference[: max(0, QUERIES - first)].float())
-    offsets = torch.zeros(run.triple_count + 1, dtype=torch.int64)
-    offsets[1:] = torch.cat(lengths).cumsum(dim=0)
-    matrix = CsrMap(offsets, torch.cat(columns), torch.cat(values), run.d_sae_out)
-    near = TriplePrompts.from_densities(densities)
-    neighbours = choose_neighbours(near, matrix, torch.cat(queries), EDITS_PER_SIDE)
-    return ConditionalDifferenceMap(
-        matrix,
-        gate_counts=active,
-        gate_thresholds=torch.zeros(run.d_sae_in, dtype=torch.float64),
-        mean_difference=mean.float(),
-        run=run,
-        options=options,
-        prompts=replace(near, neighbours=neighbours),
-    )
+        return cls(matrix.check(), counts, thresholds, mean, run, options, features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,12 +316,61 @@ class _RowBlock:
     gate_thresholds: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class RidgeFit:
+    """A regression of differences on the features of prompts (docs/method.md, section 2.1).
+
+    Attributes:
+        features: what describes a prompt.
+        prompts: `[triples, d_sae_in]` bool, whether a latent describes a triple's prompt.
+        weights: `[triples, triples]` float64, what `ridge_weights` computes.
+        deviations: `[triples, d_sae_out]` float64, the differences minus their mean.
+    """
+
+    features: PromptFeatures
+    prompts: Tensor
+    weights: Tensor
+    deviations: Tensor
+
+    @classmethod
+    def from_store(cls, store: DensityStore | DensitySubset, count: int) -> RidgeFit:
+        run = store.run
+        total = torch.zeros(run.d_sae_in, dtype=torch.float64)
+        for shard in store.read():
+            total.index_add_(0, shard.prompt.latents.long(), shard.prompt.densities())
+        features = PromptFeatures((total / run.triple_count).float(), min(count, run.d_sae_in))
+        prompts = torch.cat([features.indicators(_dense(shard.prompt, 0, run.d_sae_in)) for shard in store.read()])
+        deviations = torch.cat([difference for _, difference in differences(store)]) - _mean_difference(store)
+        found = cls(features, prompts, torch.empty(0), deviations)
+        products = torch.zeros(run.triple_count, run.triple_count, dtype=torch.float64)
+        for start in range(0, run.d_sae_in, _rows_per_block(run)):
+            block = found.centred(start, start + _rows_per_block(run))
+            products += block @ block.T
+        return replace(found, weights=ridge_weights(products, deviations @ deviations.T))
+
+    def centred(self, start: int, end: int) -> Tensor:
+        """`[triples, end - start]` float64, the features of these latents minus their means."""
+        block = self.prompts[:, start:end].double()
+        return block - block.mean(dim=0)
+
+    @cached_property
+    def predictions(self) -> Tensor:
+        """`[triples, d_sae_out]` float64, what a triple adds to the row of a latent that describes it."""
+        return self.weights @ self.deviations
+
+    def row_block(self, start: int, count: int) -> _RowBlock:
+        """Rows `start` and following of A, before sparsification."""
+        counts = self.prompts[:, start : start + count].sum(dim=0)
+        rows = self.centred(start, start + count).T @ self.predictions
+        return _RowBlock(rows.mul_(GRID).round_().div_(GRID), counts, torch.zeros(len(counts), dtype=torch.float64))
+
+
 def _rows_per_block(run: CollectionRun) -> int:
     widest = max(run.triple_count, run.d_sae_out)
     return min(run.d_sae_in, max(1, BLOCK_BYTES // (8 * widest)))
 
 
-def _row_block(store: DensityStore, options: FitOptions, start: int) -> _RowBlock:
+def _row_block(store: DensityStore | DensitySubset, options: FitOptions, start: int) -> _RowBlock:
     """Rows `start` and following of A, before sparsification."""
     run = store.run
     end = min(start + _rows_per_block(run), run.d_sae_in)
@@ -362,7 +386,7 @@ def _row_block(store: DensityStore, options: FitOptions, start: int) -> _RowBloc
     return _RowBlock(_mean(rows, run), gate.sum(dim=0), torch.from_numpy(thresholds))
 
 
-def _mean_difference(store: DensityStore) -> Tensor:
+def _mean_difference(store: DensityStore | DensitySubset) -> Tensor:
     total = torch.zeros(store.run.d_sae_out, dtype=torch.float64)
     for _, difference in differences(store):
         total += difference.sum(dim=0)
@@ -377,13 +401,18 @@ def _mean(total: Tensor, run: CollectionRun) -> Tensor:
     return total.div_(run.triple_count).mul_(GRID).round_().div_(GRID)
 
 
-def differences(store: DensityStore) -> Iterator[tuple[int, Tensor]]:
+def differences(store: DensityStore | DensitySubset) -> Iterator[tuple[int, Tensor]]:
     """For each shard, the number of its first triple and D, `[triples, d_sae_out]` float64."""
     first = 0
     for shard in store.read():
         difference = _dense(shard.chosen, 0, store.run.d_sae_out) - _dense(shard.rejected, 0, store.run.d_sae_out)
         yield first, difference
         first += len(difference)
+
+
+def dense_densities(counts: SparseCounts, d_sae: int) -> Tensor:
+    """`[triples, d_sae]` float64."""
+    return _dense(counts, 0, d_sae)
 
 
 def _dense(counts: SparseCounts, start: int, end: int) -> Tensor:

@@ -27,12 +27,11 @@ REASONS = 3  # rows of the map named for a latent
 
 @dataclass(frozen=True)
 class PickedRow:
-    """A prompt latent whose row of the map was picked, or a triple, where the map has rows of nearest prompts.
+    """A prompt latent whose row of the map was picked.
 
     Attributes:
-        latent: its number in the input SAE, or that of the triple.
-        density: rho_i, the share of the prompt's counted tokens on which it is active; of a triple, how near its prompt
-            is, `(1 + cosine) / 2`.
+        latent: its number in the input SAE.
+        density: rho_i, the share of the prompt's counted tokens on which it is active.
         entries: how many output latents its row names.
         link: its page on neuronpedia.org, if the SAE's metadata name one.
     """
@@ -70,9 +69,8 @@ class PolicyExplanation:
         prompt_tokens: tokens of the prompt.
         counted_tokens: those of them that make up the densities.
         active_latents: prompt latents active on at least one of these.
-        rows: the picked rows, densest or nearest first.
+        rows: the picked rows, those that were picked first come first.
         edits: the edit list, in its order.
-        rows_of: what has a row.
     """
 
     prompt_tokens: int
@@ -80,17 +78,15 @@ class PolicyExplanation:
     active_latents: int
     rows: tuple[PickedRow, ...]
     edits: tuple[ExplainedEdit, ...]
-    rows_of: Literal["prompt latent", "triple"] = "prompt latent"
 
     def to_tables(self, shown: int = SHOWN) -> tuple[Table, Table]:
         """Rich tables of the picked rows and of the edits, of at most so many lines each."""
         from rich.table import Table
 
-        measure = "density" if self.rows_of == "prompt latent" else "nearness"
-        rows = Table(self.rows_of, measure, "entries", title="Rows of the map that the prompt picked")
+        rows = Table("prompt latent", "density", "entries", title="Rows of the map that the prompt picked")
         for row in self.rows[:shown]:
             rows.add_row(_number(row.latent, row.link), f"{row.density:.3f}", str(row.entries))
-        names = ("output latent", "edit", "score", f"mostly from {self.rows_of} (entry)")
+        names = ("output latent", "edit", "score", "mostly from prompt latent (entry)")
         edits = Table(*names, title="Latents to be edited")
         for edit in self.edits[:shown]:
             edits.add_row(_number(edit.latent, edit.link), edit.direction, f"{edit.score:+.4f}", _reasons(edit))
@@ -125,7 +121,7 @@ class PolicyExplanation:
         return (
             f"<p>{html.escape(self._heading())}</p>"
             + _html_table(
-                (self.rows_of, "density" if self.rows_of == "prompt latent" else "nearness", "entries"),
+                ("prompt latent", "density", "entries"),
                 rows,
                 len(self.rows),
             )
@@ -177,10 +173,10 @@ def explain_prompt(
     counts = encode_density(hidden.contiguous(), offsets, policy.input_sae.to(hidden.device))
     density = (counts / len(hidden)).float().cpu()
     row = density[0]
-    matrix, nearest = policy.conditional_map.matrix.to("cpu"), policy.conditional_map.prompts
-    shares = row if nearest is None else nearest.to("cpu").nearness(density)[0]
-    count = policy.k_prompt if nearest is None else nearest.neighbours
-    picked = shares.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
+    fitted = policy.conditional_map
+    matrix, choosing = fitted.matrix.to("cpu"), fitted.choosing(density)[0]
+    count = fitted.rows_per_prompt(policy.k_prompt)
+    picked = choosing.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
     of_rows = {latent: _entries(matrix, latent) for latent in picked}
     selection = policy.select(density)
     edits = []
@@ -197,13 +193,12 @@ def explain_prompt(
                 policy.output_sae.metadata.neuronpedia_page(latent),
             )
         )
-    page = policy.input_sae.metadata.neuronpedia_page if nearest is None else lambda row: None
+    page = policy.input_sae.metadata.neuronpedia_page
     rows = [
-        PickedRow(place, float(shares[place]), len(of_rows[place]), page(place))
-        for place in sorted(picked, key=lambda place: (-float(shares[place]), place))
+        PickedRow(place, float(row[place]), len(of_rows[place]), page(place))
+        for place in sorted(picked, key=lambda place: (-float(choosing[place]), place))
     ]
-    rows_of = "prompt latent" if nearest is None else "triple"
-    return PolicyExplanation(len(ids), len(hidden), int((row > 0).sum()), tuple(rows), tuple(edits), rows_of)
+    return PolicyExplanation(len(ids), len(hidden), int((row > 0).sum()), tuple(rows), tuple(edits))
 
 
 def _token_ids(prompt: str | Sequence[int] | Tensor, tokenizer: Any, chat: bool) -> Tensor:

@@ -122,9 +122,8 @@ def audit_of_map(matrix: CsrMap, page: Page, editable: Tensor | None = None, fac
         factors: `[d_sae_out]`, what the decoder rows were multiplied by; None for 1.
     """
     heading = (
-        "Not measured on prompts. By the map: in how many of its rows, one for each prompt latent (or for each triple, "
-        "where the estimator is nearest_prompts), a latent has an entry, and the mean of these entries (positive: more "
-        "frequent in preferred responses)."
+        "Not measured on prompts. By the map: in how many of its rows, one for each prompt latent, a latent has an "
+        "entry, and the mean of these entries (positive: more frequent in preferred responses)."
     )
     columns, values = matrix.columns.long().cpu(), matrix.values.double().cpu()
     rows = torch.zeros(matrix.d_sae_out, dtype=torch.int64).index_add_(0, columns, torch.ones_like(columns))

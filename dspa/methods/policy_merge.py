@@ -104,8 +104,10 @@ def _merged_factors(policies: list[SteeringPolicy]) -> Tensor | None:
 
 def _check_mergeable(one: SteeringPolicy, other: SteeringPolicy) -> None:
     maps = one.conditional_map, other.conditional_map
-    if any(each.prompts is not None for each in maps):
-        raise InvalidInputError("a map of nearest prompts has rows of triples, which cannot be added; merge others")
+    if any(each.features is not None for each in maps):
+        raise InvalidInputError(
+            "a map fitted by ridge is looked up by features of its own triples; only maps by mean_difference are added"
+        )
     for name in ("k_prompt", "k_diff", "edit", "sign_guard", "edit_positions"):
         if getattr(one, name) != getattr(other, name):
             raise InvalidInputError(

@@ -47,8 +47,8 @@ class SteeringPolicy:
     Attributes:
         conditional_map: the map A, with the collection it comes from (model, layers, counting rules).
         input_sae, output_sae: the SAEs it was collected with.
-        k_prompt: how many of a prompt's densest latents choose rows of the map. A map of nearest prompts has its own
-            number of neighbours.
+        k_prompt: how many of a prompt's densest latents choose rows of the map. A map fitted by `ridge` has a
+            number of its own.
         k_diff: how many latents are edited in each direction.
         alpha: edit strength, in units of the token's largest activation M_t.
         edit: "ablate", "augment" or "both".
@@ -347,7 +347,7 @@ class SteeringPolicy:
         """
         run, fit, model = self.conditional_map.run, self.conditional_map.options, self.model
         page = self.output_sae.metadata.neuronpedia_page
-        matrix, nearest = self.conditional_map.matrix, self.conditional_map.prompts
+        matrix = self.conditional_map.matrix
         of_parts = "of each part" if self.merged else None
         return model_card(
             repo_id,
@@ -362,7 +362,7 @@ class SteeringPolicy:
                 "edit_positions": self.edit_positions,
                 "gate_percentile, gate_rule": of_parts or f"{fit.gate_percentile}, {fit.gate_rule}",
                 "sparsify": of_parts or fit.sparsify,
-                "estimator": fit.estimator if nearest is None else f"{fit.estimator}, {nearest.neighbours} neighbours",
+                "estimator": fit.estimator if fit.estimator != "ridge" else f"ridge, {fit.features} features",
                 "map entries": matrix.nonzeros,
                 "preference triples": run.triple_count,
                 "counted tokens": counted_tokens(run.count_bos, run.count_template, run.count_eos),

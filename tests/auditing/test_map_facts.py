@@ -46,7 +46,7 @@ def test_rows_and_columns(store: DensityStore, densities: tiny.Densities, edit: 
     A = g.T @ densities.difference / TRIPLES
     found = audit(policy_of(store, edit))
     assert found.map is not None
-    assert (found.map.shape, found.map.triples, found.map.rows_of) == ((D_IN, D_OUT), TRIPLES, "prompt latent")
+    assert (found.map.shape, found.map.triples) == ((D_IN, D_OUT), TRIPLES)
     assert found.map.entries == (A != 0).sum()
     assert found.map.sparsity == pytest.approx(1 - (A != 0).mean())
     assert found.map.always_open == (g.sum(axis=0) == TRIPLES).sum() > 0
@@ -113,15 +113,14 @@ def test_without_prompts_every_row_that_names_a_latent_counts_once(
         assert [each.contribution for each in latent.support] == pytest.approx([by_hand[k] for k in expected])
 
 
-def test_a_map_of_nearest_prompts_has_triples_as_rows(store: DensityStore) -> None:
-    policy = policy_of(store, estimator="nearest_prompts")
+def test_a_map_by_ridge_is_taken_apart_by_triple(store: DensityStore, densities: tiny.Densities) -> None:
+    policy = policy_of(store, estimator="ridge", features=5)
+    coefficients, deviation = tiny.ridge_coefficients(densities, 5)
     found = audit(policy, densities=store)
-    assert found.map is not None
-    assert (found.map.rows_of, found.map.shape) == ("triple", (TRIPLES, D_OUT))
-    assert (found.map.always_open, found.map.heaviest[0].gate_count) == (None, None)
-    A = policy.conditional_map.to_dense().numpy()
+    assert found.latents
     for latent in found.latents:
-        expected = sorted(value for value in A[:, latent.latent] if value < 0)[:3]
+        by_hand = coefficients.sum(axis=0) * deviation[:, latent.latent]
+        expected = sorted(value for value in by_hand if value < 0)[:3]
         assert [each.contribution for each in latent.support] == pytest.approx(expected)
 
 

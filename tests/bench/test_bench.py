@@ -19,7 +19,7 @@ from dspa.bench.command import BenchOptions, run_bench
 from dspa.bench.density_check import check_counts
 from dspa.bench.eager import as_delta, plain_sae, with_error_term
 from dspa.bench.measurements import Column, Interval, Row
-from dspa.bench.operations import EAGER, OURS, READ, READ_ADAPTER, Subject, eager_dtypes, padded_latents
+from dspa.bench.operations import EAGER, OURS, READ, READ_ADAPTER, eager_dtypes, padded_latents
 from dspa.bench.report import read_bandwidth, token_costs
 from dspa.bench.tables import group_tables
 from dspa.cli import app
@@ -267,8 +267,7 @@ def test_an_sae_that_edits_nothing_is_refused() -> None:
 @pytest.mark.parametrize(("products", "dtypes"), [(1, ["bfloat16", "float32"]), (10**9, ["float32"])], ids=str)
 def test_a_call_of_16_bits_that_takes_too_long_is_left_out(products: int, dtypes: list[str]) -> None:
     case = Case(SHAPE, "auto")
-    subject = Subject(case, case.sae, tokens=3, backend="auto", seconds=7)
-    found, left_out = eager_dtypes(subject, case.sae, products)
+    found, left_out = eager_dtypes(case.sae, products, seconds_a_call=1)
     assert [str(dtype).removeprefix("torch.") for dtype in found] == dtypes
     assert left_out.startswith("plain torch in bfloat16, about ") == ("bfloat16" not in dtypes)
     row = Row("row", "group", (), left_out=left_out)

@@ -3,11 +3,12 @@ loop over one request at a time, written out; in float64, in which no rounding r
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,11 @@ import dspa
 from dspa import cli, organism
 from dspa.errors import InvalidInputError
 
-pytest.importorskip("lm_eval", reason="evaluating needs dspa[eval]")
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("evaluating needs dspa[eval]", allow_module_level=True)
 
-import lm_eval
-from lm_eval.tasks import TaskManager
+pytestmark = pytest.mark.long  # lm-eval takes many seconds to import, so that it is imported in the tests alone
 
-from dspa.evaluation import SteeredLM
-from dspa.evaluation.command import EvalOptions, run_eval
-
-simple_evaluate: Any = lm_eval.simple_evaluate
 MMLU, HELLASWAG, GENERATION = TASKS = ("local_mmlu", "local_hellaswag", "local_generation")
 EXAMPLES = 6
 NEW_TOKENS = 10
@@ -116,10 +113,27 @@ def tokenizer() -> Any:
     return organism.load_model()[1]
 
 
+def evaluate(scorer: Any, tasks: Path, names: Sequence[str], **options: Any) -> Any:
+    """What lm-eval's own function returns."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    import dspa.evaluation  # noqa: F401, registers the model
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    run: Any = lm_eval.simple_evaluate
+    return run(scorer, tasks=list(names), task_manager=manager, **options)
+
+
+def steered_model(*arguments: Any, **options: Any) -> Any:
+    from dspa.evaluation import SteeredLM
+
+    return SteeredLM(*arguments, **options)
+
+
 def samples(scorer: Any, tasks: Path, names: tuple[str, ...] = TASKS) -> dict[str, list[Any]]:
     """By task, what lm-eval got for each request of each example, in order."""
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    run: Any = simple_evaluate(scorer, tasks=list(names), task_manager=manager, bootstrap_iters=0, log_samples=True)
+    run = evaluate(scorer, tasks, names, bootstrap_iters=0, log_samples=True)
     return {
         name: [sample["resps"] for sample in sorted(found, key=lambda sample: sample["doc_id"])]
         for name, found in run["samples"].items()
@@ -142,7 +156,7 @@ def steered(model: Any, tokenizer: Any, policy: Path, tasks: Path) -> dict[int, 
     for size in (1, 4, 16):
         found[size] = {}
         for loaded, names in ((model, TASKS[:2]), (organism.load_model()[0], TASKS[2:])):
-            scorer = SteeredLM(loaded, str(policy), tokenizer=tokenizer, batch_size=size, backend="reference")
+            scorer = steered_model(loaded, str(policy), tokenizer=tokenizer, batch_size=size, backend="reference")
             try:
                 found[size] |= samples(scorer, tasks, names)
             finally:
@@ -150,8 +164,7 @@ def steered(model: Any, tokenizer: Any, policy: Path, tasks: Path) -> dict[int, 
     return found
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("task", [MMLU, pytest.param(HELLASWAG, marks=pytest.mark.long)])
+@pytest.mark.parametrize("task", [MMLU, HELLASWAG])
 def test_scores_are_those_of_a_loop_at_every_batch_size(
     steered: dict[int, dict[str, list[Any]]], model: Any, tokenizer: Any, chosen: Any, tasks: Path, task: str
 ) -> None:
@@ -192,19 +205,18 @@ def test_steering_moves_every_score(
     steered: dict[int, dict[str, list[Any]]], model: Any, tokenizer: Any, tasks: Path
 ) -> None:
     """Where lm-eval's own model under `dspa.steer` moved one score in three, and only in batches of one."""
-    unsteered = samples(SteeredLM(model, None, tokenizer=tokenizer, batch_size=4), tasks, TASKS[:2])
+    unsteered = samples(steered_model(model, None, tokenizer=tokenizer, batch_size=4), tasks, TASKS[:2])
     for task in (MMLU, HELLASWAG):
         for before, after in zip(unsteered[task], steered[4][task], strict=True):
             moved = [abs(float(b[0][0]) - float(a[0][0])) for b, a in zip(before, after, strict=True)]
             assert min(moved) > 1e-6
 
 
-@pytest.mark.long
 def test_without_a_policy_it_is_lm_evals_own_model(model: Any, tokenizer: Any, tasks: Path) -> None:
     from lm_eval.models import huggingface
 
     HFLM: Any = huggingface.HFLM
-    own = samples(SteeredLM(model, None, tokenizer=tokenizer, batch_size=1), tasks)
+    own = samples(steered_model(model, None, tokenizer=tokenizer, batch_size=1), tasks)
     theirs = samples(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu"), tasks)
     for task in (MMLU, HELLASWAG):
         for mine, other in zip(own[task], theirs[task], strict=True):
@@ -228,7 +240,7 @@ def test_token_by_token_they_are_the_logits_of_generate(model: Any, tokenizer: A
     tokens = out.sequences[0, len(context) :].tolist()
     logits = torch.stack([step[0] for step in out.logits])
     expected = logits.double().log_softmax(dim=-1)[range(8), tokens]
-    scorer = SteeredLM(model, chosen, tokenizer=tokenizer, batch_size=4, backend="reference")
+    scorer = steered_model(model, chosen, tokenizer=tokenizer, batch_size=4, backend="reference")
     requests = [(None, context, tokens[: count + 1]) for count in range(8)]
     sums = torch.tensor([score for score, _ in scorer._loglikelihood_tokens(requests, disable_tqdm=True)])
     scorer.remove()
@@ -241,7 +253,7 @@ def test_requests_that_share_tokens_but_not_their_prompt(model: Any, tokenizer: 
     tokens = tokenizer("My snowball is broken. How do I fix it? Haha, that is funny.")["input_ids"]
     pairs = [(tokens[:10], tokens[10:14]), (tokens[:12], tokens[12:14]), (tokens[:15], tokens[15:16])]
     pairs += [(tokens[:8], [answer]) for answer in tokens[8:12]]
-    scorer = SteeredLM(model, chosen, tokenizer=tokenizer, batch_size=16, backend="reference", max_length=14)
+    scorer = steered_model(model, chosen, tokenizer=tokenizer, batch_size=16, backend="reference", max_length=14)
     with pytest.warns(UserWarning, match="the first 1 were left out"):
         found = scorer._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
     scorer.remove()
@@ -251,7 +263,7 @@ def test_requests_that_share_tokens_but_not_their_prompt(model: Any, tokenizer: 
 
 
 def test_texts_without_a_prompt(model: Any, tokenizer: Any, policy: Path) -> None:
-    scorer = SteeredLM(model, str(policy), tokenizer=tokenizer)
+    scorer = steered_model(model, str(policy), tokenizer=tokenizer)
     with pytest.raises(InvalidInputError, match="have no prompt for the policy to read"):
         scorer.loglikelihood_rolling([])
     with pytest.warns(UserWarning, match="1 of 1 requests have a context without a token that counts"):
@@ -268,7 +280,7 @@ def test_what_cannot_be_evaluated(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InvalidInputError, match=line):
-        SteeredLM(model, tokenizer=tokenizer, **options)
+        steered_model(model, tokenizer=tokenizer, **options)
 
 
 @pytest.fixture
@@ -280,13 +292,11 @@ def quietly() -> Iterator[None]:
 
 @pytest.mark.usefixtures("quietly")
 def test_the_model_is_known_by_name(policy: Path, tasks: Path) -> None:
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     arguments = f"pretrained={organism.DATA / 'model'},policy={policy},alpha=0.2"
-    run: Any = simple_evaluate("dspa", model_args=arguments, tasks=[MMLU], task_manager=manager, bootstrap_iters=0)
+    run = evaluate("dspa", tasks, [MMLU], model_args=arguments, bootstrap_iters=0)
     assert 0 <= run["results"][MMLU]["acc,none"] <= 1
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["--policy", "{policy}"], []])
 def test_the_command(
     arguments: list[str], policy: Path, tasks: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
@@ -308,7 +318,6 @@ def test_the_command(
     assert (record["summary"] is not None) == bool(arguments)
 
 
-@pytest.mark.long  # lm-eval reads its thousands of task files first
 def test_an_unknown_task_is_one_line(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["dspa", "eval", "--model", "none", "--tasks", "no_such_task"])
     with pytest.raises(SystemExit) as stop:
@@ -317,7 +326,6 @@ def test_an_unknown_task_is_one_line(monkeypatch: Any, capsys: pytest.CaptureFix
     assert "error: task 'no_such_task' is not known to lm-eval" in capsys.readouterr().err
 
 
-@pytest.mark.long
 def test_lm_evals_own_command_line(policy: Path, tasks: Path, tmp_path: Path) -> None:
     arguments = f"pretrained={organism.DATA / 'model'},policy={policy}"
     command = [sys.executable, "-m", "dspa.evaluation", "run", "--model", "dspa", "--model_args", arguments]
@@ -329,5 +337,7 @@ def test_lm_evals_own_command_line(policy: Path, tasks: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("size", ["x", "0", "-1", "2.5"])
 def test_a_batch_size_is_checked_before_anything_is_loaded(size: str) -> None:
+    from dspa.evaluation import command
+
     with pytest.raises(InvalidInputError, match=f"batch size is '{size}'; expected a positive number or auto"):
-        run_eval(EvalOptions("nowhere", ["task"], batch_size=size))
+        command.run_eval(command.EvalOptions("nowhere", ["task"], batch_size=size))

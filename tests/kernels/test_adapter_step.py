@@ -384,6 +384,15 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "stats for another batch": ({"stats": TokenStats.zeros(3, 16)}, "stats are for 3 rows and 16 latents"),
     "no fraction": ({"steering_fraction": 0.0}, r"steering_fraction is 0.0; expected a number in \(0, 1\]"),
     "a fraction above one": ({"steering_fraction": 1.5}, "steering_fraction is 1.5"),
+    "a fraction that is no number": ({"steering_fraction": "x"}, "steering_fraction is 'x'"),
+    "a fraction that is a switch": ({"steering_fraction": True}, "steering_fraction is True"),
+    "hidden that is no tensor": ({"hidden": [[0.0] * 8]}, "hidden is a list; expected a tensor"),
+    "enabled elsewhere": (
+        {"enabled": torch.ones(2, dtype=torch.bool, device="meta")},
+        "enabled is on meta; expected cpu",
+    ),
+    "adapter elsewhere": ({"adapter": ADAPTER.to("meta")}, "adapter is on meta; expected cpu"),
+    "stats elsewhere": ({"stats": TokenStats.zeros(2, 16, "meta")}, "stats is on meta; expected cpu"),
     "unknown mode": ({"mode": "lazy"}, "mode is 'lazy'; expected one of dense, screened"),
 }
 
@@ -403,6 +412,7 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, object], str]] = {
     "one axis": ({"weight": torch.zeros(16)}, r"weight is \(16,\)"),
     "transposed": ({"weight": torch.zeros(8, 16).T}, r"weight is \(16, 8\) torch.float32 \(not contiguous\)"),
     "bias of another width": ({"bias": torch.zeros(15)}, r"bias is \(15,\) torch.float32; expected \(16,\)"),
+    "bias elsewhere": ({"bias": torch.zeros(16, device="meta")}, "bias is on meta; expected cpu"),
     "bfloat16 threshold": ({"threshold": torch.zeros(16).bfloat16()}, "threshold is .*bfloat16; expected .*float32"),
 }
 

@@ -49,6 +49,7 @@ def test_a_temperature_close_to_zero_is_greedy(served: Served) -> None:
     assert text(served.chat(policy="@a", temperature=1e-4, seed=3)) == served.expected["tiny@a"]
 
 
+@pytest.mark.long
 def test_what_is_sampled_has_the_models_probabilities(served: Served) -> None:
     """Temperature 1 and no top_k of 50 behind the request's back: the first token's frequencies over 960 choices."""
     model = tiny_model("llama", dtype=torch.float32)

@@ -84,10 +84,10 @@ def _map(folder: Path) -> None:
     fitted.save(folder)
 
 
-def _nearest(folder: Path) -> None:
+def _ridge(folder: Path) -> None:
     _store(folder / "store")
     fitted = conditional_map.ConditionalDifferenceMap.fit(
-        folder / "store", entries_per_side=3, estimator="nearest_prompts"
+        folder / "store", entries_per_side=3, estimator="ridge", features=8
     )
     shutil.rmtree(folder / "store")
     fitted.save(folder)
@@ -138,7 +138,7 @@ def _use_map(folder: Path) -> Any:
     return loaded.to_dense().tolist(), loaded.always_on().tolist(), loaded.mean_difference.tolist(), loaded.run
 
 
-def _use_nearest(folder: Path) -> Any:
+def _use_ridge(folder: Path) -> Any:
     loaded = dspa.ConditionalDifferenceMap.load(folder)
     return _lists(loaded.select(DENSITY, 5, 3, "both")), loaded.gate_counts.tolist(), loaded.run
 
@@ -171,7 +171,7 @@ def _lists(edits: EditList) -> list[tuple[list[int], list[int]]]:
 KINDS = (
     Kind("policy", _policy, _use_policy),
     Kind("conditional map", _map, _use_map),
-    Kind("map of nearest prompts", _nearest, _use_nearest),
+    Kind("map by ridge", _ridge, _use_ridge),
     Kind("FSRL policy", _fsrl, _use_fsrl),
     Kind("vector policy", _vector, _use_vector),
     Kind("density store", _store, _use_store),
@@ -181,7 +181,7 @@ KINDS = (
 FOLDERS = {
     "policy": steering_policy.FOLDER,
     "conditional map": conditional_map.FOLDER,
-    "map of nearest prompts": conditional_map.FOLDER,
+    "map by ridge": conditional_map.FOLDER,
     "FSRL policy": fsrl_policy.FOLDER,
     "vector policy": vector_policy.FOLDER,
 }

@@ -76,6 +76,7 @@ def test_tune_with_other_gates(
     assert made.conditional_map.options.gate_rule == report["chosen"]["gate_rule"]
 
 
+@pytest.mark.long
 def test_tune_prints_tables(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, *tune_arguments(folder, "printed", alpha="0.3", edit="ablate")) == 0
     text = capsys.readouterr().out

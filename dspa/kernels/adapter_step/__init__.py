@@ -12,6 +12,7 @@ from dspa.errors import InvalidInputError
 from dspa.kernels.adapter_weights import AdapterWeights
 from dspa.kernels.backends.interface import AdapterMode
 from dspa.kernels.backends.registry import operations_for
+from dspa.kernels.operands import check_is_tensor, check_same_device
 from dspa.kernels.types import TokenStats
 from dspa.sae.weights import STORAGE_DTYPES, SaeWeights
 
@@ -73,6 +74,7 @@ def _check(
     steering_fraction: float | None,
     mode: str | None,
 ) -> None:
+    check_is_tensor("hidden", hidden)
     if hidden.ndim != 2 or hidden.shape[1] != sae.d_model or hidden.dtype not in STORAGE_DTYPES:
         raise InvalidInputError(
             f"hidden is {tuple(hidden.shape)} {hidden.dtype}; expected [B, d_model = {sae.d_model}] floating point"
@@ -85,6 +87,13 @@ def _check(
             f"the adapter's weight is {tuple(adapter.weight.shape)}; "
             f"expected [d_sae, d_model] of the SAE, {tuple(sae.W_enc.shape)}"
         )
+    check_same_device(
+        hidden.device,
+        sae=sae.W_enc,
+        adapter=adapter.weight,
+        enabled=enabled,
+        stats=None if stats is None else stats.seen,
+    )
     if sae.decoder_rows is not None and sae.device.type == "cpu" and not torch.compiler.is_compiling():
         missing = (sae.decoder_rows < 0) & (adapter.threshold < math.inf)
         if bool(missing.any()):
@@ -98,7 +107,7 @@ def _check(
             f"stats are for {stats.seen.shape[0]} rows and {stats.latent_edits.shape[0]} latents; "
             f"expected {batch} and {sae.d_sae}"
         )
-    if steering_fraction is not None and not 0 < steering_fraction <= 1:
-        raise InvalidInputError(f"steering_fraction is {steering_fraction}; expected a number in (0, 1]")
+    if steering_fraction is not None and not (type(steering_fraction) in (int, float) and 0 < steering_fraction <= 1):
+        raise InvalidInputError(f"steering_fraction is {steering_fraction!r}; expected a number in (0, 1]")
     if mode is not None and mode not in get_args(AdapterMode):
         raise InvalidInputError(f"mode is {mode!r}; expected one of {', '.join(get_args(AdapterMode))}")

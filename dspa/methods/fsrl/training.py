@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dspa.errors import InvalidInputError
+from dspa.errors import InvalidInputError, MismatchError
 from dspa.kernels import AdapterWeights
 from dspa.kernels.adapter_step.differentiable import differentiable_adapter_step
 from dspa.kernels.adapter_weights import AdapterActivation
@@ -124,6 +124,7 @@ def train(
     layer: int,
     options: TrainingOptions | None = None,
     *,
+    initial: AdapterWeights | None = None,
     validation: PreferenceTriples | Sequence[PreferenceTriple] = (),
     reward: Reward | None = None,
     optimizer: MakeOptimizer = adamw,
@@ -143,6 +144,7 @@ def train(
         sae: the SAE of the layer, with its decoder.
         layer: the decoder layer, from 0.
         options: how.
+        initial: the adapter that training begins with; None for small random weights by `initial_threshold`.
         validation: other triples, for the margin.
         reward: scores a policy by what it generates, higher is better; training then keeps the policy with the best
             reward instead of the best margin, since the loss can fall while text breaks. Called in every process.
@@ -152,14 +154,18 @@ def train(
         progress: whether to draw a progress bar.
 
     Raises:
-        InvalidInputError: if there are no triples, or the SAE lacks decoder rows.
-        MismatchError: if the SAE or the layer does not fit the model, or the folder holds another run.
+        InvalidInputError: if there are no triples, the SAE lacks decoder rows, or the first adapter is of another
+            activation or clip than the options.
+        MismatchError: if the SAE, the layer or the first adapter does not fit the model, or the folder holds another
+            run.
     """
     options = options or TrainingOptions()
     if not len(triples):
         raise InvalidInputError("there are no triples to train on")
     fingerprint = ModelFingerprint.from_model(model)
-    trainer = _Trainer(model, list(triples), list(validation), sae, layer, options, reward, optimizer, fingerprint)
+    trainer = _Trainer(
+        model, list(triples), list(validation), sae, layer, options, initial, reward, optimizer, fingerprint
+    )
     trainer.policy().intervention.check(fingerprint)
     with TrainingProcesses.joined() as processes:
         return trainer.run(processes, None if out is None else Path(out), on_step, progress)
@@ -175,6 +181,7 @@ class _Trainer:
     sae: SparseAutoencoder
     layer: int
     options: TrainingOptions
+    initial: AdapterWeights | None
     reward: Reward | None
     make_optimizer: MakeOptimizer
     fingerprint: ModelFingerprint
@@ -185,23 +192,12 @@ class _Trainer:
         self.device = device_of(self.model)
         self.sae = self.sae.to(self.device)
         self._split = split
-        dtype = torch.float64 if self.sae.dtype == torch.float64 else torch.float32
-        generator = torch.Generator().manual_seed(self.options.seed)
-        least = self.options.initial_threshold
-        small = (torch.rand(self.sae.d_sae, self.sae.d_model, generator=generator, dtype=dtype) * 2 - 1) * least
-        constant = not self.options.train_weight
-        start = {
-            "weight": torch.zeros_like(small) if constant else small,
-            "bias": small[:, 0].clone() if constant else torch.zeros(self.sae.d_sae, dtype=dtype),
-            "threshold": torch.full((self.sae.d_sae,), 0.0 if constant else least, dtype=dtype),
-        }
-        trained = ["bias"] if constant else ["weight", "bias"]
-        if not constant and self.options.activation != "relu":
-            trained.append("threshold")
-        elif self.options.activation == "relu":
-            start["threshold"].zero_()
+        trained = ["bias"]
+        if self.options.train_weight:
+            trained += ["weight"] if self.options.activation == "relu" else ["weight", "threshold"]
         self.parameters = {
-            name: nn.Parameter(tensor.to(self.device), requires_grad=name in trained) for name, tensor in start.items()
+            name: nn.Parameter(tensor.to(self.device), requires_grad=name in trained)
+            for name, tensor in _start(self.initial, self.sae, self.options).items()
         }
         edited = EditedTokens(self.options.edit_positions, self.options.uncounted_token_ids)
         config: Any = self.model.config
@@ -405,7 +401,49 @@ class _Trainer:
         options = {name: getattr(self.options, name) for name in TrainingOptions.__dataclass_fields__}
         ignored = ("evaluate_every", "patience", "checkpoint_every", "cache_states")
         kept: dict[str, Any] = {name: value for name, value in options.items() if name not in ignored}
-        return {"triples": ids, "sae": self.sae.fingerprint(), "layer": self.layer, "options": kept}
+        begun = None
+        if self.initial is not None:
+            tensors = (getattr(self.initial, name) for name in ("weight", "bias", "threshold"))
+            begun = sha256(b"".join(each.double().cpu().numpy().tobytes() for each in tensors)).hexdigest()
+        return {"triples": ids, "sae": self.sae.fingerprint(), "layer": self.layer, "initial": begun, "options": kept}
+
+
+def _start(adapter: AdapterWeights | None, sae: SparseAutoencoder, options: TrainingOptions) -> dict[str, Tensor]:
+    """What training begins with."""
+    return _small_tensors(sae, options) if adapter is None else _tensors_of(adapter, sae, options)
+
+
+def _small_tensors(sae: SparseAutoencoder, options: TrainingOptions) -> dict[str, Tensor]:
+    """Small random weights, or one small random vector."""
+    dtype = torch.float64 if sae.dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(options.seed)
+    least = options.initial_threshold
+    small = (torch.rand(sae.d_sae, sae.d_model, generator=generator, dtype=dtype) * 2 - 1) * least
+    if not options.train_weight:
+        zeros = torch.zeros(sae.d_sae, dtype=dtype)
+        return {"weight": torch.zeros_like(small), "bias": small[:, 0].clone(), "threshold": zeros}
+    threshold = 0.0 if options.activation == "relu" else least
+    return {
+        "weight": small,
+        "bias": torch.zeros(sae.d_sae, dtype=dtype),
+        "threshold": torch.full((sae.d_sae,), threshold, dtype=dtype),
+    }
+
+
+def _tensors_of(adapter: AdapterWeights, sae: SparseAutoencoder, options: TrainingOptions) -> dict[str, Tensor]:
+    """Those of an adapter that training goes on from."""
+    if adapter.weight.shape != sae.W_enc.shape:
+        raise MismatchError(
+            f"the initial adapter is {tuple(adapter.weight.shape)}; expected [d_sae, d_model] of the SAE, "
+            f"{tuple(sae.W_enc.shape)}"
+        )
+    if (adapter.activation, adapter.clip) != (options.activation, options.clip):
+        raise InvalidInputError(
+            f"the initial adapter has activation {adapter.activation!r} and clip {adapter.clip}; expected those of the "
+            f"options, {options.activation!r} and {options.clip}"
+        )
+    dtype = torch.float64 if sae.dtype == torch.float64 else torch.float32
+    return {name: getattr(adapter, name).detach().to(dtype).clone() for name in ("weight", "bias", "threshold")}
 
 
 def _parts(indices: Iterable[int], size: int) -> list[list[int]]:

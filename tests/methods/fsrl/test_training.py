@@ -108,6 +108,16 @@ def test_the_loss_of_a_step_is_that_of_the_equations(positions: Any, uncounted: 
     assert result.policy.edit_positions == positions
 
 
+def test_training_goes_on_from_an_adapter() -> None:
+    first = run().policy
+    goes_on = run(replace(QUICK, pairs_per_step=10, epochs=1), initial=first.adapter)
+    simpo, l1 = written_out(first, triples(10), QUICK)
+    assert goes_on.steps[0].simpo == pytest.approx(simpo, rel=1e-9)
+    assert goes_on.steps[0].l1 == pytest.approx(l1, rel=1e-9)
+    assert not torch.equal(goes_on.policy.adapter.weight, first.adapter.weight)
+    assert torch.equal(first.adapter.weight, run().policy.adapter.weight)  # it was not trained in place
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_upper_part_of_a_model_is_the_model(family: Family) -> None:
     model: Any = tiny_model(family)
@@ -281,6 +291,8 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     run(out=tmp_path)
     with pytest.raises(MismatchError, match="other learning_rate, seed; use another folder"):
         run(replace(QUICK, learning_rate=0.01, seed=3), out=tmp_path)
+    with pytest.raises(MismatchError, match="other initial"):
+        run(initial=run().policy.adapter, out=tmp_path)
     with pytest.raises(MismatchError, match="other triples"):
         run(count=9, out=tmp_path)
 
@@ -304,6 +316,11 @@ def test_what_does_not_fit_is_refused() -> None:
         train(MODEL, triples(2), SAE, 9)
     with pytest.raises(InvalidInputError, match="every decoder row"):
         train(MODEL, triples(2), SAE.encoder_only(), OUTPUT_LAYER)
+    adapter = run().policy.adapter
+    with pytest.raises(InvalidInputError, match="initial adapter has activation 'soft_threshold' and clip True"):
+        run(replace(QUICK, clip=False), initial=adapter)
+    with pytest.raises(MismatchError, match="initial adapter is"):
+        run(initial=replace(adapter, weight=adapter.weight[:, :-1].contiguous()))
 
 
 # ----------------------------------------------------------------------------------------------------- processes, trl
