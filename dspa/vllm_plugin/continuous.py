@@ -5,6 +5,8 @@
     that is read      counts add up over the steps that a prompt takes; after the last, its policy selects its edits.
     after a layer     the rows of all policies that share a launch are edited by one, each with its own list and
     that is edited    strength.
+    after the step    `end_step`: every layer concerned was computed, once. A step that was not steered raises, so that
+                      nothing of it is answered.
 
 State belongs to requests, from their first step until `forget`; what was read of a block of the KV cache belongs to the
 block. A preempted request keeps its lists: its tokens are computed again, and edited by the same lists.
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspa.errors import DspaError
 from dspa.kernels import StepMode
 from dspa.methods.policy import Policy
 from dspa.online.policy_groups import editing_groups, reading_groups
@@ -68,6 +71,8 @@ class ContinuousSteering:
         self._editors = [StepEditor(group, numbers, device, backend, mode) for group in editing_groups(self.policies)]
         self._reading: list[StepReader] = []
         self._editing: list[StepEditor] = []
+        self._due: set[int] = set()  # layers that this step reads or edits after, and has not computed
+        self._computed: set[int] = set()  # those that it has
 
     def keep_by_block(self, blocks: int, block_tokens: int) -> int:
         """From now on requests may begin with blocks of the KV cache that others computed.
@@ -80,6 +85,21 @@ class ContinuousSteering:
             How many bytes that takes.
         """
         return sum(reader.keep_by_block(blocks, block_tokens) for reader in self._readers)
+
+    def bytes_per_block(self, block_tokens: int) -> int:
+        """How many bytes `keep_by_block` takes for each block."""
+        return sum(reader.bytes_per_block(block_tokens) for reader in self._readers)
+
+    def step_bytes(self, tokens: int, requests: int, block_tokens: int, d_model: int) -> int:
+        """How many bytes steering takes at most during a step of so many tokens and requests, and keeps."""
+        return max((reader.step_bytes(tokens, requests, block_tokens) for reader in self._readers), default=0) + sum(
+            editor.step_bytes(tokens, d_model) for editor in self._editors
+        )
+
+    @property
+    def reads(self) -> bool:
+        """Whether a policy reads prompts."""
+        return bool(self._readers)
 
     def begin_step(self, segments: Sequence[Segment]) -> bool:
         """States what the step computes of requests that have a policy.
@@ -115,12 +135,36 @@ class ContinuousSteering:
                 self._editing.append(editor)
         for segment, state in known:
             state.seen_until = max(state.seen_until, segment.end)
-        return bool(self._reading or self._editing)
+        self._due = {part.layer for part in (*self._reading, *self._editing)}
+        self._computed = set()
+        return bool(self._due)
+
+    def end_step(self) -> None:
+        """Checks that the step was steered.
+
+        Raises:
+            DspaError: if it has not computed a layer that was to be read or edited, as far as this object was told.
+        """
+        if self._due:
+            raise DspaError(
+                f"a step computed tokens under a policy, and layers {sorted(self._due)} told nothing: "
+                "it was not steered, and nothing of it is answered; start vLLM with enforce_eager=True"
+            )
 
     @torch.no_grad()
     def layer_computed(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Reads and edits what is to be read and edited after a layer, in place. The residual stream is
-        `hidden + residual`, `[N, d_model]` both, or `hidden` alone."""
+        `hidden + residual`, `[N, d_model]` both, or `hidden` alone.
+
+        Raises:
+            DspaError: if the step has computed the layer before.
+        """
+        if layer in self._computed:
+            raise DspaError(f"a step computed layer {layer} twice, so that its tokens would be edited twice")
+        if layer not in self._due:
+            return
+        self._due.remove(layer)
+        self._computed.add(layer)
         for reader in self._reading:
             if reader.layer == layer:
                 reader.read(hidden, residual)
@@ -133,8 +177,9 @@ class ContinuousSteering:
         self.requests.pop(request, None)
 
     def counts(self) -> dict[str, PolicyCounts]:
-        """The tokens of each policy so far."""
-        total = torch.stack([editor.counters for editor in self._editors]).sum(dim=0).tolist()
+        """The tokens of each policy so far, as far as the device has come. Any thread may ask: nothing waits for the
+        device."""
+        total = torch.stack([editor.host_counters for editor in self._editors]).sum(dim=0).tolist()
         return {
             name: PolicyCounts(**dict(zip(COUNTERS, row, strict=True)))
             for name, row in zip(self.policies, total[:-1], strict=True)

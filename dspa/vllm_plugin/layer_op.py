@@ -6,6 +6,7 @@ step, which the worker states before it runs the model; outside of a step it doe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -23,22 +24,29 @@ class LayerObserver(Protocol):
         """The residual stream after a layer is `hidden + residual`, `[N, d_model]` both, or `hidden` alone."""
 
 
-_observers: list[LayerObserver] = []  # the last one is of the step that runs
+class _Observers(threading.local):
+    """Of each thread: engines in one process may run their steps in threads of their own."""
+
+    def __init__(self) -> None:
+        self.stack: list[LayerObserver] = []  # the last one is of the step that runs
+
+
+_observers = _Observers()
 
 
 @contextmanager
 def observed_by(observer: LayerObserver) -> Iterator[None]:
-    """While it lasts, layers tell an observer."""
-    _observers.append(observer)
+    """While it lasts, the layers that this thread computes tell an observer."""
+    _observers.stack.append(observer)
     try:
         yield
     finally:
-        _observers.pop()
+        _observers.stack.pop()
 
 
 def _after_layer(hidden: Tensor, residual: Tensor | None, layer: int) -> None:
-    if _observers:
-        _observers[-1].layer_computed(layer, hidden, residual)
+    if _observers.stack:
+        _observers.stack[-1].layer_computed(layer, hidden, residual)
 
 
 def _nothing(hidden: Tensor, residual: Tensor | None, layer: int) -> None:

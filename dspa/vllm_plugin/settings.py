@@ -7,17 +7,22 @@ puts what the others have to know in that place of the configuration, as plain J
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dspa.errors import InvalidInputError
+import torch
+
+from dspa.errors import CorruptFileError, InvalidInputError
 from dspa.methods.hub import local_folder
 from dspa.methods.policy import EditPositions, Policy
 from dspa.methods.saved_policy import KINDS, load_policy
+from dspa.methods.steering_policy import SteeringPolicy
 from dspa.sae.autoencoder import SparseAutoencoder
 
 ENVIRONMENT_VARIABLE = "DSPA_VLLM_POLICIES"
@@ -60,6 +65,11 @@ class EngineSettings:
         found |= {policy.reading_layer for policy in self.policies.values() if policy.reading_layer is not None}
         return tuple(sorted(found))
 
+    @property
+    def token(self) -> str:
+        """By which processes know that they serve the same policies: a digest of what is known of them."""
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
+
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
         return {"served": {name: asdict(policy) for name, policy in self.policies.items()}}
@@ -80,14 +90,35 @@ class EngineSettings:
             )
         return cls({name: ServedPolicy(**fields) for name, fields in recorded["served"].items()})
 
-    def load(self) -> dict[str, Policy]:
-        """The policies themselves.
+    def load(self, device: torch.device) -> dict[str, Policy]:
+        """The policies themselves. Those that read alike share the SAE they read by, in memory.
+
+        Args:
+            device: where prompts are read, and looked up.
 
         Raises:
             InvalidInputError: if a folder is gone.
-            CorruptFileError: if a file is truncated or altered.
+            CorruptFileError: if a file is truncated or altered, or is another one than when the engine started.
         """
-        return {name: load_policy(policy.folder) for name, policy in self.policies.items()}
+        read_by: dict[str | None, Any] = {}
+        found: dict[str, Policy] = {}
+        for name, served in self.policies.items():
+            policy: Any = load_policy(served.folder)
+            if _digest(Path(served.folder)) != served.fingerprint:
+                raise CorruptFileError(
+                    f"policy {name!r} in {served.folder} is not the one that vLLM was started with; start it again"
+                )
+            if isinstance(policy, SteeringPolicy):  # checked as it was read: parts are exchanged for equal ones
+                policy, fitted = copy.copy(policy), policy.conditional_map
+                features = None if fitted.features is None else fitted.features.to(device)
+                parts = {
+                    "input_sae": read_by.setdefault(served.reading, policy.input_sae),
+                    "conditional_map": replace(fitted, matrix=fitted.matrix.to(device), features=features),
+                }
+                for part, value in parts.items():
+                    object.__setattr__(policy, part, value)
+            found[name] = policy
+        return found
 
 
 def named_sources(environment: str | None, configured: Any) -> dict[str, str]:
@@ -160,6 +191,38 @@ def requested_policy(extra_args: Mapping[str, Any] | None, known: Mapping[str, A
         return None
     if not isinstance(name, str) or name not in known:
         raise InvalidInputError(f"policy {name!r:.80} is not served here; expected one of {', '.join(known)}")
+    return name
+
+
+def check_request(
+    settings: EngineSettings | None,
+    extra_args: Mapping[str, Any] | None,
+    *,
+    has_tokens: bool,
+    has_embeddings: bool,
+    grows: bool,
+) -> str | None:
+    """The policy of a request; None for one that is not to be steered.
+
+    Args:
+        settings: of the engine; None if it has no policies.
+        extra_args: the request's.
+        has_tokens: whether its prompt is known as tokens.
+        has_embeddings: whether it comes as embeddings, whole or in part.
+        grows: whether more of the prompt may come later.
+
+    Raises:
+        InvalidInputError: for a request that names a policy and would not be steered right.
+    """
+    if (extra_args or {}).get(REQUEST_KEY) is None:
+        return None
+    if settings is None:
+        raise InvalidInputError("a request names a policy; this engine was started without any")
+    name = requested_policy(extra_args, settings.policies)
+    if has_embeddings or not has_tokens:
+        raise InvalidInputError("a request with a policy has its prompt as embeddings; pass text or tokens")
+    if grows:
+        raise InvalidInputError("a request with a policy has a prompt that grows; pass it whole")
     return name
 
 

@@ -13,6 +13,7 @@ from dspa.online.policy_groups import EditingGroup
 from dspa.vllm_plugin.step import RequestState, stream_at
 
 COUNTERS = ("seen", "edited", "nonfinite")
+ROWS = 512  # that one launch edits, at most: what it reads and writes is allocated once, and kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +26,13 @@ class _Buffers:
 
 
 class StepEditor:
-    """Edits some rows of a step after one layer.
+    """Edits some rows of a step after one layer, by one launch for up to `ROWS` of them.
 
     Attributes:
         layer: the decoder layer.
         names: whose tokens are edited.
+        counters: `[policies + 1, len(COUNTERS)]` int64 on the device, the last row of tokens that are not counted.
+        host_counters: the same on the host, when the device has come that far.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class StepEditor:
     ) -> None:
         """Args:
         group: the policies that share a launch.
-        numbers: the row of each policy in `counters`; the row after the last is of tokens that are not counted.
+        numbers: the row of each policy in `counters`.
         device: where it edits.
         backend: a kernel backend's name, or "auto".
         mode: how the kernel gets to its result.
@@ -59,6 +62,14 @@ class StepEditor:
         self._counted: list[bool] = []
         self._prepared = False
         self.counters = torch.zeros(len(numbers) + 1, len(COUNTERS), dtype=torch.int64, device=device)
+        self.host_counters = torch.zeros(
+            self.counters.shape, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
+        )
+
+    def step_bytes(self, tokens: int, d_model: int) -> int:
+        """How many bytes the edits of a step of so many tokens take at most, in float32."""
+        kept = 2 * min(ROWS, 1 << (tokens - 1).bit_length())  # of all powers of two up to it
+        return 4 * d_model * (kept + 6 * min(ROWS, tokens))
 
     def begin_step(self, rows: list[int], states: list[RequestState], counted: list[bool]) -> bool:
         """States which rows of the step are edited, for which request, and whether they are counted.
@@ -75,8 +86,20 @@ class StepEditor:
         """Edits them in place, `hidden` and `residual` `[N, d_model]` of all tokens of the step. Where a row changes,
         its `residual` becomes the edited stream and its `hidden` zero; another row keeps its bits."""
         count = len(self._row_list)
-        if not self._prepared:
-            self._prepare(hidden)
+        if count <= ROWS:
+            if not self._prepared:
+                self._prepare(hidden, 0, count)
+                self._prepared = True
+            self._edit_rows(hidden, residual, count)
+        else:
+            for first in range(0, count, ROWS):
+                end = min(count, first + ROWS)
+                self._prepare(hidden, first, end)
+                self._edit_rows(hidden, residual, end - first)
+        self.host_counters.copy_(self.counters, non_blocking=True)
+
+    def _edit_rows(self, hidden: Tensor, residual: Tensor | None, count: int) -> None:
+        """Edits the rows that were prepared."""
         buffers = self._buffers
         stream = stream_at(self._rows, hidden, residual)
         buffers.hidden[:count] = stream
@@ -90,9 +113,9 @@ class StepEditor:
             hidden.index_copy_(0, self._rows, hidden.index_select(0, self._rows).masked_fill_(changed, 0))
         self._count(buffers.stats, count)
 
-    def _prepare(self, hidden: Tensor) -> None:
-        """Brings the rows' lists to the place where the launch reads them."""
-        count = len(self._row_list)
+    def _prepare(self, hidden: Tensor, first: int, end: int) -> None:
+        """Brings the lists of some of the rows to the place where the launch reads them."""
+        states, count = self._states[first:end], end - first
         size = 1 << (count - 1).bit_length()
         buffers = self._by_size.get(size)
         if buffers is None:
@@ -103,31 +126,30 @@ class StepEditor:
                     TokenStats.zeros(size, self._editor.latents, self._device),
                 )
         self._buffers = buffers
-        self._rows = torch.tensor(self._row_list, device=self._device)
+        self._rows = torch.tensor(self._row_list[first:end], device=self._device)
         buffers.enabled[:count] = True
         buffers.enabled[count:] = False
         uncounted = len(self._numbers)
         numbers = [
             self._numbers[state.policy] if counted else uncounted
-            for state, counted in zip(self._states, self._counted, strict=True)
+            for state, counted in zip(states, self._counted[first:end], strict=True)
         ]
         self._row_numbers = torch.tensor(numbers, device=self._device)
-        self._editor.begin_prompt([*(state.policy for state in self._states), *[None] * (size - count)])
+        self._editor.begin_prompt([*(state.policy for state in states), *[None] * (size - count)])
         of_policy: dict[str, list[int]] = {}
-        for row, state in enumerate(self._states):
+        for row, state in enumerate(states):
             if not state.selected:
                 raise InvalidInputError("a token is to be edited whose prompt was not read; this is an error of dspa")
             if state.selection is not None:
                 of_policy.setdefault(state.policy, []).append(row)
         for rows in of_policy.values():
-            lists = [selection for row in rows if (selection := self._states[row].selection) is not None]
+            lists = [selection for row in rows if (selection := states[row].selection) is not None]
             together = EditList(
                 torch.cat([each.latents for each in lists]),
                 torch.cat([each.signs for each in lists]),
                 torch.cat([each.counts for each in lists]),
             )
             self._editor.set_selection(together, torch.tensor(rows))
-        self._prepared = True
 
     def _count(self, stats: TokenStats, rows: int) -> None:
         """Adds the step's tokens to their policies' counters."""

@@ -14,7 +14,7 @@ from dspa.kernels import EditList, encode_density
 from dspa.methods.policy import Policy
 from dspa.online.policy_groups import ReadingGroup
 from dspa.sae.weights import SaeWeights
-from dspa.vllm_plugin.block_counts import BlockCounts
+from dspa.vllm_plugin.block_counts import BlockCounts, Piece
 from dspa.vllm_plugin.step import RequestState, Segment, stream_at
 
 
@@ -58,6 +58,16 @@ class StepReader:
         self._blocks = BlockCounts(blocks, block_tokens, self._sae.d_sae, self._device)
         return self._blocks.nbytes
 
+    def bytes_per_block(self, block_tokens: int) -> int:
+        """How many bytes `keep_by_block` takes for each block."""
+        return BlockCounts.bytes_per_block(block_tokens, self._sae.d_sae)
+
+    def step_bytes(self, tokens: int, requests: int, block_tokens: int) -> int:
+        """How many bytes it takes at most to read the prompts of a step of so many tokens and requests."""
+        pieces = tokens // block_tokens + 2 * requests
+        per_piece = self._sae.d_sae * (4 + 4 + 1)  # counts, those of a request together, those of a block
+        return pieces * per_piece + 2 * 4 * tokens * self._sae.d_model
+
     def begin_step(self, segments: list[tuple[Segment, RequestState]]) -> bool:
         """Finds the tokens to read.
 
@@ -65,8 +75,7 @@ class StepReader:
             Whether there are any.
         """
         self._readings = []
-        self._piece_blocks: list[int] = []
-        self._piece_starts: list[int] = []
+        self._in_blocks: list[Piece] = []
         rows: list[np.ndarray] = []
         for segment, state in segments:
             end = min(segment.end, state.prompt_tokens)
@@ -87,7 +96,7 @@ class StepReader:
         stream = stream_at(self._rows, hidden, residual)
         counts = encode_density(stream, self._offsets, self._sae, backend=self._backend)
         if self._blocks is not None:  # before any is summed: requests may share blocks that this step computes
-            self._blocks.write(self._piece_blocks, self._piece_starts, counts)
+            self._blocks.write(self._in_blocks, counts)
         finished: dict[str, list[RequestState]] = {}
         for reading in self._readings:
             state = reading.state
@@ -109,9 +118,8 @@ class StepReader:
             return
         size, start = self._blocks.block_tokens, segment.start
         while start < end:
-            self._piece_blocks.append(segment.blocks[start // size])
-            self._piece_starts.append(start % size)
             stop = min(end, (start // size + 1) * size)
+            self._in_blocks.append(Piece(segment.blocks[start // size], start % size, stop - start))
             yield start, stop
             start = stop
 
