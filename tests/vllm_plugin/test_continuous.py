@@ -7,8 +7,10 @@ expected of each token is computed from its whole prompt at once, with nothing o
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from threading import Barrier
 
 import pytest
 import torch
@@ -16,8 +18,11 @@ from tiny_models import BOS, VOCAB, tiny_model, tiny_policy
 from torch import Tensor
 
 from dspa import SteeringPolicy, VectorPolicy
+from dspa.errors import DspaError
 from dspa.kernels import EditList, encode_density, token_step
+from dspa.vllm_plugin import step_editor
 from dspa.vllm_plugin.continuous import ContinuousSteering
+from dspa.vllm_plugin.layer_op import observed_by
 from dspa.vllm_plugin.prefix_keys import block_key
 from dspa.vllm_plugin.settings import ServedPolicy
 from dspa.vllm_plugin.step import Segment
@@ -39,7 +44,8 @@ def stream_of(layer_and_tokens: tuple[int, ...]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def policies() -> dict[str, SteeringPolicy | VectorPolicy]:
-    """Two that read alike and share a launch, one with other SAEs, one with other positions, and a vector."""
+    """Two that read alike and share a launch, one that counts other tokens, one with other SAEs, one of other positions
+    that are edited, and a vector."""
     model = tiny_model("llama", dtype=torch.float32)
     first = tiny_policy(model, dtype=torch.float32)
     vector = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(9))
@@ -47,6 +53,7 @@ def policies() -> dict[str, SteeringPolicy | VectorPolicy]:
         "first": first,
         "stronger": first.with_options(alpha=0.9, k_diff=3, edit="ablate"),
         "other": tiny_policy(model, dtype=torch.float32, seed=5),
+        "counting": tiny_policy(model, dtype=torch.float32, uncounted_token_ids=(BOS, 5)),
         "generated": first.with_options(edit_positions="generated"),
         "vector": VectorPolicy(vector, layer=OUTPUT_LAYER, edit_positions="all", uncounted_token_ids=(BOS,)),
     }
@@ -57,7 +64,8 @@ def served(policies: dict[str, SteeringPolicy | VectorPolicy]) -> dict[str, Serv
     for name, policy in policies.items():
         sae = policy.input_sae.fingerprint() if isinstance(policy, SteeringPolicy) else None
         reading_layer = None if sae is None else INPUT_LAYER
-        found[name] = ServedPolicy(name, name, policy.edit_positions, OUTPUT_LAYER, reading_layer, sae)
+        reading = sae and f"{sae} {policy.uncounted_token_ids}"
+        found[name] = ServedPolicy(name, name, policy.edit_positions, OUTPUT_LAYER, reading_layer, reading)
     return found
 
 
@@ -156,11 +164,36 @@ class Scheduler:
         return block
 
 
-@pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize("seed", range(2))
-def test_every_token_follows_its_own_prompt(
-    policies: dict[str, SteeringPolicy | VectorPolicy], caching: bool, seed: int
+def check_selection(
+    steering: ContinuousSteering, policies: dict[str, SteeringPolicy | VectorPolicy], request: Request
 ) -> None:
+    """What was selected by pieces of a prompt is what the whole prompt selects, latent for latent."""
+    policy = policies.get(request.policy or "")
+    state = steering.requests.get(request.name)
+    if state is None or not isinstance(policy, SteeringPolicy):
+        return
+    assert state.selected == (state.selected or request.computed >= len(request.prompt))
+    if state.selected:
+        found, expected = state.selection, lists_of(policy, tuple(request.prompt))
+        assert found is not None
+        if expected is None:
+            assert not found.counts.any()
+        else:
+            for part in ("counts", "latents", "signs"):
+                assert torch.equal(getattr(found, part), getattr(expected, part))
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize(("seed", "rows"), [(0, step_editor.ROWS), (1, 2)])
+def test_every_token_follows_its_own_prompt(
+    policies: dict[str, SteeringPolicy | VectorPolicy],
+    caching: bool,
+    seed: int,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In launches of many rows and of few."""
+    monkeypatch.setattr(step_editor, "ROWS", rows)
     scheduler = Scheduler(policies, caching, seed)
     rng, steering = scheduler.random, scheduler.steering
     begins = [[BOS, *rng.choices(range(5, VOCAB), k=10)] for _ in range(2)]
@@ -221,7 +254,10 @@ def test_every_token_follows_its_own_prompt(
                     )
                     if position >= request.reached:
                         seen[request.policy or ""] += 1
+        if segments:
+            steering.end_step()
         for request in running:
+            check_selection(steering, policies, request)
             request.reached = max(request.reached, request.computed)
             if request.computed == len(request.tokens):
                 steering.forget(request.name)
@@ -229,3 +265,62 @@ def test_every_token_follows_its_own_prompt(
     assert not steering.requests
     assert {name: counts.seen for name, counts in steering.counts().items()} == seen
     assert not caching or scheduler.hits > 10
+
+
+def test_a_step_computes_each_layer_once(policies: dict[str, SteeringPolicy | VectorPolicy]) -> None:
+    """Where a layer tells nothing, as in a captured graph, or twice, tokens would not be steered as they should be."""
+    hidden = stream([BOS, 5], OUTPUT_LAYER)[None].repeat(2, 1)
+
+    def begun() -> ContinuousSteering:
+        steering = ContinuousSteering(policies, CPU)
+        assert steering.begin_step([Segment("r", "first", 0, 0, 2, [BOS, 5])])
+        return steering
+
+    with pytest.raises(DspaError, match=r"layers \[1, 2\] told nothing"):
+        begun().end_step()
+    steering = begun()
+    steering.layer_computed(INPUT_LAYER, hidden.clone(), None)
+    with pytest.raises(DspaError, match=r"layers \[2\] told nothing"):
+        steering.end_step()
+    steering.layer_computed(OUTPUT_LAYER, hidden.clone(), None)
+    steering.end_step()
+    with pytest.raises(DspaError, match="computed layer 2 twice"):
+        steering.layer_computed(OUTPUT_LAYER, hidden.clone(), None)
+    assert not steering.begin_step([])
+    steering.layer_computed(OUTPUT_LAYER, hidden.clone(), None)
+    steering.end_step()
+
+
+def test_threads_have_their_own_steps(policies: dict[str, SteeringPolicy | VectorPolicy]) -> None:
+    """Engines of one process whose steps overlap."""
+    both_run = Barrier(2, timeout=20)
+
+    def step(policy: str | None) -> Tensor:
+        steering = ContinuousSteering(policies, CPU)
+        hidden = stream([BOS, 5], OUTPUT_LAYER)[None].clone()
+        steering.begin_step([] if policy is None else [Segment("r", policy, 0, 0, 1, [5])])
+        with observed_by(steering):
+            both_run.wait()
+            torch.ops.dspa.after_layer(hidden, None, OUTPUT_LAYER)
+            both_run.wait()
+        steering.end_step()
+        return hidden
+
+    with ThreadPoolExecutor(2) as threads:
+        plain, steered = threads.map(step, [None, "vector"])
+    assert torch.equal(plain, stream([BOS, 5], OUTPUT_LAYER)[None])
+    assert torch.equal(steered, plain + policies["vector"].vector)  # type: ignore[union-attr]
+
+
+def test_counters_are_read_without_the_device(policies: dict[str, SteeringPolicy | VectorPolicy]) -> None:
+    """Another thread asks for them, also while a graph is captured, when nothing else may use the device."""
+    steering = ContinuousSteering(policies, CPU)
+    steering.begin_step([Segment("r", "vector", 0, 0, 1, [5])])
+    steering.layer_computed(OUTPUT_LAYER, stream([5], OUTPUT_LAYER)[None], None)
+    editor = next(editor for editor in steering._editors if "vector" in editor.names)
+    counted = steering.counts()["vector"]
+    assert (counted.seen, counted.edited) == (1, 1)
+    for each in steering._editors:
+        each.counters = each.counters.to("meta")
+    assert steering.counts()["vector"] == counted
+    assert editor.host_counters.device == CPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from tiny_models import tiny_model, tiny_policy
 
 from dspa import VectorPolicy
-from dspa.errors import InvalidInputError
+from dspa.errors import CorruptFileError, InvalidInputError
+from dspa.online.policy_groups import alike
 from dspa.vllm_plugin.prefix_keys import block_key
 from dspa.vllm_plugin.settings import EngineSettings, ServedPolicy, named_sources, read_policies, requested_policy
 
@@ -74,7 +76,34 @@ def test_settings_reach_other_processes_as_json(tmp_path: Path) -> None:
     assert served["a"].reading == served["weaker"].reading
     assert len({served[name].reading for name in ("a", "other", "bos", "v")}) == 4
     assert len({each.fingerprint for each in served.values()}) == len(policies)
-    assert settings.load(torch.device("cpu")).keys() == policies.keys()
+    loaded: dict[str, Any] = settings.load(torch.device("cpu"))
+    assert loaded.keys() == policies.keys()
+    assert loaded["a"].input_sae is loaded["weaker"].input_sae
+    assert loaded["a"].input_sae is not loaded["other"].input_sae
+    density = torch.rand(2, loaded["a"].input_sae.d_sae, generator=torch.Generator().manual_seed(0))
+    for name in ("a", "weaker", "other"):
+        assert alike(loaded[name].select(density), policies[name].select(density))  # type: ignore[union-attr]
+    elsewhere: Any = settings.load(torch.device("meta"))["a"]  # looked up where prompts are read
+    assert elsewhere.conditional_map.matrix.values.is_meta
+
+
+@pytest.mark.parametrize("changed", ["alpha", "edit_positions", "removed"])
+def test_policies_are_those_that_the_engine_was_started_with(tmp_path: Path, changed: str) -> None:
+    """A worker loads them minutes later, or days."""
+    policy = tiny_policy(tiny_model("llama", dtype=torch.float32), dtype=torch.float32)
+    folder = policy.save_pretrained(tmp_path / "a")
+    settings = read_policies({"a": str(folder)})
+    settings.load(torch.device("cpu"))
+    shutil.rmtree(folder)
+    if changed == "removed":
+        with pytest.raises(InvalidInputError):
+            settings.load(torch.device("cpu"))
+        return
+    options: Any = {"alpha": 0.1} if changed == "alpha" else {"edit_positions": "generated"}
+    policy.with_options(**options).save_pretrained(folder)
+    with pytest.raises(CorruptFileError, match="not the one that vLLM was started with"):
+        settings.load(torch.device("cpu"))
+    assert read_policies({"a": str(folder)}).token != settings.token
 
 
 def test_configurations_that_no_policy_was_read_for_are_refused() -> None:

@@ -39,7 +39,8 @@ def create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **
         raise InvalidInputError(f"additional_config is a {type(configured).__name__}; with policies, pass a dictionary")
     settings = read_policies(sources)
     _chose_runner = _chose_runner or RUNNER_VARIABLE not in os.environ
-    os.environ.setdefault(RUNNER_VARIABLE, "0")
+    if os.environ.setdefault(RUNNER_VARIABLE, "0") not in ("0", "false", "False"):
+        raise InvalidInputError(f"{RUNNER_VARIABLE} is set; policies are served by vLLM's first model runner: unset it")
     config = original(args, *rest, **more)
     check_config(config, settings)
     split_graphs(config.compilation_config)
@@ -54,7 +55,7 @@ def check_config(config: Any, settings: EngineSettings) -> None:
     """Refuses what would not be steered right."""
     parallel, cache, events = config.parallel_config, config.cache_config, config.kv_events_config
     refused = {
-        f"vLLM's second model runner ({RUNNER_VARIABLE}=1)": config.use_v2_model_runner,
+        "vLLM's second model runner": config.use_v2_model_runner,
         "vLLM's frontend in Rust (VLLM_USE_RUST_FRONTEND)": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0",
         "pooling": config.model_config.runner_type != "generate",
         "speculative decoding": config.speculative_config is not None,
