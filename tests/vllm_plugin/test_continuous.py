@@ -184,16 +184,16 @@ def check_selection(
 
 
 @pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize(("seed", "rows"), [(0, step_editor.ROWS), (1, 2)])
+@pytest.mark.parametrize(("seed", "at_once"), [(0, step_editor.ROWS), (1, 2)])
 def test_every_token_follows_its_own_prompt(
     policies: dict[str, SteeringPolicy | VectorPolicy],
     caching: bool,
     seed: int,
-    rows: int,
+    at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In launches of many rows and of few."""
-    monkeypatch.setattr(step_editor, "ROWS", rows)
+    monkeypatch.setattr(step_editor, "ROWS", at_once)
     scheduler = Scheduler(policies, caching, seed)
     rng, steering = scheduler.random, scheduler.steering
     begins = [[BOS, *rng.choices(range(5, VOCAB), k=10)] for _ in range(2)]
