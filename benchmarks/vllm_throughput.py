@@ -3,10 +3,11 @@
     .venv-vllm/bin/python benchmarks/vllm_throughput.py --model organism --out runs/vllm.json
     .venv-vllm/bin/python benchmarks/vllm_throughput.py --model 200m --rounds 7 --out runs/vllm_200m.json
 
-One engine serves all ways, in interleaved rounds. vLLM without the plugin's work is the unsteered way of an engine
-that was started without policies (`--bare`), in its own process. The hook per request is how vllm-lens steers: a
-forward hook on the layer slices each request's rows and edits them in plain torch. It needs the eager mode, so that its
-rows are compared with an eager engine (`--eager`). Answers are compared before anything is timed.
+One engine serves all ways, in interleaved rounds that each begin with an empty prefix cache. vLLM without the plugin's
+work is the unsteered way of an engine that was started without policies (`--bare`), in its own process. The hook per
+request is how vllm-lens steers: a forward hook on the layer slices each request's rows and edits them in plain torch.
+It needs the eager mode, so that its rows are compared with an eager engine (`--eager`). Answers are compared before
+anything is timed: a policy that changes few of them, or a hook that says something else in float32, is an error.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def random_policies(model: Any, layers: tuple[int, int], d_sae: int) -> dict[str
     return {f"p{n}": first.with_options(alpha=0.1 + 0.05 * n, k_diff=16 - n) for n in range(POLICIES)}
 
 
-def prepared(name: str, folder: Path) -> tuple[Path, dict[str, dspa.SteeringPolicy]]:
+def prepared(name: str, dtype: str, folder: Path) -> tuple[Path, dict[str, dspa.SteeringPolicy]]:
     """The model's folder, and policies for it."""
     if name == "organism":
         from dspa.organism import DATA, load_model
@@ -114,7 +115,7 @@ def prepared(name: str, folder: Path) -> tuple[Path, dict[str, dspa.SteeringPoli
     }
     config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=3072, **shape)
     model: Any = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16)
+    model = model.to(getattr(torch, dtype))
     model.save_pretrained(folder / "model")
     return folder / "model", random_policies(model, (3, 8), 8192)
 
@@ -176,17 +177,17 @@ class HookPerRequest:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    model_folder, policies = prepared(arguments.model, folder)
+    model_folder, policies = prepared(arguments.model, arguments.dtype, folder)
     sources = {name: str(policy.save_pretrained(folder / name)) for name, policy in policies.items()}
     llm = LLM(
         model=str(model_folder),
-        dtype="float32" if arguments.model == "organism" else "bfloat16",
+        dtype=arguments.dtype,
         enforce_eager=arguments.eager,
         skip_tokenizer_init=True,
         max_model_len=256,
         max_num_seqs=arguments.requests,
         kv_cache_memory_bytes=2**30,
-        enable_prefix_caching=False,
+        enable_prefix_caching=True,
         additional_config={} if arguments.bare else {"dspa": sources},
     )
     core: Any = llm.llm_engine.engine_core
@@ -207,6 +208,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             )
             for name in names
         ]
+        llm.reset_prefix_cache()
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -227,12 +229,17 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     answers = {name: way() for name, way in ways.items()}
     checks = {}
     if "one policy" in answers:
-        checks["steered answers that differ from unsteered ones"] = differing(
-            answers["unsteered"], answers["eight policies"]
-        )
+        for way in ("one policy", "eight policies"):
+            changed = checks[f"answers that {way} changed"] = differing(answers["unsteered"], answers[way])
+            if changed < arguments.requests / 2:
+                raise SystemExit(
+                    f"{way} changed {changed} of {arguments.requests} answers, so that nothing is measured"
+                )
     if "hook per request, eight policies" in answers:
         hook_answers = answers["hook per request, eight policies"]
-        checks["answers in which the hook differs"] = differing(answers["eight policies"], hook_answers)
+        differ = checks["answers in which the hook differs"] = differing(answers["eight policies"], hook_answers)
+        if arguments.dtype == "float32" and differ > arguments.requests / 20:  # in bfloat16 roundings part them
+            raise SystemExit(f"the hook says something else in {differ} of {arguments.requests} answers")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(arguments.rounds):
         for name, way in ways.items():
@@ -250,7 +257,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         }
         for name, each in seconds.items()
     }
-    return {"model": arguments.model, "eager": arguments.eager, "bare": arguments.bare, "checks": checks, "rows": rows}
+    return {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "eager": arguments.eager,
+        "bare": arguments.bare,
+        "checks": checks,
+        "rows": rows,
+    }
 
 
 def differing(one: list[list[int]], other: list[list[int]]) -> int:
@@ -260,6 +274,7 @@ def differing(one: list[list[int]], other: list[list[int]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=("organism", "200m"), default="organism")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--eager", action="store_true", help="without torch.compile, and with the hook per request")
     parser.add_argument("--bare", action="store_true", help="without policies")
     parser.add_argument("--rounds", type=int, default=5)
