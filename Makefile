@@ -8,7 +8,8 @@
 # make wheel   a binary wheel with the CPU kernels and an sdist, into dist/; DSPA_CUDA=require adds the CUDA kernels
 # make bench   CPU benchmarks, checked before they are timed; make bench-report shows the latest run and draws all of
 #              them, make bench-compare BASE=earlier.json says what moved
-# make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere
+# make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere;
+#              OUT=folder is where the report goes
 # make docs    the documentation as a site in site/, with an API reference; a broken link or reference fails
 # make soak    a hostile campaign of about 20 minutes: mutated files, kills, interrupts, bad operands, a busy
 #              server, memory; MINUTES=5 takes a part of each, PART=files one of them
@@ -112,7 +113,7 @@ bench-compare: $(READY)
 GPU_PYTHON = $(shell $(PYTHON) -c 'import torch' 2>/dev/null || ! test -x $(BIN)/python && echo $(PYTHON) || echo $(BIN)/python)
 
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
+	$(GPU_PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run) $(if $(OUT),--out $(OUT))
 
 # The packages of the extra `docs`, which the tests do not need.
 docs: $(READY)

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,9 +31,11 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BUILD_SECONDS = 120
-TEST_SECONDS = 150
-ALL_SECONDS = 520
+BUILD_SECONDS = 240
+FIRST_ROW_SECONDS = 90
+TEST_SECONDS = 200
+ALL_SECONDS = 560
+TEST_PROCESSES = 4  # each holds weights, and float64 copies of them, on the GPU
 SECONDS_AFTER_ROWS = 90  # for the tests at small shapes and the sanitizer
 SECONDS_OF_GRACE = 20  # for a row that was begun in time
 REAL_SHAPES = ("tests/kernels/test_gpu.py", "tests/kernels/test_cuda_gpu.py")
@@ -65,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=ALL_SECONDS, help="for everything; rows beyond it are named")
     parser.add_argument("--rounds", type=int, default=30, help="samples of each column")
+    parser.add_argument("--commit", help="of a copy without its history; default: that of the checkout")
+    parser.add_argument("--first-row", action="store_true", help="only print dense and lazy at the first shape")
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + chosen.seconds
     if chosen.dry_run:
@@ -79,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen.dry_run and not (torch.cuda.is_available() and torch.version.cuda):
         print("make gpu: no NVIDIA GPU was found; run it on a machine with one, or make gpu DRY_RUN=1", file=sys.stderr)
         return 2
-    steps = [real_shapes(True)] if chosen.dry_run else [build(), real_shapes(False)]
+    if chosen.first_row:
+        return print_first_row(chosen.dry_run, chosen.rounds)
+    steps = prepare(chosen.dry_run)
 
     from gpu_report import Failure, Report
     from gpu_rows import REAL, TOY, Rows
@@ -90,13 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dspa.kernels.gpu_architecture import architecture
     from dspa.util.provenance import Provenance
 
-    status = available()
-    backends = tuple(name for name in ("triton", "cuda") if status.get(name) == "available")
+    status, backends = available(), gpu_backends()
     if not backends:
         print(f"make gpu: no GPU backend is available: {status}", file=sys.stderr)
         return 1
     sampler = Sampler("cpu" if chosen.dry_run else "cuda", 3 if chosen.dry_run else chosen.rounds)
-    commit = Provenance.here().commit
+    commit = chosen.commit or Provenance.here().commit
     now = datetime.now(timezone.utc)
     report = Report(
         run=Run(
@@ -110,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps=steps,
         folder=chosen.out or (Path(tempfile.mkdtemp(prefix="dspa-dry-run-")) if chosen.dry_run else RESULTS),
         architecture=None if chosen.dry_run else architecture(torch.device("cuda")),
+        not_built=tuple(f"{name}, {status.get(name)}" for name in ("triton", "cuda") if name not in backends),
     )
     with watchdog(end + SECONDS_OF_GRACE, report):
         for make_row in Rows(sampler, TOY if chosen.dry_run else REAL, backends).all():
@@ -159,11 +166,57 @@ def watchdog(end: float, report: Any) -> Iterator[None]:
         timer.cancel()
 
 
+def prepare(dry_run: bool) -> list[Step]:
+    """Everything before the rows. The first figures, of Triton, come while the CUDA kernels are compiled."""
+    if dry_run:
+        return [first_row("first row", dry_run), real_shapes(dry_run)]
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(build)
+        steps = [first_row("first row, before the build", dry_run)]
+        steps.append(building.result())
+    if steps[-1].state == "passed":
+        steps.append(first_row("first row", dry_run))
+    return [*steps, real_shapes(dry_run)]
+
+
+def first_row(name: str, dry_run: bool) -> Step:
+    """The most important figures, in a process of its own: even a run that is cut off has printed them."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--first-row", *(["--dry-run"] if dry_run else [])]
+    return run_step(name, command, FIRST_ROW_SECONDS if not dry_run else ALL_SECONDS)
+
+
+def print_first_row(dry_run: bool, rounds: int) -> int:
+    """Prints one line of times; 1 if a check of the results failed."""
+    from gpu_rows import REAL, TOY, Rows
+    from gpu_timing import Sampler
+
+    backends = gpu_backends()
+    sampler = Sampler("cpu" if dry_run else "cuda", 3 if dry_run else rounds)
+    row = Rows(sampler, TOY if dry_run else REAL, backends).first()
+    times = [
+        f"{column.name} {column.measured.value * 1e3 if column.unit == 'ms' else column.measured.value:.1f} us"
+        for column in row.columns
+    ]
+    print(f"{row.name}: {row.failed or '; '.join(times)}")
+    return int(row.failed is not None)
+
+
+def gpu_backends() -> tuple[str, ...]:
+    """The GPU backends that can run here."""
+    from dspa.kernels import available
+
+    status = available()
+    return tuple(name for name in ("triton", "cuda") if status.get(name) == "available")
+
+
 def build() -> Step:
     """The CUDA extension for this GPU alone, where nvcc is."""
-    if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+    sys.path.insert(0, str(ROOT / "csrc"))
+    from compile_cuda import find_nvcc
+
+    if find_nvcc() is None:
         return Step("build", "not done", "there is no nvcc, and so no CUDA backend")
-    command = ["env", "DSPA_CUDA=require", sys.executable, "setup.py", "build_ext", "--inplace"]
+    command = ["env", "DSPA_BUILD=require", "DSPA_CUDA=require", sys.executable, "setup.py", "build_ext", "--inplace"]
     return run_step("build", command, BUILD_SECONDS)
 
 
@@ -171,7 +224,7 @@ def real_shapes(dry_run: bool) -> Step:
     """The tests that are about a GPU, at real shapes; for a dry run made toy ones."""
     command = pytest_command("-m", "gpu", *(REAL_SHAPES[:1] if dry_run else ("--all-cases", *REAL_SHAPES)))
     if not dry_run and importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]  # most of the time goes into compiling kernels, on the CPU
+        command += ["-n", str(TEST_PROCESSES)]  # most of the time goes into compiling kernels, on the CPU
     return run_step("tests at real shapes", command, TEST_SECONDS if not dry_run else ALL_SECONDS)
 
 
@@ -179,7 +232,7 @@ def small_shapes(seconds: float) -> Step:
     """The tests of every backend, on the GPU backends, as far as there is time: each variant is compiled anew."""
     command = pytest_command("-m", "gpu", "--all-cases", SMALL_SHAPES, *(f"--ignore={file}" for file in REAL_SHAPES))
     if importlib.util.find_spec("xdist"):
-        command += ["-n", "16"]
+        command += ["-n", str(TEST_PROCESSES)]
     return run_step("tests at small shapes", command, seconds, late="not done")
 
 

@@ -47,6 +47,7 @@ class Report:
         steps: what was done beside measuring.
         folder: where the files go.
         architecture: of the GPU; None for a dry run, whose times are held against no budget.
+        not_built: the GPU backends that could not be measured, each with the reason.
         failures: rows that raised an error.
         skipped: rows that there was no time for.
     """
@@ -56,6 +57,7 @@ class Report:
     steps: list[Any]
     folder: Path
     architecture: str | None
+    not_built: tuple[str, ...] = ()
     failures: list[Failure] = field(default_factory=list[Failure])
     skipped: int = 0
 
@@ -77,6 +79,7 @@ class Report:
             "commit_info": {"id": commit, "dirty": bool(changes)},
             "machine_info": {"dspa": self.run.machine},
             "architecture": self.architecture,
+            "not_built": list(self.not_built),
             "benchmarks": [{"extra_info": row.as_json()} for row in self.run.rows],
             "ceilings": asdict(self.ceilings),
             "steps": [asdict(step) for step in self.steps],
@@ -97,7 +100,7 @@ def markdown(report: Report) -> str:
     """Machine, steps, budgets met and missed, and every row."""
     run, ceilings = report.run, report.ceilings
     lines = [
-        "# GPU report",
+        f"# GPU report{''.join(f'; not measured: {backend}' for backend in report.not_built)}",
         "",
         f"{run.machine}. {run.time}, commit {run.commit}.",
         "",

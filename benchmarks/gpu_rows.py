@@ -22,6 +22,7 @@ from dspa.bench.generation import step_milliseconds, worst_case_policy
 from dspa.bench.measurements import Column, Interval, Row
 from dspa.bench.timing import Way, time_column
 from dspa.kernels import SaeWeights, StepMode, encode_density
+from dspa.kernels.token_step.prepared import PreparedStep
 
 EAGER = "eager with error term"
 DELTA = "eager delta"
@@ -104,6 +105,13 @@ class Rows:
     cuda: str = "cuda"
     library: Any = torch.ops.dspa
 
+    def first(self) -> Row:
+        """The most important figures alone: dense and lazy at batch 1, with and without edits. Nothing is compiled but
+        our kernels."""
+        model, width = self.scale.widths[0]
+        shape = Shape(width, self.scale.d_sae[0], torch.bfloat16, 1)
+        return self.token_step(model, shape, compiled=False)
+
     def all(self) -> Iterator[Callable[[], Row]]:
         """The most telling rows first: what time runs out for comes last."""
         for batch in self.scale.batches:
@@ -137,8 +145,8 @@ class Rows:
 
     # ---- token_step --------------------------------------------------------------------------------------------------
 
-    def token_step(self, model: str, shape: Shape) -> Row:
-        """Graph replays, L2 emptied before each; and with a warm L2 at batch 1."""
+    def token_step(self, model: str, shape: Shape, *, compiled: bool = True) -> Row:
+        """Graph replays, L2 emptied before each; and with a warm L2 at batch 1. `compiled`: beside torch.compile."""
         row, group = f"{model}, {shape}", "token_step, GPU"
         cases = {backend: Case(shape, backend, self.sampler.device) for backend in self.backends[:1]}
         first = cases[self.backends[0]]
@@ -150,7 +158,7 @@ class Rows:
                 case.check(("dense", "lazy"), lists)
         except AssertionError as failure:
             return Row(row, group, (), EAGER, failed=_first_line(failure))
-        ways = self._plain_ways(first)
+        ways = self._plain_ways(first, compiled)
         for backend, case in cases.items():
             for label, mode, wanted in OURS:
                 if wanted in lists:
@@ -162,7 +170,7 @@ class Rows:
             ours = [way for way in ways if way.name == EAGER or way.name.endswith(", dense")]
             warm = self.sampler.columns(ours, EAGER, cold=False)
             columns += tuple(replace(column, name=f"{column.name}, warm L2") for column in warm)
-            columns += tuple(self._call_column(backend, case) for backend, case in cases.items())
+            columns += tuple(column for name, case in cases.items() for column in self._call_columns(name, case))
         return Row(row, group, columns, EAGER)
 
     def adapter_step(self, model: str, shape: Shape) -> Row:
@@ -199,26 +207,35 @@ class Rows:
             return Row(row, group, (), str(shapes[0]), failed=_first_line(failure))
         return Row(row, group, self.sampler.columns(ways, ways[0].name, cold=True), ways[0].name)
 
-    def _plain_ways(self, case: Case) -> list[Way]:
+    def _plain_ways(self, case: Case, compiled: bool) -> list[Way]:
         plain, hidden = PlainSae.from_weights(case.sae), case.hidden
         latents = case.lists[NEEDS_MAXIMUM].latents.long()
         ways = [
             Way(EAGER, lambda: with_error_term(plain, hidden, latents)),
             Way(DELTA, lambda: as_delta(plain, hidden, latents)),
         ]
-        if case.shape.batch == 1:
+        if compiled and case.shape.batch == 1:
             torch.compiler.reset()
-            compiled = torch.compile(as_delta, dynamic=False, backend=self._compiler())
-            ways.append(Way(COMPILED, lambda: compiled(plain, hidden, latents)))
+            fast_delta = torch.compile(as_delta, dynamic=False, backend=self._compiler())
+            ways.append(Way(COMPILED, lambda: fast_delta(plain, hidden, latents)))
         return ways
 
     def _compiler(self) -> str:
         return "inductor" if self.sampler.device == "cuda" else "aot_eager"
 
-    def _call_column(self, backend: str, case: Case) -> Column:
+    @torch.no_grad()
+    def _call_columns(self, backend: str, case: Case) -> tuple[Column, ...]:
+        """The time of Python for a call, and for one of a step that was prepared, as in generation."""
         run, _ = case.in_place("none active", "lazy")
-        return Column(
-            f"{backend}, host time of a call", "us", Interval.around_median(self.sampler.call_microseconds(run))
+        hidden = case.hidden.clone()
+        step = PreparedStep(case.sae, case.lists["none active"], case.alpha, mode="lazy", backend=backend)
+        step.prepare(hidden.dtype)
+        calls = {"a call": run, "a prepared step": lambda: step(hidden)}
+        return tuple(
+            Column(
+                f"{backend}, host time of {name}", "us", Interval.around_median(self.sampler.call_microseconds(call))
+            )
+            for name, call in calls.items()
         )
 
     # ---- encode_density ----------------------------------------------------------------------------------------------
@@ -236,8 +253,8 @@ class Rows:
             backend: partial(encode_density, hidden, offsets, sae, backend=backend) for backend in self.backends
         }
         if self.cuda in runs and self.library.has_warpgroup_products():
-            by_warpgroups = LaunchShape(warpgroup_products=True).around(self.library, runs[self.cuda])
-            runs[f"{self.cuda}, by warpgroups"] = by_warpgroups
+            by_warps = LaunchShape(warpgroup_products=False).around(self.library, runs[self.cuda])
+            runs[f"{self.cuda}, by warps"] = by_warps
         ways, memory = [Way(PRODUCT, lambda: hidden @ W_enc.T)], []
         for way, run in runs.items():
             try:

@@ -39,14 +39,12 @@ class Sampler:
             cold: whether the L2 cache is emptied before each sample; else the way itself has just run.
         """
         runs = [self._captured(way.run) for way in ways]
-        evicting = torch.empty(
-            EVICTING_BYTES if self.device == "cuda" else 1 << 10, dtype=torch.int8, device=self.device
-        )
+        evicting = torch.ones((EVICTING_BYTES if self.device == "cuda" else 1 << 10) // 4, device=self.device)
         samples: list[list[float]] = [[] for _ in ways]
         for _ in range(self.rounds):
             for way, run, taken in zip(ways, runs, samples, strict=True):
                 way.prepare()
-                evicting.fill_(1) if cold else run()
+                evicting.sum() if cold else run()  # writing would leave lines that are written back meanwhile
                 way.prepare()
                 taken.append(self._milliseconds(run))
         by_name = {way.name: taken for way, taken in zip(ways, samples, strict=True)}

@@ -14,7 +14,8 @@ from dspa.flops.shapes import SteeringShape
 D_SAE = 16384
 
 
-@pytest.mark.parametrize("published", PUBLISHED_MODELS, ids=lambda published: published.config)
+# Counts have no noise, and `dspa flops` has those of all published models: here, one that would move with the code.
+@pytest.mark.parametrize("published", PUBLISHED_MODELS[:1], ids=lambda published: published.config)
 def test_alignment_stage(published: PublishedModel, record: Record) -> None:
     assumptions = AlignmentAssumptions()
     model = meta_model(load_config(published.config))

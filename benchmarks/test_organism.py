@@ -22,7 +22,7 @@ from dspa.organism.evaluation import Estimate, Setting, measure, prompt_batch
 from dspa.organism.language import draw_prompts
 
 GROUP = "organism"
-GAIN_PROMPTS = 1080
+GAIN_PROMPTS = 720
 WORK_PROMPTS = 48
 NEW_TOKENS = 48
 PLAIN = "three whole passes, batched"

@@ -89,7 +89,7 @@ def random_case(_: Organism) -> Case:
         return {"input_ids": ids, "attention_mask": mask}
 
     policy = worst_case_policy(model, layer=8, d_sae=16384)
-    return Case(f"random Llama, 200 M, {name_of(model_dtype())}", model, policy, prompts, new_tokens=8, rounds=4)
+    return Case(f"random Llama, 200 M, {name_of(model_dtype())}", model, policy, prompts, new_tokens=8, rounds=3)
 
 
 @pytest.fixture(scope="module", params=[organism_case, random_case], ids=["organism", "random"])

@@ -1,31 +1,40 @@
 """Chooses the block sizes of the Triton kernels on the GPU that is here, and writes them into the package.
 
     python benchmarks/tune_triton.py             measures, and rewrites dspa/kernels/triton_common/configurations.py
+    python benchmarks/tune_triton.py --plain     the same for plain products alone; those in parts keep their sizes
     python benchmarks/tune_triton.py --dry-run   the same at toy shapes through the interpreter; writes nothing
 
-A candidate is used only if it gives the result of the reference and spills no register. Exits with 2 where there is no
-GPU.
+The candidates are compiled by several processes first. One is used only if it computes the reference's result and
+spills no register. Exits with 2 where there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # imported where TRITON_INTERPRET is set
+    from dspa.kernels.triton_common.table import Tile
 
 SHAPES = [(2304, 16384), (3584, 16384), (4096, 65536), (2304, 65536), (3584, 131072)]
 TOY_SHAPES = [(64, 256)]
 BATCH, TOKENS, TOY_TOKENS, LISTED = 1, 1024, 40, 16
 REPETITIONS = 20
+OPERATIONS = ("token_step", "encode_density")
 
 Sizes = tuple[int, int, int, int, int]  # latents, tokens, model, warps, stages
 
@@ -33,32 +42,67 @@ Sizes = tuple[int, int, int, int, int]  # latents, tokens, model, warps, stages
 def main() -> int:
     parser = argparse.ArgumentParser(description="Choose the block sizes of the Triton kernels on this GPU.")
     parser.add_argument("--dry-run", action="store_true", help="toy shapes through the interpreter; writes nothing")
+    parser.add_argument("--plain", action="store_true", help="only the sizes for plain products, those of bfloat16")
+    parser.add_argument("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS, help="default: all")
+    parser.add_argument("--out", type=Path, help="the table; default: in the package")
     arguments = parser.parse_args()
     if arguments.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     elif not torch.cuda.is_available():
         print("no GPU was found; --dry-run goes through all of it with the interpreter", file=sys.stderr)
         return 2
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # where the package is not installed
     from dspa.kernels.triton_common import configurations as triton_configurations
     from dspa.kernels.triton_common import launch as triton_launch
+    from dspa.kernels.triton_common.table import tile_of
 
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     architecture = triton_launch.architecture(device)
-    for operation, table in (
-        ("token_step", triton_configurations.TOKEN_STEP),
-        ("encode_density", triton_configurations.ENCODE_DENSITY),
-    ):
-        of_shape = {
-            shape: (best(operation, shape, device, False), best(operation, shape, device, True))
-            for shape in (TOY_SHAPES if arguments.dry_run else SHAPES)
-        }
+    tables = dict(
+        zip(OPERATIONS, (triton_configurations.TOKEN_STEP, triton_configurations.ENCODE_DENSITY), strict=True)
+    )
+    for operation in arguments.operations:
+        shapes = TOY_SHAPES if arguments.dry_run else SHAPES
         if not arguments.dry_run:
-            table[architecture] = of_shape
-        for shape, sizes in of_shape.items():
-            print(f"{operation} {shape} on {architecture}: {sizes[0]}, in parts {sizes[1]}")
-    if not arguments.dry_run:
-        write(Path(triton_configurations.__file__), torch.cuda.get_device_name(device))
+            compile_candidates(operation, shapes, arguments.plain)
+        of_shape: dict[tuple[int, int], tuple[Sizes, Sizes]] = {}
+        for shape in shapes:
+            plain = best(operation, shape, device, False)
+            in_parts = sizes_of(tile_of(operation, architecture, *shape, True))
+            of_shape[shape] = (plain, in_parts if arguments.plain else best(operation, shape, device, True))
+            print(f"{operation} {shape} on {architecture}: {plain}, in parts {of_shape[shape][1]}", flush=True)
+        if not arguments.dry_run:
+            tables[operation][architecture] = of_shape
+            path = arguments.out or Path(triton_configurations.__file__)
+            write(path, torch.cuda.get_device_name(device))  # after each operation, lest a late failure costs the first
     return 0
+
+
+def sizes_of(tile: Tile) -> Sizes:
+    return tile.latents, tile.tokens, tile.model, tile.warps, tile.stages
+
+
+def compile_candidates(operation: str, shapes: Sequence[tuple[int, int]], plain: bool) -> None:
+    """Fills Triton's cache: each candidate is run once, many at a time, since compiling takes most of the time. What
+    fails here fails again where it is measured, and is named there."""
+    work = [
+        (operation, shape, in_parts, sizes)
+        for shape in shapes[:1]  # the code of a candidate does not depend on the shape
+        for in_parts in ((False,) if plain else (False, True))
+        for sizes in candidates(operation, False)
+    ]
+    processes = max(1, (os.cpu_count() or 1) - 1)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(run_once, work, chunksize=-(-len(work) // processes)))
+
+
+def run_once(work: tuple[str, tuple[int, int], bool, Sizes]) -> None:
+    from dspa.kernels.triton_common.table import Tile
+
+    operation, shape, in_parts, sizes = work
+    run, _ = workload(operation, shape, torch.device("cuda"), in_parts, with_reference=False)
+    with contextlib.suppress(Exception), tile(Tile(*sizes)):  # too much shared memory, say
+        run("triton")
 
 
 def candidates(operation: str, toy: bool) -> Iterator[Sizes]:
@@ -66,8 +110,10 @@ def candidates(operation: str, toy: bool) -> Iterator[Sizes]:
     if toy:
         yield from [(64, 16, 64, 1, 1), (128, 16, 64, 1, 1)]
         return
-    tokens = (16,) if operation == "token_step" else (64, 128)
-    yield from itertools.product((64, 128), tokens, (32, 64, 128), (4, 8), (2, 3, 4, 5))
+    if operation == "token_step":
+        yield from itertools.product((64, 128), (16,), (64, 128, 256), (4, 8), (3, 4, 5))
+    else:
+        yield from itertools.product((64, 128, 256), (64, 128, 256), (64,), (4, 8), (3, 4))
 
 
 def best(operation: str, shape: tuple[int, int], device: torch.device, in_parts: bool) -> Sizes:
@@ -93,9 +139,9 @@ def best(operation: str, shape: tuple[int, int], device: torch.device, in_parts:
 
 
 def workload(
-    operation: str, shape: tuple[int, int], device: torch.device, in_parts: bool
+    operation: str, shape: tuple[int, int], device: torch.device, in_parts: bool, *, with_reference: bool = True
 ) -> tuple[Callable[[str], Tensor], Tensor]:
-    """A call of the operation by a backend, and what the reference gives."""
+    """A call of the operation by a backend, and the result of the reference, or nothing in its place."""
     from dspa.kernels import EditList, SaeWeights, encode_density, token_step
 
     d_model, d_sae = shape
@@ -125,7 +171,7 @@ def workload(
         token_step(row, sae, edits, 0.2, mode="dense", backend=backend)
         return row
 
-    return run, run("reference")
+    return run, run("reference") if with_reference else torch.empty(0)
 
 
 def agrees(operation: str, found: Tensor, expected: Tensor) -> bool:
@@ -156,9 +202,10 @@ def spills() -> bool:
     for kernel in (step.token_step_kernel, density.count_gates):
         caches = getattr(kernel, "device_caches", {})
         for cache, *_ in caches.values():
-            loaded = list(cache.values())
-            if loaded and loaded[-1].n_spills:
-                return True
+            for loaded in list(cache.values())[-1:]:
+                loaded._init_handles()  # what a launch that was prepared has not done
+                if loaded.n_spills:
+                    return True
     return False
 
 
@@ -168,13 +215,16 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    flood = torch.empty(256 << 20, dtype=torch.int8, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a replay: what the host takes for a launch would hide the kernel
+        run()
+    flood = torch.ones(64 << 20, device=device)
     times = []
     for _ in range(REPETITIONS):
-        flood.zero_()
+        flood.sum()  # not written: dirty lines would be written back while the kernel is timed
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run()
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)

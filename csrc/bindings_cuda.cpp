@@ -274,7 +274,7 @@ void adapter_step(Tensor hidden, Tensor W_enc, Tensor b_enc, Tensor threshold, O
 }
 
 void set_cuda_tuning(int64_t threads, int64_t cluster, int64_t density_bytes, bool warpgroup_products,
-                     bool bulk_copies) {
+                     bool bulk_copies, bool early_launch) {
   STD_TORCH_CHECK(threads >= 32 && threads <= 256 && threads % 32 == 0, "threads must be a multiple of 32 up to 256");
   STD_TORCH_CHECK(cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8, "cluster must be 1, 2, 4 or 8");
   cuda::tuning().threads = static_cast<int>(threads);
@@ -282,6 +282,7 @@ void set_cuda_tuning(int64_t threads, int64_t cluster, int64_t density_bytes, bo
   cuda::tuning().density_bytes = density_bytes;
   cuda::tuning().warpgroup_products = warpgroup_products;
   cuda::tuning().bulk_copies = bulk_copies;
+  cuda::tuning().early_launch = early_launch;
 }
 
 bool has_warpgroup_products() { return cuda::has_warpgroup_products(); }
@@ -309,8 +310,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DSPA_LIBRARY, library) {
               "Tensor(i!)? maximum_sum, Tensor(j!)? maximum_known, Tensor(k!)? latent_edits, Tensor(l!) work, "
               "str step_mode) -> ()");
   library.def(
-      "set_cuda_tuning(int threads, int cluster, int density_bytes, bool warpgroup_products=False, "
-      "bool bulk_copies=False) -> ()");
+      "set_cuda_tuning(int threads, int cluster, int density_bytes, bool warpgroup_products=True, "
+      "bool bulk_copies=False, bool early_launch=False) -> ()");
   library.def("has_warpgroup_products() -> bool");
   library.def("has_bulk_copies() -> bool");
   library.def("cuda_architectures() -> str");

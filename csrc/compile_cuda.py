@@ -11,11 +11,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DEFAULT_ARCHITECTURES = "80;90a;100"
+USUAL_HOME = Path("/usr/local/cuda")
 SOURCES = ("token_step", "encode_density", "lookup", "adapter_step")
 FLAGS = (
     "-std=c++17",
@@ -46,12 +48,16 @@ class Compiled:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, or the one on the PATH; None where there is none."""
+    """nvcc of CUDA_HOME, or else the one on the PATH, or else that of the usual folder; None where there is none."""
     home = os.environ.get("CUDA_HOME")
     if home:
-        of_home = Path(home) / "bin" / "nvcc"
-        return str(of_home) if of_home.exists() else None
-    return shutil.which("nvcc")
+        return _nvcc_of(Path(home))
+    return shutil.which("nvcc") or _nvcc_of(USUAL_HOME)
+
+
+def _nvcc_of(home: Path) -> str | None:
+    nvcc = home / "bin" / "nvcc"
+    return str(nvcc) if nvcc.exists() else None
 
 
 def libraries_of(nvcc: str) -> Path:
@@ -81,8 +87,8 @@ def architecture_flags(architectures: Sequence[str]) -> list[str]:
 
 
 def compile_sources(nvcc: str, architectures: Sequence[str]) -> list[Compiled]:
-    """Compiles all sources for all architectures, such as "80" or "90a", unless they are cached. DSPA_CUDA_FLAGS holds
-    further flags for nvcc.
+    """Compiles all sources for all architectures, such as "80" or "90a", unless they are cached; as many at a time as
+    there are cores. DSPA_CUDA_FLAGS holds further flags for nvcc.
 
     Raises:
         CompilationError: with nvcc's message.
@@ -90,7 +96,8 @@ def compile_sources(nvcc: str, architectures: Sequence[str]) -> list[Compiled]:
     flags = [*FLAGS, *os.environ.get("DSPA_CUDA_FLAGS", "").split(), *architecture_flags(architectures)]
     command = [nvcc, *flags, f"--threads={min(4, os.cpu_count() or 1)}", "-c"]
     folder = ROOT / "build" / "cuda" / _digest(command)
-    return [_compile(command, name, folder) for name in SOURCES]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // len(architectures))) as pool:
+        return list(pool.map(lambda name: _compile(command, name, folder), SOURCES))
 
 
 def _compile(command: list[str], name: str, folder: Path) -> Compiled:

@@ -189,6 +189,12 @@ def with_hidden(output: Tensor | tuple[Any, ...], hidden: Tensor) -> Tensor | tu
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a layer's hidden states, as far as its weights tell: that of its first floating-point parameter, or
+    else torch's default."""
+    return next((each.dtype for each in module.parameters() if each.is_floating_point()), torch.get_default_dtype())
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a layer computes: where its weights are, or where accelerate brings them from memory or disk."""
     device = next(module.parameters()).device

@@ -77,6 +77,7 @@ struct Cluster {
       *place = value;
       return;
     }
+#pragma unroll 1
     for (uint32_t r = 0; r < size; ++r) ptx::store_in_cluster(place, r, value);
   }
 };

@@ -15,10 +15,12 @@ struct NumberTile {
 
 template <class Weights, bool kTopk>
 __global__ void __launch_bounds__(density_threads, 2)
-    density_number_kernel(const __grid_constant__ EncodeDensity task, uint32_t token_tiles) {
+    density_number_kernel(const __grid_constant__ EncodeDensity task, TileOrder order) {
   NumberTile& tile = tile_in_shared<NumberTile>();
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x % token_tiles) * NumberTile::tokens;
-  const int64_t first_latent = static_cast<int64_t>(blockIdx.x / token_tiles) * NumberTile::latents;
+  uint32_t token_tile, latent_tile;
+  order.place_of(blockIdx.x, token_tile, latent_tile);
+  const int64_t first_token = static_cast<int64_t>(token_tile) * NumberTile::tokens;
+  const int64_t first_latent = static_cast<int64_t>(latent_tile) * NumberTile::latents;
   const int64_t d_sae = task.sae.W_enc.rows, d_model = task.sae.W_enc.columns;
   const auto* weights = reinterpret_cast<const typename Weights::Storage*>(task.sae.W_enc.data);
   const int thread = static_cast<int>(threadIdx.x);

@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(density_threads, 2)
     if (exists && i < task.hidden.columns) value = encoder_input(task.hidden, from, i, task.sae, normalizer);
     all_finite = all_finite && finite(value);
     if (task.pieces == 0) task.inputs[token * task.depth + i] = value;
-    for (int piece = 0; piece < task.pieces; ++piece) {
+    if (!finite(normalizer.scale)) value = normalizer.scale - normalizer.scale;  // NaN: nothing of the token is finite
+    for (int piece = 0; piece < task.pieces && task.halves != nullptr; ++piece) {
       const float part = task.pieces == 1 ? value : leading_piece(value);
       value -= part;
       task.halves[(piece * task.tokens + token) * task.depth + i] =

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "encode_density_count.cuh"
+#include "encode_density_inputs.cuh"
 
 namespace dspa::cuda {
 
@@ -14,12 +15,14 @@ struct MatrixTile {
   uint32_t counters[latents];
 };
 
-template <class Pairs, bool kTopk>
-__global__ void __launch_bounds__(density_threads, 1)
-    density_matrix_kernel(const __grid_constant__ EncodeDensity task, uint32_t token_tiles) {
+template <class Pairs, Activation kActivation>
+__global__ void __launch_bounds__(density_threads, 2)
+    density_matrix_kernel(const __grid_constant__ EncodeDensity task, TileOrder order) {
   MatrixTile& tile = tile_in_shared<MatrixTile>();
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x % token_tiles) * MatrixTile::tokens;
-  const int64_t first_latent = static_cast<int64_t>(blockIdx.x / token_tiles) * MatrixTile::latents;
+  uint32_t token_tile, latent_tile;
+  order.place_of(blockIdx.x, token_tile, latent_tile);
+  const int64_t first_token = static_cast<int64_t>(token_tile) * MatrixTile::tokens;
+  const int64_t first_latent = static_cast<int64_t>(latent_tile) * MatrixTile::latents;
   const int64_t d_sae = task.sae.W_enc.rows, d_model = task.sae.W_enc.columns;
   const auto* weights = reinterpret_cast<const uint16_t*>(task.sae.W_enc.data);
   const int64_t depth_steps = task.depth / depth_step, steps = depth_steps * task.pieces;
@@ -31,10 +34,13 @@ __global__ void __launch_bounds__(density_threads, 1)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int copy = thread + i * density_threads, row = copy / 4, column = copy % 4 * 8;
-      ptx::copy_async(&tile.a[stage][row][column],
-                      task.halves + (piece * task.tokens + first_token + row) * task.depth + depth + column, true);
+      const bool inside = depth + column < d_model;
+      const int64_t token = first_token + row;
+      const bool exists = inside && token < task.rows;
+      const int64_t factor = exists ? (piece * task.tokens + token) * task.factor_stride + depth + column : 0;
+      ptx::copy_async(&tile.a[stage][row][column], task.factors + factor, exists);
       const int64_t latent = first_latent + row;
-      const bool valid = latent < d_sae && depth + column < d_model;
+      const bool valid = inside && latent < d_sae;
       ptx::copy_async(&tile.b[stage][row][column], valid ? weights + latent * d_model + depth + column : weights,
                       valid);
     }
@@ -73,29 +79,39 @@ __global__ void __launch_bounds__(density_threads, 1)
     }
   }
 
-  if (thread < MatrixTile::tokens) tile.segments[thread] = task.segment_of[first_token + thread];
-  __syncthreads();
   const auto row = [&](int i) { return warp_token + i / 2 * 16 + i % 2 * 8 + lane() / 4; };
   const auto column = [&](int j) { return warp_latent + j / 2 * 8 + lane() % 4 * 2 + j % 2; };
+  const auto sum = [&](int i, int j) { return sums[i / 2][j / 2][i % 2 * 2 + j % 2]; };
+  float check = 0.0f;  // NaN if a sum is not finite
   uint32_t active[8] = {};
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const int64_t latent = first_latent + column(j);
     if (latent >= d_sae) continue;
+    const Gate<kActivation> gate(task.sae, latent);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float value = score_of(task.sae, latent, sums[i / 2][j / 2][i % 2 * 2 + j % 2]).value;
-      if constexpr (kTopk)
-        task.scores[(first_token + row(i)) * d_sae + latent] = value;
-      else
-        active[j] |= static_cast<uint32_t>(value > 0.0f) << i;
+      if constexpr (kActivation == Activation::topk) {
+        task.scores[(first_token + row(i)) * d_sae + latent] = gate.score(sum(i, j));
+      } else {
+        check = fmaf(sum(i, j), 0.0f, check);
+        active[j] |= static_cast<uint32_t>(gate.is_active(sum(i, j))) << i;
+      }
     }
   }
-  if constexpr (!kTopk)
+  if constexpr (kActivation != Activation::topk) {
+    if (thread < MatrixTile::tokens)
+      tile.segments[thread] = find_segment(task, task.first_token + first_token + thread);
+    if (__syncthreads_or(!(check == 0.0f)) != 0) {
+      for (int t = warp(); t < MatrixTile::tokens && first_token + t < task.rows; t += warps())
+        if (is_dirty<Pairs>(task, first_token + t)) tile.segments[t] = -1;
+      __syncthreads();
+    }
     count_tile<MatrixTile::tokens, MatrixTile::latents>(
         task, first_latent, tile.segments, tile.counters, [&](int32_t segment) {
           add_columns(8, active, row, column, tile.segments, segment, tile.counters);
         });
+  }
 }
 
 }  // namespace dspa::cuda

@@ -57,12 +57,16 @@ __device__ inline Normalizer normalizer_of(const StridedMatrix& hidden, int64_t 
   return normalizer;
 }
 
-// Entry `column` of `h'`.
-__device__ __forceinline__ float encoder_input(const StridedMatrix& hidden, const char* row, int64_t column,
-                                               const Sae& sae, const Normalizer& normalizer) {
-  float value = load_number(row, hidden.dtype, column * hidden.column_stride);
+// Entry `column` of `h'`, from that of the hidden state.
+__device__ __forceinline__ float encoder_input(float value, int64_t column, const Sae& sae,
+                                               const Normalizer& normalizer) {
   if (sae.normalization != Normalization::none) value = normalizer.normalized(value);
   return sae.b_dec == nullptr ? value : value - sae.b_dec[column];
+}
+
+__device__ __forceinline__ float encoder_input(const StridedMatrix& hidden, const char* row, int64_t column,
+                                               const Sae& sae, const Normalizer& normalizer) {
+  return encoder_input(load_number(row, hidden.dtype, column * hidden.column_stride), column, sae, normalizer);
 }
 
 struct Score {
@@ -70,19 +74,43 @@ struct Score {
   float value;  // its activation, for topk if it is among the k largest; 0 where it is not active
 };
 
+// What the activation of a latent depends on, besides the product.
+struct LatentParameters {
+  float bias = 0.0f, norm = 0.0f, threshold = 0.0f;
+  float magnitude_scale = 0.0f, magnitude_bias = 0.0f;
+};
+
+// Loaded before the product is known, so that nobody waits for it afterwards.
+__device__ __forceinline__ LatentParameters load_parameters(const Sae& sae, int64_t latent) {
+  LatentParameters parameters;
+  parameters.bias = sae.b_enc[latent];
+  if (sae.decoder_norm != nullptr) parameters.norm = sae.decoder_norm[latent];
+  if (sae.activation == Activation::gated) {
+    parameters.magnitude_scale = sae.magnitude_scale[latent];
+    parameters.magnitude_bias = sae.magnitude_bias[latent];
+  } else if (sae.activation == Activation::threshold) {
+    parameters.threshold = sae.threshold[latent];
+  }
+  return parameters;
+}
+
 // The activation of a latent from the bare product. NaN is not active.
-__device__ __forceinline__ Score score_of(const Sae& sae, int64_t latent, float product) {
-  float z = product + sae.b_enc[latent];
-  if (sae.decoder_norm != nullptr) z = z * sae.decoder_norm[latent];
+__device__ __forceinline__ Score score_of(const Sae& sae, const LatentParameters& parameters, float product) {
+  float z = product + parameters.bias;
+  if (sae.decoder_norm != nullptr) z = z * parameters.norm;
   float value = z;
   bool active = z > 0.0f;
   if (sae.activation == Activation::gated) {
-    value = product * sae.magnitude_scale[latent] + sae.magnitude_bias[latent];
+    value = product * parameters.magnitude_scale + parameters.magnitude_bias;
     active = active && value > 0.0f;
   } else if (sae.activation == Activation::threshold) {
-    active = active && z > sae.threshold[latent];
+    active = active && z > parameters.threshold;
   }
   return {z, active ? value : 0.0f};
+}
+
+__device__ __forceinline__ Score score_of(const Sae& sae, int64_t latent, float product) {
+  return score_of(sae, load_parameters(sae, latent), product);
 }
 
 // ---- products of rows of weights with inputs in shared memory -------------------------------------------------------
@@ -164,26 +192,27 @@ __device__ __forceinline__ float multiply(const typename Weights::Storage* rows,
   constexpr int per_load = Weights::per_load;
   constexpr int chunk_size = 32 * per_load;
   constexpr int chunks_in_flight = kRows >= loads_in_flight ? 1 : loads_in_flight / kRows;
+  const int columns = static_cast<int>(d_model), padded = static_cast<int>(size);
   float sums[kRows * kInputs] = {};
 #pragma unroll 1
-  for (int64_t first = 0; first < size; first += chunks_in_flight * chunk_size) {
+  for (int first = 0; first < padded; first += chunks_in_flight * chunk_size) {
     uint4 loaded[chunks_in_flight][kRows];
 #pragma unroll
     for (int c = 0; c < chunks_in_flight; ++c)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t column = first + c * chunk_size + lane() * per_load;
-        loaded[c][r] = r < count && column < d_model ? load(rows + r * d_model, column, d_model) : uint4{0, 0, 0, 0};
+        const int column = first + c * chunk_size + lane() * per_load;
+        loaded[c][r] = r < count && column < columns ? load(rows + r * d_model, column, d_model) : uint4{0, 0, 0, 0};
       }
 #pragma unroll
     for (int c = 0; c < chunks_in_flight; ++c) {
-      if (first + c * chunk_size >= size) break;
+      if (first + c * chunk_size >= padded) break;
 #pragma unroll
       for (int n = 0; n < kInputs; ++n) {
         float input[per_load];
 #pragma unroll
         for (int quarter = 0; quarter < per_load / 4; ++quarter) {
-          const float4 four = *reinterpret_cast<const float4*>(inputs + n * size + first + c * chunk_size +
+          const float4 four = *reinterpret_cast<const float4*>(inputs + n * padded + first + c * chunk_size +
                                                                quarter * 128 + lane() * 4);
           input[4 * quarter] = four.x;
           input[4 * quarter + 1] = four.y;

@@ -32,21 +32,19 @@ int run_lookup(const Lookup<double, double>& lookup, int64_t batch, void* stream
 
 // What clusters exchange. All zero between launches, except for the scores.
 struct Scratch {
-  uint32_t* ticket = nullptr;       // clusters that started
-  uint32_t* tiles_done = nullptr;
-  uint32_t* clusters_done = nullptr;  // of each tile
-  uint32_t* lists_taken = nullptr;    // of each tile
-  uint32_t* lists_done = nullptr;     // of each tile
-  uint32_t* settled = nullptr;        // of each row: nothing is left to do
+  uint32_t* tasks_taken = nullptr;    // of each tile: lookups of its rows, then entries of its lists
+  uint32_t* tasks_done = nullptr;     // of each tile: rows looked up, and entries
+  uint32_t* clusters_done = nullptr;  // of each tile: those that have passed, and 65536 for each that has edited
+  uint32_t* slices_taken = nullptr;   // of each tile: of its edit
   uint32_t* maximum = nullptr;        // of each row: bits of the largest activation
   uint32_t* rank = nullptr;           // of each listed latent: how many come before it
   float* score = nullptr;             // of each listed latent, NaN for a row that is not finite
 };
 
-// A row has three words for the tile that may begin with it, and two of its own. Scratch for more rows than a batch has
+// A row has four words for the tile that may begin with it, and one of its own. Scratch for more rows than a batch has
 // serves it as well.
-inline int64_t scratch_words(int64_t rows, int64_t capacity) { return 2 + 5 * rows + 2 * rows * capacity; }
-inline int64_t scratch_rows(int64_t words, int64_t capacity) { return (words - 2) / (5 + 2 * capacity); }
+inline int64_t scratch_words(int64_t rows, int64_t capacity) { return 5 * rows + 2 * rows * capacity; }
+inline int64_t scratch_rows(int64_t words, int64_t capacity) { return words / (5 + 2 * capacity); }
 
 inline Scratch scratch_in(uint32_t* words, int64_t rows, int64_t capacity) {
   Scratch scratch;
@@ -55,12 +53,10 @@ inline Scratch scratch_in(uint32_t* words, int64_t rows, int64_t capacity) {
     words += count;
     return taken;
   };
-  scratch.ticket = take(1);
-  scratch.tiles_done = take(1);
+  scratch.tasks_taken = take(rows);
+  scratch.tasks_done = take(rows);
   scratch.clusters_done = take(rows);
-  scratch.lists_taken = take(rows);
-  scratch.lists_done = take(rows);
-  scratch.settled = take(rows);
+  scratch.slices_taken = take(rows);
   scratch.maximum = take(rows);
   scratch.rank = take(rows * capacity);
   scratch.score = reinterpret_cast<float*>(take(rows * capacity));
@@ -81,7 +77,10 @@ struct TokenStep {
   Scratch scratch;
   uint32_t tiles = 1;
   uint32_t clusters_per_tile = 1;
-  uint32_t ring_stages = 0;  // where the copy engine brings W_enc
+  uint32_t share_rows = 0;     // of W_enc, for a block; one more for the first `larger_shares` blocks of a tile
+  uint32_t larger_shares = 0;
+  uint32_t entries_at_once = 1;  // of lists, for a cluster to take
+  uint32_t ring_stages = 0;      // where the copy engine brings W_enc
 };
 
 // One launch. The scratch must be zero, and is again when the kernel is done: no other step may use it meanwhile.
@@ -147,9 +146,12 @@ struct EncodeDensity {
   // Scratch, for the tokens from `first_token` on.
   int64_t first_token = 0;
   int64_t tokens = 0;             // at a time: whole tiles
+  int64_t rows = 0;               // of these, those that there are
   int64_t depth = 0;              // d_model, rounded up to whole steps
   int pieces = 0;                 // 16-bit numbers that add up to one entry of the input; 0 for float32
   uint16_t* halves = nullptr;     // [pieces, tokens, depth]
+  const uint16_t* factors = nullptr;  // these, or the hidden states themselves
+  int64_t factor_stride = 0;          // from one token to the next
   float* inputs = nullptr;        // or [tokens, depth]
   int32_t* segment_of = nullptr;  // [tokens], -1 for a token that activates nothing
   float* scores = nullptr;        // [tokens, d_sae], for topk
@@ -161,6 +163,7 @@ struct DensityPlan {
   int64_t depth = 0;
   int pieces = 0;
   bool by_warpgroups = false;
+  bool in_place = false;  // multiplies the hidden states where they are
   int64_t bytes = 0;
 };
 
@@ -177,9 +180,10 @@ struct Tuning {
   int cluster = 1;    // blocks of a cluster of token_step, on sm_90 and later: 1, 2, 4 or 8
   // Bytes of inputs, or for topk of scores, that encode_density holds: about the second-level cache of a large device.
   int64_t density_bytes = int64_t{64} << 20;
-  // Both take effect only where the current device supports them. Not measured yet.
-  bool warpgroup_products = false;  // encode_density multiplies by warpgroups
+  // These take effect only where the current device supports them. The last two were slower, or no faster, on an H100.
+  bool warpgroup_products = true;   // encode_density multiplies by warpgroups
   bool bulk_copies = false;         // the copy engine brings W_enc to token_step for a batch of one
+  bool early_launch = false;        // token_step begins, and prefetches W_enc, while the kernel before it ends
 };
 
 Tuning& tuning();

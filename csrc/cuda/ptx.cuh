@@ -40,7 +40,18 @@ __device__ __forceinline__ uint4 load_streaming(const void* address, uint64_t po
   return value;
 }
 
+__device__ __forceinline__ uint2 load_8(const void* address) { return *static_cast<const uint2*>(address); }
 __device__ __forceinline__ uint4 load_16(const void* address) { return *static_cast<const uint4*>(address); }
+
+// Brings a multiple of 16 bytes, from a multiple of 16, into the second-level cache in the background.
+__device__ __forceinline__ void prefetch(const void* address, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+#else
+  for (uint32_t offset = 0; offset < bytes; offset += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(address) + offset));
+#endif
+}
 
 // Acquire and release: writes of this thread, and of those it shared a barrier with, are visible to threads that add or
 // load here afterwards.
@@ -124,6 +135,25 @@ __device__ __forceinline__ void store_in_cluster(uint32_t* pointer, uint32_t, ui
 
 #endif
 
+// ---- launches that begin before the one before them has ended (sm_90) -----------------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+
+// Until all launches before this one have ended, and what they wrote can be read.
+__device__ __forceinline__ void wait_for_launches_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next launch may begin once all blocks have said so, and waits for the end of this one by itself.
+__device__ __forceinline__ void let_next_launch_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+#else
+
+__device__ __forceinline__ void wait_for_launches_before() {}
+__device__ __forceinline__ void let_next_launch_begin() {}
+
+#endif
+
 // ---- bulk copies into shared memory, and the barriers that they arrive at (sm_90) ----------------------------------
 
 #if __CUDA_ARCH__ >= 900
@@ -182,6 +212,52 @@ __device__ __forceinline__ void copy_bulk(void*, const void*, uint32_t, uint64_t
 
 #endif
 
+// ---- copies of matrix rows by the copy engine, to one block or to a pair (sm_90a) -----------------------------------
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// The box of rows and columns that begins at `row` and `column`, to a multiple of 1024 bytes; see map_rows. `map` is a
+// parameter of the kernel.
+template <class Map>
+__device__ __forceinline__ void copy_rows(void* shared, const Map& map, int32_t column, int32_t row,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same to both blocks of a cluster of two, at the same place, for the barrier of each.
+template <class Map>
+__device__ __forceinline__ void copy_rows_to_pair(void* shared, const Map& map, int32_t column, int32_t row,
+                                                  uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(3))
+      : "memory");
+}
+
+// Arrives at the barrier that the cluster's block `rank` has at the same place.
+__device__ __forceinline__ void barrier_arrive_in_cluster(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+#else
+
+template <class Map>
+__device__ __forceinline__ void copy_rows(void*, const Map&, int32_t, int32_t, uint64_t*) {}
+template <class Map>
+__device__ __forceinline__ void copy_rows_to_pair(void*, const Map&, int32_t, int32_t, uint64_t*) {}
+__device__ __forceinline__ void barrier_arrive_in_cluster(uint64_t*, uint32_t) {}
+
+#endif
+
 // ---- matrix tiles ---------------------------------------------------------------------------------------------------
 
 // Copies 16 bytes from global to shared memory in the background; 16 bytes of zeros unless `valid`.
@@ -207,8 +283,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], const voi
                : "memory");
 }
 
-struct Bfloat16Pairs {};
-struct Float16Pairs {};
+// The numbers of a matrix, and the bits of their exponent: all set in one that is not finite.
+struct Bfloat16Pairs {
+  static constexpr uint32_t exponent = 0x7f80;
+};
+struct Float16Pairs {
+  static constexpr uint32_t exponent = 0x7c00;
+};
 
 // sums[16, 8] += a[16, 16] * b[16, 8], a by rows and b by columns, in the fragments of PTX's m16n8k16.
 __device__ __forceinline__ void multiply_add(Bfloat16Pairs, float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
@@ -291,6 +372,17 @@ __device__ __forceinline__ void multiply_add(Float16Pairs, float (&sums)[128], u
 // Makes a group of the products since the last.
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// A warpgroup has so many registers a thread from here on: fewer, or more once others have left them.
+template <int kRegisters>
+__device__ __forceinline__ void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // Until at most `kPending` of the warpgroup's latest groups of products are under way.
 template <int kPending>
 __device__ __forceinline__ void wait_for_products() {
@@ -307,6 +399,10 @@ __device__ __forceinline__ void begin_products() {}
 template <class Pairs>
 __device__ __forceinline__ void multiply_add(Pairs, float (&)[128], uint64_t, uint64_t) {}
 __device__ __forceinline__ void commit_products() {}
+template <int kRegisters>
+__device__ __forceinline__ void leave_registers() {}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {}
 template <int kPending>
 __device__ __forceinline__ void wait_for_products() {}
 

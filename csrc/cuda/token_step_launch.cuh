@@ -17,18 +17,23 @@ inline cudaError_t launch_token_step(void (*kernel)(TokenStep), TokenStep step, 
                                      cudaStream_t stream) {
   const int threads = tuning().threads;
   Room room;
-  const cudaError_t error = room_for(reinterpret_cast<const void*>(kernel), threads, shared, room);
+  const cudaError_t error =
+      room_for(reinterpret_cast<const void*>(kernel), threads, shared, room, tuning().cluster);
   if (error != cudaSuccess) return error;
-  const int64_t cluster = room.has_clusters ? tuning().cluster : 1;
+  const int64_t cluster = room.is_for_sm_90 ? tuning().cluster : 1;
   const int64_t tiles = (step.hidden.rows + inputs - 1) / inputs;
   // As many clusters for each tile as run at a time, but none without rows to read.
   const int64_t reach = static_cast<int64_t>(threads) / 32 * cluster;
   const int64_t useful = (step.sae.W_enc.rows + reach - 1) / reach;
-  const int64_t clusters = std::clamp<int64_t>(room.blocks / cluster / tiles, 1, std::max<int64_t>(useful, 1));
+  const int64_t clusters = std::clamp<int64_t>(room.clusters / tiles, 1, std::max<int64_t>(useful, 1));
+  const int64_t entries = std::min(inputs, step.hidden.rows) * step.edits.capacity;
   step.tiles = static_cast<uint32_t>(tiles);
   step.clusters_per_tile = static_cast<uint32_t>(clusters);
+  step.share_rows = static_cast<uint32_t>(step.sae.W_enc.rows / (clusters * cluster));
+  step.larger_shares = static_cast<uint32_t>(step.sae.W_enc.rows % (clusters * cluster));
+  step.entries_at_once = static_cast<uint32_t>(std::max<int64_t>((entries + clusters - 1) / clusters, 1));
   return launch(kernel, dim3(static_cast<unsigned>(tiles * clusters * cluster)), threads, shared,
-                static_cast<int>(cluster), stream, step);
+                LaunchOptions(static_cast<int>(cluster), tuning().early_launch && room.is_for_sm_90), stream, step);
 }
 
 template <class Weights, int kInputs, bool kAligned>

@@ -18,21 +18,30 @@ constexpr uint32_t not_finite = 0x7fffffffu;  // bits of a NaN: the score where 
 struct SharedHeader {
   SelectionBuffer selection;
   double sums[most_warps];
-  uint32_t slot;                   // for broadcasts
-  uint32_t finite[most_inputs];    // whether the input is
-  float scale[most_inputs];
-  float reach[most_inputs];        // see Listed
-  uint32_t maximum[most_inputs];   // bits of the largest activation in the block's share
-  int32_t kept[most_inputs];       // entries of the edit
-  uint64_t full[most_stages];      // barriers of the ring: a stage has been copied, and has been read
+  float scale[most_inputs];           // what maps a decoded difference back, where inputs are normalised
+  uint32_t slot;                      // for broadcasts
+  uint32_t task;                      // the first that the cluster has taken
+  uint32_t enabled[most_inputs];
+  uint32_t nonfinite[most_inputs];    // whether the input or its scale is not finite
+  int32_t count[most_inputs];         // entries of the list
+  uint32_t passes[most_inputs];       // whether the row needs the pass over W_enc
+  float reach[most_inputs];           // see Listed
+  float alpha[most_inputs];
+  uint32_t maximum[most_inputs];      // bits of the largest activation in the block's share, then of all
+  uint32_t outcome[most_inputs];      // of the edit: the flags below
+  int32_t kept[most_inputs];          // entries of the edit
+  uint64_t full[most_stages];         // barriers of the ring: a stage has been copied, and has been read
   uint64_t empty[most_stages];
 };
 
+constexpr uint32_t is_finite = 1, maximum_is_known = 2;
+
 constexpr int64_t header_bytes = (static_cast<int64_t>(sizeof(SharedHeader)) + 127) / 128 * 128;
+constexpr int listed_arrays = 5;  // a word for each entry of each list
 
 // Without the ring, which is the last.
 inline int64_t shared_bytes(int64_t inputs, int64_t input_size, int64_t capacity) {
-  return header_bytes + inputs * (input_size + 4 * capacity) * 4;
+  return header_bytes + inputs * (input_size + listed_arrays * capacity) * 4;
 }
 
 // A summary of a row's list.
@@ -67,7 +76,16 @@ struct StepTile {
         d_model(token_step.sae.W_enc.columns),
         size(input_size<Weights>(token_step.sae.W_enc.columns)),
         capacity(token_step.edits.capacity),
-        policy(ptx::evict_first_policy()) {}
+        policy(ptx::evict_first_policy()),
+        index(blockIdx.x / cluster.size % token_step.tiles),
+        first(static_cast<int64_t>(index) * kInputs) {
+    const int64_t left = step.hidden.rows - first;
+    rows = static_cast<int>(left < kInputs ? left : kInputs);
+    const uint32_t share = blockIdx.x / cluster.size / step.tiles * cluster.size + cluster.rank;
+    const uint32_t before = share < step.larger_shares ? share : step.larger_shares;
+    begin = static_cast<int32_t>(share * step.share_rows + before);
+    end = begin + static_cast<int32_t>(step.share_rows + (share < step.larger_shares ? 1 : 0));
+  }
 
   // The index of the warp's product that a lane holds after `multiply`.
   static __device__ __forceinline__ int own_value() { return lane() / lanes_per_value; }
@@ -86,24 +104,20 @@ struct StepTile {
     return reinterpret_cast<float*>(listed_array(2, slot));
   }
   __device__ __forceinline__ uint32_t* decoder_rows(int slot) const { return listed_array(3, slot); }
+  // The list, its signs where coefficients of the edit will be, its rows of W_dec likewise: -1 for a latent that cannot
+  // be edited.
+  __device__ __forceinline__ int32_t* latents(int slot) const {
+    return reinterpret_cast<int32_t*>(listed_array(4, slot));
+  }
+  __device__ __forceinline__ float* signs(int slot) const { return coefficients(slot); }
   __device__ __forceinline__ uint32_t* listed_array(int array, int slot) const {
     return reinterpret_cast<uint32_t*>(input(kInputs)) + (array * kInputs + slot) * capacity;
   }
 
   __device__ __forceinline__ bool is_topk() const { return sae.activation == Activation::topk; }
 
-  __device__ __forceinline__ bool is_enabled(int64_t row) const {
-    return step.enabled == nullptr || step.enabled[row];
-  }
-
-  __device__ __forceinline__ float alpha(int64_t row) const {
-    return step.alpha_of_row == nullptr ? step.alpha : step.alpha_of_row[row];
-  }
-
-  __device__ __forceinline__ int64_t list_size(int64_t row) const {
-    const int64_t count = step.edits.counts[row];
-    return count < 0 ? 0 : count > capacity ? capacity : count;
-  }
+  // Whether the pass has to know the scores of the lists.
+  __device__ __forceinline__ bool lists_come_first() const { return step.lazy || is_topk(); }
 
   __device__ __forceinline__ FromMemory<Weights, kAligned> from_memory() const { return {policy}; }
 
@@ -112,89 +126,40 @@ struct StepTile {
   }
 
   // The row of W_dec, or -1 for a latent that cannot be edited.
-  __device__ __forceinline__ int64_t decoder_row(int64_t latent) const {
+  __device__ __forceinline__ int32_t decoder_row(int64_t latent) const {
     if (latent < 0 || latent >= sae.W_enc.rows) return -1;
     const int64_t row = sae.decoder_rows == nullptr ? latent : sae.decoder_rows[latent];
-    return row < sae.W_dec.rows ? row : -1;
+    return row < sae.W_dec.rows ? static_cast<int32_t>(row) : -1;
   }
 
-  // ---- inputs -------------------------------------------------------------------------------------------------------
+  // ---- what is in shared memory -------------------------------------------------------------------------------------
 
-  // Computes `h'` of those rows of the tile that are not in shared memory yet, by the whole block.
-  __device__ __forceinline__ void load_inputs(uint32_t slots) {
-#pragma unroll 1
-    for (int slot = 0; slot < kInputs; ++slot)
-      if (((slots & ~loaded) >> slot & 1u) != 0) load_input(slot);
-    loaded |= slots;
-  }
-
-  __device__ __forceinline__ void load_input(int slot) {
-    const LoadedInput loaded_input =
-        cuda::load_input<Weights>(step.hidden, first + slot, sae, input(slot), size, shared().sums);
-    if (threadIdx.x == 0) {
-      shared().finite[slot] = loaded_input.finite;
-      shared().scale[slot] = loaded_input.scale;
-    }
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ uint32_t enabled_rows() const {
-    uint32_t found = 0;
-    for (int slot = 0; slot < rows; ++slot)
-      if (is_enabled(first + slot)) found |= 1u << slot;
-    return found;
-  }
-
-  __device__ __forceinline__ uint32_t finite_rows(uint32_t slots) const {
-    uint32_t found = 0;
-    for (int slot = 0; slot < rows; ++slot)
-      if ((slots >> slot & 1u) != 0 && shared().finite[slot] != 0) found |= 1u << slot;
-    return found;
-  }
-
-  // ---- lists --------------------------------------------------------------------------------------------------------
-
-  // Loads the scores of some rows' lists from the scratch, by the whole block; `ranked` if the ranks are known.
-  __device__ __forceinline__ void load_lists(uint32_t slots, bool ranked) const {
-    for (int slot = 0; slot < rows; ++slot) {
-      if ((slots >> slot & 1u) == 0) continue;
-      const int64_t row = first + slot, count = list_size(row);
-      for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-        score_bits(slot)[i] = __float_as_uint(step.scratch.score[row * capacity + i]);
-        ranks(slot)[i] = ranked && is_topk() ? step.scratch.rank[row * capacity + i] : 0;
-      }
-    }
-    __syncthreads();
+  __device__ __forceinline__ bool is_usable(int slot) const {
+    return shared().enabled[slot] != 0 && shared().nonfinite[slot] == 0;
   }
 
   __device__ __forceinline__ bool is_active(int slot, int64_t i, bool ranked) const {
-    const bool listed = step.edits.signs[(first + slot) * capacity + i] != 0;
+    const bool listed = signs(slot)[i] != 0.0f;
     const bool kept = !ranked || !is_topk() || ranks(slot)[i] < static_cast<uint64_t>(sae.k);
     return listed && kept && __uint_as_float(score_bits(slot)[i]) > 0.0f;
   }
 
   // Computed by one warp; `ranked` if the ranks are known.
   __device__ __forceinline__ Listed summary_of_list(int slot, bool ranked) const {
-    const int64_t row = first + slot, count = list_size(row);
+    const int count = shared().count[slot];
     bool finite_scores = true, augmented = false;
     float largest = 0.0f;
-    for (int64_t i = lane(); i < count; i += 32) {
+#pragma unroll 1
+    for (int i = lane(); i < count; i += 32) {
       finite_scores = finite_scores && score_bits(slot)[i] != not_finite;
       if (!is_active(slot, i, ranked)) continue;
       largest = fmaxf(largest, __uint_as_float(score_bits(slot)[i]));
-      augmented = augmented || step.edits.signs[row * capacity + i] > 0;
+      augmented = augmented || signs(slot)[i] > 0.0f;
     }
     largest = __uint_as_float(__reduce_max_sync(all_lanes, __float_as_uint(largest)));
     finite_scores = __all_sync(all_lanes, finite_scores) != 0;
     augmented = __any_sync(all_lanes, augmented) != 0;
     return {finite_scores, largest > 0.0f, largest, augmented ? __uint_as_float(not_finite) : largest};
-  }
-
-  __device__ __forceinline__ uint32_t rows_not_settled() const {
-    uint32_t found = 0;
-    for (int slot = 0; slot < rows; ++slot)
-      if (step.scratch.settled[first + slot] == 0) found |= 1u << slot;
-    return found;
   }
 
   const TokenStep& step;
@@ -204,11 +169,10 @@ struct StepTile {
   const int64_t capacity;
   const uint64_t policy;
   const Cluster cluster;
-  uint32_t index = 0;   // of the tile
-  uint32_t share = 0;   // of the rows of W_enc
-  int64_t first = 0;    // row of the batch
-  int rows = 0;         // of the batch, in this tile
-  uint32_t loaded = 0;  // inputs that are in shared memory, a bit for each slot
+  const uint32_t index;  // of the tile
+  const int64_t first;   // row of the batch
+  int rows;              // of the batch, in this tile
+  int32_t begin, end;    // the block's rows of W_enc
 };
 
 }  // namespace dspa::cuda

@@ -28,6 +28,11 @@ def can_be_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def is_being_captured(device: torch.device) -> bool:
+    """Whether the work of the current stream is being captured in a graph, instead of being done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def check_same_device(device: torch.device, **tensors: Tensor | None) -> None:
     """Raises InvalidInputError if a tensor is on another device than the first operand of a call."""
     for name, tensor in tensors.items():
@@ -51,4 +56,9 @@ def refusals_of_the_library() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise InvalidInputError((str(error).strip().splitlines() or ["the kernel failed"])[0]) from error
+        raise refusal_of_the_library(error) from error
+
+
+def refusal_of_the_library(error: Exception) -> InvalidInputError:
+    """An error of the C++ library in one line."""
+    return InvalidInputError((str(error).strip().splitlines() or ["the kernel failed"])[0])

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dspa.errors import InvalidInputError, MismatchError
-from dspa.kernels import EditList, SaeWeights, StepMode, TokenStats, token_step
+from dspa.kernels import EditList, SaeWeights, StepMode, TokenStats
 from dspa.kernels.token_step.differentiable import differentiable_token_step
 from dspa.kernels.token_step.equation import edited_activations
+from dspa.kernels.token_step.prepared import PreparedStep
 from dspa.methods.policy import Intervention, LatentChange, TokenEdit
 from dspa.sae.autoencoder import SparseAutoencoder
 from dspa.sae.encode import encode
@@ -84,10 +85,12 @@ class ListBuffers:
     Attributes:
         edits: the lists, `[B, k]`, k that of the longest list any policy declared.
         alpha: one strength for all rows, or `[B]`.
+        step: the token step that reads them.
     """
 
     edits: EditList
     alpha: float | Tensor
+    step: PreparedStep
 
 
 class LatentListEditor:
@@ -108,8 +111,14 @@ class LatentListEditor:
         self._longest = max(each.longest_list for each in policies.values())
         self._backend = backend
         self._mode: StepMode | None = mode
+        self._dtype = self.sae.dtype  # of hidden states, until one is known
         self._by_batch: dict[int, ListBuffers] = {}
         self._current: ListBuffers | None = None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compiles what the steps of every batch need, for hidden states of a dtype."""
+        self._dtype = dtype
+        self._by_batch[1] = self._allocate(1)
 
     def begin_prompt(self, row_policies: Sequence[str | None]) -> None:
         batch = len(row_policies)
@@ -138,18 +147,9 @@ class LatentListEditor:
         lists.counts[rows] = selection.counts.to(self.device)
 
     def edit(self, hidden: Tensor, enabled: Tensor | None, counters: Sequence[TokenStats | None]) -> None:
-        buffers = self._buffers
+        step = self._buffers.step
         for position, stats in enumerate(counters):
-            token_step(
-                hidden[:, position],
-                self.sae,
-                buffers.edits,
-                buffers.alpha,
-                None if enabled is None else enabled[:, position],
-                stats,
-                mode=self._mode,
-                backend=self._backend,
-            )
+            step(hidden[:, position], None if enabled is None else enabled[:, position], stats)
 
     def differentiable_edit(self, hidden: Tensor, enabled: Tensor | None) -> Tensor:
         # Copies: autograd keeps them until the backward pass, and the next prompt overwrites the buffers.
@@ -201,14 +201,13 @@ class LatentListEditor:
         return self._current
 
     def _allocate(self, batch: int) -> ListBuffers:
-        """Buffers, and everything the backend keeps between steps: that is allocated by a step which edits no row, not
-        in a compiled or captured graph, whose memory is not for keeping."""
+        """Buffers, and everything the backend keeps between steps: that is made by steps which edit no row, not in a
+        compiled or captured graph, whose memory is not for keeping."""
         strengths = set(self._strengths.values())
         dtype = torch.float64 if self.sae.dtype == torch.float64 else torch.float32
         with torch.inference_mode(False):  # they are written in later calls, which may not be in inference mode
             edits = EditList.empty(batch, self._longest, self.device)
             alpha = strengths.pop() if len(strengths) == 1 else torch.zeros(batch, dtype=dtype, device=self.device)
-            hidden = torch.zeros(batch, self.sae.d_model, dtype=self.sae.dtype, device=self.device)
-            no_row = torch.zeros(batch, dtype=torch.bool, device=self.device)
-            token_step(hidden, self.sae, edits, 0.0, no_row, mode=self._mode, backend=self._backend)
-        return ListBuffers(edits, alpha)
+            step = PreparedStep(self.sae, edits, alpha, mode=self._mode, backend=self._backend)
+            step.prepare(self._dtype)
+        return ListBuffers(edits, alpha, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ class LayerEditor:
         self._rows_by_batch: dict[int, Tensor] = {}  # [B] bool, at fixed addresses
         self._rows: Tensor | None = None
         self._idle = True  # whether no row of the batch is in this group
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compiles what edits of hidden states of a dtype need, as far as the editor can tell before a prompt."""
+        prepare: Callable[[torch.dtype], None] | None = getattr(self._editor, "prepare", None)  # not of every editor
+        if prepare is not None:
+            prepare(dtype)
 
     def begin_prompt(self, row_policies: Sequence[str | None]) -> None:
         """Another prompt begins: the policy of each row."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,17 @@ class PromptReader:
         self.counts: Tensor | None = None
         self.tokens: Tensor | None = None
         self.positions_read = 0
+
+    def prepare(self, policies: Mapping[str, Policy], dtype: torch.dtype) -> None:
+        """Compiles what reading prompts of hidden states of a dtype needs, and selecting by them, on a prompt without
+        an active latent."""
+        if self._sae is None:
+            return
+        sae = self._sae
+        hidden = torch.zeros(1, sae.d_model, dtype=dtype, device=sae.device)
+        counts = encode_density(hidden, torch.tensor([0, 1], device=sae.device), sae, backend=self._backend)
+        for name in self.group.names:
+            policies[name].select(torch.zeros_like(counts, dtype=torch.float32))
 
     def read(self, hidden: Tensor, mask: PromptMask, rows: Tensor, start: int) -> None:
         """Counts the prompt positions of a pass that were not read before.

@@ -26,7 +26,7 @@ from dspa.online.row_selection import RowSelection, Selection
 from dspa.online.session import Session
 from dspa.online.summary import SteeringSummary
 from dspa.online.trace import SteeringTrace, TraceRecorder
-from dspa.transformers_model import ModelFingerprint, decoder_stack, device_of
+from dspa.transformers_model import ModelFingerprint, decoder_stack, device_of, dtype_of
 
 THE_POLICY = "policy"  # the name of a policy that has none
 NOT_SELECTED: Any = object()
@@ -142,6 +142,11 @@ class Steering:
             )
             for group in editing_groups(policies)
         ]
+        for part in (*self._readers, *self._editors):
+            layer = stack.layers[part.group.layer]
+            if is_compiled_for(device_of(layer)):
+                dtype = dtype_of(layer)
+                part.prepare(policies, dtype) if isinstance(part, PromptReader) else part.prepare(dtype)
         self._selection = RowSelection(policies)
         self._session = Session(
             policies,
@@ -321,6 +326,12 @@ class Steering:
             if holder is None or holder.thread == threading.get_ident():
                 return
             time.sleep(POLL)
+
+
+def is_compiled_for(device: torch.device) -> bool:
+    """Whether kernels for a device may have to be compiled, which is done when a policy is attached, and not while a
+    model generates."""
+    return device.type == "cuda"
 
 
 def check_policies(policies: Mapping[str, Policy], model: ModelFingerprint | None) -> None:

@@ -76,12 +76,36 @@ def test_with_nvcc(tmp_path: Path) -> None:
     assert what_it_has(tmp_path) == expected
 
 
-@pytest.mark.parametrize(("variables", "found"), [({"PATH": ""}, False), ({"CUDA_HOME": ""}, True)], ids=["no", "yes"])
-def test_where_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], found: bool) -> None:
+@pytest.mark.parametrize(
+    ("in_home", "on_path", "in_usual", "found"),
+    [
+        (True, True, True, "home"),
+        (None, True, True, "path"),
+        (None, False, True, "usual"),
+        (None, False, False, None),
+        (False, True, True, None),
+    ],
+)
+def test_where_nvcc_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    in_home: bool | None,
+    on_path: bool,
+    in_usual: bool,
+    found: str | None,
+) -> None:
+    """In CUDA_HOME alone if it is set; else on the PATH, and then in the usual folder."""
+    for name, there in (("home", in_home), ("path", on_path), ("usual", in_usual)):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        if there:
+            (tmp_path / name / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setattr(compile_cuda, "USUAL_HOME", tmp_path / "usual")
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert compile_cuda.find_nvcc() == (NVCC if found else None)
+    if in_home is not None:
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    expected = None if found is None else str(tmp_path / found / "bin" / "nvcc")
+    assert compile_cuda.find_nvcc() == expected
 
 
 @needs_nvcc

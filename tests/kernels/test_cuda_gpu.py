@@ -124,6 +124,37 @@ def test_bulk_copies_change_no_bit(d_model: int, d_sae: int, cluster: int) -> No
         torch.ops.dspa.set_cuda_tuning(256, 1, DENSITY_BYTES)
 
 
+@pytest.mark.parametrize("bulk_copies", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("restored")
+def test_early_launches_change_no_bit(mode: StepMode, bulk_copies: bool) -> None:
+    """Each step begins while the one before it ends, alone and in a replayed graph, and reads what that one wrote."""
+    sae, rows, edits = real_sae(2304, 16384), real_rows(3, 2304), lists(3, 16384)
+    single = EditList(edits.latents[:1], edits.signs[:1], edits.counts[:1])
+    for hidden, listed in ((rows, edits), (rows[:1], single)):
+        expected = [hidden.clone()]
+        for _ in range(20):
+            expected.append(step(expected[-1], sae, listed, mode))
+        torch.ops.dspa.set_cuda_tuning(256, 1, DENSITY_BYTES, bulk_copies=bulk_copies, early_launch=True)
+        written = hidden.clone()
+        for _ in range(20):
+            token_step(written, sae, listed, 0.2, mode=mode, backend="cuda")
+        assert same_bits(written, expected[-1])
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            token_step(written, sae, listed, 0.2, mode=mode, backend="cuda")
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(10):
+                token_step(written, sae, listed, 0.2, mode=mode, backend="cuda")
+        written.copy_(hidden)
+        for _ in range(2):
+            graph.replay()
+        assert same_bits(written, expected[-1])
+        torch.ops.dspa.set_cuda_tuning(256, 1, DENSITY_BYTES)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_thousand_runs_are_the_same(mode: StepMode) -> None:
     sae, rows, edits = real_sae(2304, 16384), real_rows(9, 2304), lists(9, 16384)

@@ -68,6 +68,26 @@ def test_every_kernel_is_compiled(spanning: list[dict[str, object]]) -> None:
     assert {str(kernel["kernel"]) for kernel in spanning} == KERNELS
 
 
+@pytest.mark.compilers
+@pytest.mark.xdist_group("triton")
+def test_exact_factors_are_multiplied_where_copies_put_them(spanning: list[dict[str, object]]) -> None:
+    """On sm_90 `encode_density` in one dtype of 16 bits makes no detour by registers, and copies go on meanwhile."""
+    case = next(
+        case
+        for case in triton_compile.spanning_cases("sm_90")
+        if case.hidden == case.weights != torch.float32 and case.normalization == "none" and not case.subtract_b_dec
+    )
+    found = [
+        kernel
+        for kernel in spanning
+        if (kernel["case"], kernel["architecture"]) == (str(case), "sm_90")
+        and kernel["kernel"] in ("count_gates", "write_scores")
+    ]
+    assert len(found) == 1
+    assert int(str(found[0]["products_from_shared"])) >= 4
+    assert int(str(found[0]["copies_ahead"])) >= 2
+
+
 def test_every_dtype_and_every_pair_of_settings_is_compiled() -> None:
     cases = {architecture: list(triton_compile.spanning_cases(architecture)) for architecture in SHARED_MEMORY}
     for architecture, of_architecture in cases.items():

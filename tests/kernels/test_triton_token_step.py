@@ -47,10 +47,11 @@ import triton.language as tl
 from dspa.kernels.backends.registry import operations_for
 from dspa.kernels.lookup.triton_row import map_arguments
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.token_step import triton as triton_step
 from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.triton import scratch_of
 from dspa.kernels.token_step.triton_kernel.prepare import bound_by_recent_argmax
-from dspa.kernels.token_step.triton_kernel.structures import RECENT, Scratch
+from dspa.kernels.token_step.triton_kernel.structures import RECENT, SLICE, Scratch
 from dspa.kernels.triton_common import launch as triton_launch
 from dspa.kernels.triton_common.launch import Launch
 from dspa.kernels.triton_common.rows import ROW, Hidden, as_scalar, products_of
@@ -127,6 +128,25 @@ def test_a_token_with_lookup_is_one_launch(edit: EditKind, launches: list[Launch
     assert len(launches) == 1
     assert same_bits(hidden, run(sae, rows, lists, "lazy")[0])
     assert not same_bits(hidden, rows)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tokens", [32, 64])
+@pytest.mark.parametrize("mode", ["dense", "lazy"])
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated")], ids=str)
+def test_tiles_of_more_tokens_find_the_same(
+    kind: Kind, mode: StepMode, tokens: int, monkeypatch: pytest.MonkeyPatch, launches: list[Launch]
+) -> None:
+    """All sums are exact: the interpreter adds up wider products in another order."""
+    sae = make_integer_sae(kind, 37, 300, torch.bfloat16, seed=3)
+    rows = integers(generator(4), -3, 3, BATCH, 37).bfloat16()
+    edits = edit_list(*random_lists(sae, BATCH, 20, 5), 20)
+    expected, expected_stats = run(sae, rows, edits, mode)
+    monkeypatch.setattr(triton_step, "for_batch", lambda tile, batch: tile._replace(tokens=tokens))
+    written, stats = run(sae, rows, edits, mode)
+    assert [launch.arguments["TOKENS"] for launch in launches] == [16, tokens]
+    assert same_bits(written, expected)
+    assert_same_stats(stats, expected_stats)
 
 
 # ---- any order -------------------------------------------------------------------------------------------------------
@@ -500,13 +520,13 @@ def test_the_pass_over_weights_beyond_two_to_the_31st(monkeypatch: pytest.Monkey
     sae = SaeWeights(W_enc=W, W_dec=W, b_enc=zeros, threshold=zeros + 1, activation="jumprelu")
     rows, stats = torch.ones(2, d_model, dtype=torch.bfloat16), TokenStats.zeros(2, d_sae)
     rows[1] = 2.0
-    interpreted = Launch.run
+    interpreted, finishing = Launch.run, 2 * blocks(d_model, SLICE.value)
 
     def run_some(launch: Launch) -> None:
-        passes = launch.programs - 2 * 2
+        passes = launch.programs - 2 - finishing
         interpreted(replace(launch, programs=2))
         scratch_of(sae, 2, 1).counters.copy_(torch.tensor([2 + passes - 1, 2, passes - 1, 0]))
-        interpreted(replace(launch, programs=1 + 2))
+        interpreted(replace(launch, programs=1 + finishing))
 
     monkeypatch.setattr(Launch, "run", run_some)
     token_step(rows, sae, edit_list([[], []], [[3], [3]], 1), 0.25, None, stats, mode="dense", backend="triton")
@@ -544,11 +564,14 @@ def test_the_model_of_bytes_moved_is_what_the_kernel_loads(kind: Kind, passes: b
     stats = TokenStats.zeros(BATCH, 300)
     with counting_bytes(named) as counted:
         token_step(rows, sae, edits, 0.2, None, stats, mode=mode, backend="triton")
+    positive = scratch_of(sae, BATCH, 5).listed[:BATCH, :4] > 0
     expected = bytes_moved(
         sae,
         rows.dtype,
         BATCH,
         listed=4,
+        positive=int(positive.sum()),
+        touched=int(positive.any(dim=1).sum()),
         changed=int(stats.latent_edits.sum()),
         edited=int(stats.edited.sum()),
         passes=passes,

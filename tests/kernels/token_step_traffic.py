@@ -9,7 +9,8 @@ import torch
 from dspa.sae.weights import SaeWeights
 
 LISTED_AT_ONCE = 16  # entries of a list that are computed with one reading of the row
-ROWS_AT_ONCE = 16  # rows of a batch that share a pass over W_enc
+ROWS_AT_ONCE = 16  # rows of a batch that share a pass over W_enc; up to 64 where products are plain, on a GPU
+COLUMNS_AT_ONCE = 512  # that one program edits
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def bytes_moved(
     batch: int,
     *,
     listed: int,
+    positive: int = 0,
+    touched: int = 0,
     changed: int = 0,
     edited: int = 0,
     passes: bool = True,
@@ -54,7 +57,10 @@ def bytes_moved(
         hidden_dtype: of the hidden states `[batch, d_model]`.
         batch: rows, all of them enabled.
         listed: entries of each row's list.
-        changed: entries of all lists together that the edit changes.
+        positive: entries of all lists together that score above 0. Their decoder rows are loaded before it is known
+            whether they change.
+        touched: rows with such an entry, which are loaded at that time.
+        changed: entries that the edit changes.
         edited: rows that the edit changes.
         passes: whether the rows need the pass over `W_enc`, which in lazy mode they may not. Leaders are left out.
         latents_per_program: `latents` of the tile in use, see `dspa.kernels.triton_common.table`.
@@ -70,11 +76,11 @@ def bytes_moved(
     readings = max(1, -(-listed // LISTED_AT_ONCE))
     groups = -(-batch // ROWS_AT_ONCE) if passes else 0
     tiles = -(-sae.d_sae // latents_per_program) if passes else 0
-    norms_changed = 4 * changed * (sae.decoder_norm is not None) * -(-sae.d_model // 256)
+    norms_changed = 4 * changed * (sae.decoder_norm is not None) * -(-sae.d_model // COLUMNS_AT_ONCE)
     return Traffic(
         encoder=(batch * listed + groups * sae.d_sae) * weight_row,
-        decoder=changed * weight_row,
-        hidden=(batch * (readings + norm_readings + tiles) + 2 * edited) * hidden_row,
+        decoder=positive * weight_row,
+        hidden=(batch * (readings + norm_readings + tiles) + touched + edited) * hidden_row,
         parameters=4 * per_latent * (batch * listed + groups * sae.d_sae)
         + bias_row * (batch * readings + groups * tiles)
         + norms_changed,

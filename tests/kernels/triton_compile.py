@@ -36,7 +36,7 @@ from dspa.kernels.lookup.triton import lookup
 from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
 from dspa.kernels.triton_common import launch
 from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
-from dspa.kernels.triton_common.launch import Launch
+from dspa.kernels.triton_common.launch import Launch, parts_of
 from dspa.kernels.types import CsrMap, EditList, TokenStats
 from dspa.sae.weights import Activation, InputNormalization, SaeWeights
 
@@ -55,6 +55,7 @@ ADAPTERS: dict[str, tuple[AdapterActivation, bool]] = {  # with the mode: activa
     "lazy": ("soft_threshold", False),
     "lookup": ("jump_relu", True),
 }
+WIDE = (32, 64)  # batches with a tile of their own, where products are plain
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -97,6 +98,9 @@ class Compiled:
         registers: of a thread; on an AMD GPU its vector registers and the scalar ones of its wave.
         stack_bytes: memory of a thread for what does not fit into registers; 0 if nothing is spilled.
         shared_bytes: shared memory of a program.
+        products_from_shared: how many of its instructions multiply on the tensor cores while the program goes on, with
+            both factors in shared memory (sm_90).
+        copies_ahead: groups of copies into shared memory that are still under way where the next one is needed.
     """
 
     kernel: str
@@ -105,6 +109,8 @@ class Compiled:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    products_from_shared: int
+    copies_ahead: int
 
 
 def entries(architecture: str) -> list[tuple[int, int]]:
@@ -156,6 +162,12 @@ def spanning_cases(architecture: str) -> Iterator[Case]:
             )
 
 
+def is_plain(case: Case) -> bool:
+    """Whether the encoder input is the hidden state itself, in the dtype of the weights."""
+    is_itself = case.normalization == "none" and not case.subtract_b_dec
+    return is_itself and parts_of(case.hidden, case.weights, True) == 0
+
+
 def launches_of(case: Case, architecture: str) -> list[Launch]:
     """The launches of the operations, on tensors without data."""
 
@@ -196,6 +208,9 @@ def launches_of(case: Case, architecture: str) -> list[Launch]:
             edits = EditList.empty(batch, k, "meta")
             mode = "dense" if case.mode == "dense" else "lazy"
             token_step(hidden, sae, edits, alpha, enabled, stats, mode)
+        for wide in WIDE if is_plain(case) else ():
+            rows = tensor(wide, d_model, dtype=case.hidden)
+            token_step(rows, sae, EditList.empty(wide, k, "meta"), 0.2, None, None, "lazy")
         encode_density(hidden, tensor(3, dtype=torch.int64), sae)
         activation, clip = ADAPTERS[case.mode]
         adapter = AdapterWeights(
@@ -219,7 +234,19 @@ def compile_launch(made: Launch, case: Case, architecture: str) -> Compiled:
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=target, options=options.__dict__)
     registers, stack = resources_of(binary)
-    return Compiled(kernel.__name__, str(case), architecture, registers, stack, binary.metadata.shared)
+    text = binary.asm.get("ptx", "")
+    products = re.findall(r"wgmma\.mma_async[\w.]* \{[^}]*\}, %rd\d+, %rd\d+,", text)
+    pending = [int(groups) for groups in re.findall(r"cp\.async\.wait_group\s+(\d+)", text)]
+    return Compiled(
+        kernel.__name__,
+        str(case),
+        architecture,
+        registers,
+        stack,
+        binary.metadata.shared,
+        len(products),
+        max(pending, default=0),
+    )
 
 
 def resources_of(binary: Any) -> tuple[int, int]:

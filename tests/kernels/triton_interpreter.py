@@ -251,7 +251,7 @@ class Counted:
 
     def add(self, pointers: Any, mask: Any) -> None:
         """Counts one load or store."""
-        at = pointers.data[mask.data]
+        at = pointers.data[mask.data.astype(bool)]
         for name, (begin, end, size) in self._ranges.items():
             self.bytes[name] += int(((at >= begin) & (at < end)).sum()) * size
 

@@ -9,6 +9,7 @@ import torch
 from tiny_models import D_MODEL, tiny_model, tiny_policy
 
 from dspa.kernels import EditList, token_step
+from dspa.kernels.token_step import prepared
 from dspa.online.layer_editor import LayerEditor
 from dspa.online.policy_groups import editing_groups
 
@@ -87,7 +88,7 @@ def test_where_graphs_are_captured_such_a_batch_is_launched_and_not_touched(monk
         launches.append(len(hidden))
         token_step(hidden, *args, **kwargs)
 
-    monkeypatch.setattr("dspa.methods.latent_lists.token_step", counting)
+    monkeypatch.setattr(prepared, "token_step", counting)
     found = editor()
     assert not found.always_launches  # on a CPU
     found.always_launches = True

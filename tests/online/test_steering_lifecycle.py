@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, StaticCache
 
 import dspa
+import dspa.online.prompt_reader as prompt_reader
+import dspa.online.steering as steering_module
 from dspa.errors import InvalidInputError
+from dspa.kernels.token_step.prepared import PreparedStep
 from dspa.online.steering import steer
 
 COUNT = 6
@@ -322,3 +325,30 @@ def test_a_static_cache_of_ones_own_over_several_calls() -> None:
         cache = StaticCache(config=model.config, max_cache_len=32)
         out = generate_from(model, {"input_ids": torch.tensor([prompt]), "past_key_values": cache}, 4)
     assert out[0, 6:].tolist() == naive_generate(model, policy, [prompt], 4)[0]
+
+
+def test_what_has_to_be_compiled_is_compiled_when_a_policy_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: reading and editing are tried once, on the dtype of the model, and generating binds no step."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    bound: list[torch.dtype] = []
+    densities: list[tuple[int, ...]] = []
+    bind, encode = PreparedStep._bind, prompt_reader.encode_density  # pyright: ignore[reportPrivateUsage]
+
+    def binding(step: PreparedStep, dtype: torch.dtype) -> Any:
+        bound.append(dtype)
+        return bind(step, dtype)
+
+    def encoding(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        densities.append((*hidden.shape, hidden.dtype == torch.bfloat16))
+        return encode(hidden, *arguments, **options)
+
+    monkeypatch.setattr(PreparedStep, "_bind", binding)
+    monkeypatch.setattr(prompt_reader, "encode_density", encoding)
+    monkeypatch.setattr(steering_module, "is_compiled_for", lambda device: True)
+    policy = tiny_policy(model, dtype=torch.float32)  # another one than that of the hidden states
+    (prompt,) = prompts((6,))
+    with steer(model, policy):
+        assert bound == [torch.bfloat16]
+        assert densities == [(1, model.config.hidden_size, True)]
+        generate(model, [prompt], 4)
+        assert bound == [torch.bfloat16]

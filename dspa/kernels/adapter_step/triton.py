@@ -10,7 +10,15 @@ from dspa.kernels.adapter_step.triton_kernel import Adapter, Counters, Lists, ch
 from dspa.kernels.adapter_weights import AdapterWeights
 from dspa.kernels.backends.interface import AdapterMode
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
+from dspa.kernels.triton_common.launch import (
+    activation_of,
+    aligned,
+    launch,
+    parts_of,
+    row_stride_of,
+    tile_for,
+    with_aligned_rows,
+)
 from dspa.kernels.triton_common.rows import ROW, TOKENS, Decoder, Hidden
 from dspa.kernels.triton_common.table import blocks
 from dspa.kernels.triton_common.tiles import Encoder
@@ -47,6 +55,7 @@ def run(
     latent_edits: Tensor | None,
 ) -> None:
     """Launches the kernels: the operation as a function of nothing but tensors, numbers and names."""
+    given, hidden, enabled = hidden, with_aligned_rows(hidden), aligned(enabled)
     d_sae, d_model = weight.shape
     device = hidden.device
     x_parts = parts_of(hidden.dtype, weight.dtype, normalization == "none" and b_dec is None)
@@ -65,7 +74,7 @@ def run(
             here = slice(first, first + at_once)
             counters = Counters(seen[here], edited[here], nonfinite[here], latent_edits)
         lists = new_lists(batch, tiles, d_sae, device)
-        of_hidden = Hidden(rows, rows.stride(0), rows.stride(1))
+        of_hidden = Hidden(rows, row_stride_of(rows), rows.stride(1))
         sizes: dict[str, object] = {"d_model": d_model, "d_sae": d_sae}
         fires: dict[str, object] = {
             "hidden": of_hidden,
@@ -104,6 +113,8 @@ def run(
             "TILES": covering,
         }
         launch(decode, batch * blocks(d_model, ROW.value), decodes | sizes, list_tile, device)
+    if hidden is not given:
+        given.copy_(hidden)
 
 
 def new_lists(batch: int, tiles: int, d_sae: int, device: torch.device) -> Lists:

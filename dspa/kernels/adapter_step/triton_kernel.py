@@ -86,9 +86,10 @@ def fire(
         shift, factor, scale = normalizer(
             begin, hidden.column_stride, d_model, is_token[:, None], NORMALIZATION, MODEL
         )  # fmt: skip
+        product = tl.zeros([LATENTS, TOKENS], tl.float32)
         product = tile_products(
             adapter.weight, latents, is_latent, begin, hidden.column_stride, is_token, shift, factor, b_dec, d_model,
-            NORMALIZATION, X_PARTS, MODEL,
+            product, NORMALIZATION, X_PARTS, MODEL,
         )  # fmt: skip
         y = product + tl.load(adapter.bias + latents, mask=is_latent, other=0.0)[:, None]
         threshold = tl.load(adapter.threshold + latents, mask=is_latent, other=float("inf"))[:, None]  # masked

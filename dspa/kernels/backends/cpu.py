@@ -7,10 +7,10 @@ from dspa.kernels.backends.interface import Operations
 from dspa.kernels.encode_density.cpu import encode_density
 from dspa.kernels.lookup.cpu import lookup
 from dspa.kernels.native import load_library
-from dspa.kernels.token_step.cpu import token_step
+from dspa.kernels.token_step.cpu import bind_step, token_step
 
 
 def load() -> Operations:
     """The operations, once the library is loaded."""
     load_library()
-    return Operations(encode_density, lookup, token_step, adapter_step=adapter_step)
+    return Operations(encode_density, lookup, token_step, adapter_step=adapter_step, bind_step=bind_step)

@@ -7,10 +7,10 @@ from dspa.kernels.backends.interface import Operations
 from dspa.kernels.encode_density.cuda import encode_density
 from dspa.kernels.lookup.cuda import lookup
 from dspa.kernels.native import load_cuda_library
-from dspa.kernels.token_step.cuda import token_step, token_step_with_lookup
+from dspa.kernels.token_step.cuda import bind_step, token_step, token_step_with_lookup
 
 
 def load() -> Operations:
     """The operations, once the library is loaded."""
     load_cuda_library()
-    return Operations(encode_density, lookup, token_step, token_step_with_lookup, adapter_step)
+    return Operations(encode_density, lookup, token_step, token_step_with_lookup, adapter_step, bind_step=bind_step)

@@ -41,6 +41,22 @@ class TokenStep(Protocol):
     ) -> None: ...
 
 
+class BoundStep(Protocol):
+    """A token step whose SAE, lists, strength and mode are laid out for the kernel already."""
+
+    def __call__(self, hidden: Tensor, enabled: Tensor | None, stats: TokenStats | None) -> bool:
+        """Runs it on operands that were checked. False, and nothing is done, if what was laid out no longer holds."""
+        ...
+
+
+class BindStep(Protocol):
+    def __call__(
+        self, hidden: Tensor, sae: SaeWeights, edits: EditList, alpha: float | Tensor, mode: StepMode | None
+    ) -> BoundStep | None:
+        """Lays a step out for hidden states like `hidden`, which may be run on; None where that cannot be done."""
+        ...
+
+
 class TokenStepWithLookup(Protocol):
     def __call__(
         self,
@@ -132,6 +148,7 @@ class Operations:
         token_step_with_lookup: both in one step, where the backend has that.
         adapter_step: the operation of FSRL, where the backend has that.
         devices: replaces `Serves.devices` where only loading decides (Triton's interpreter runs on the CPU).
+        bind_step: `token_step` without the work that is the same for every token, where the backend has that.
     """
 
     encode_density: EncodeDensity
@@ -140,6 +157,7 @@ class Operations:
     token_step_with_lookup: TokenStepWithLookup | None = None
     adapter_step: AdapterStep | None = None
     devices: tuple[str, ...] | None = None
+    bind_step: BindStep | None = None
 
 
 @dataclass(frozen=True)

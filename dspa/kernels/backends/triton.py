@@ -20,6 +20,7 @@ def load() -> Operations:
     from dspa.kernels.encode_density.triton import encode_density
     from dspa.kernels.lookup.triton import lookup
     from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
+    from dspa.kernels.token_step.triton_bound import bind_step
 
     devices = ("cpu", "cuda") if INTERPRETED.value else None
-    return Operations(encode_density, lookup, token_step, token_step_with_lookup, adapter_step, devices)
+    return Operations(encode_density, lookup, token_step, token_step_with_lookup, adapter_step, devices, bind_step)

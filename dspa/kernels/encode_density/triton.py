@@ -17,57 +17,116 @@ import triton.language as tl
 from torch import Tensor
 
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
+from dspa.kernels.triton_common.launch import (
+    activation_of,
+    aligned,
+    launch,
+    parts_of,
+    row_stride_of,
+    tile_for,
+    with_aligned_rows,
+)
 from dspa.kernels.triton_common.select import SCAN, are_selected, keys_at, kth_best
 from dspa.kernels.triton_common.table import blocks
-from dspa.kernels.triton_common.tiles import Encoder, dirty_inputs, is_finite, normalizer, scores, tile_products
+from dspa.kernels.triton_common.tiles import (
+    Encoder,
+    dot,
+    encoder_input,
+    is_finite,
+    normalizer,
+    scores,
+    tile_products,
+)
 from dspa.sae.weights import SaeWeights
 
 MOST_SCORES = 16 << 20  # held at a time for topk: 64 MiB
+TOKEN_TILES = tl.constexpr(8)  # that go through the rows of W_enc together
+
+
+@triton.jit
+def nan_where_dirty(
+    begin, column_stride, is_token, shift, factor, b_dec, d_model,
+    NORMALIZATION: tl.constexpr, LATENTS: tl.constexpr, MODEL: tl.constexpr,
+):  # fmt: skip
+    """`[latents, tokens]` float32, NaN for a token whose encoder input is not finite and 0 for the others.
+
+    Arguments as for `tile_products`. The entries that are not finite are counted by a product with ones, which leaves
+    their numbers where those of the products will be.
+    """
+    ones = tl.full([LATENTS, MODEL], 1.0, tl.float16)
+    count = tl.zeros([LATENTS, is_token.shape[0]], tl.float32)
+    for first in tl.range(0, d_model, MODEL):
+        columns = (first + tl.arange(0, MODEL))[None, :]
+        within = columns < d_model
+        valid = is_token[:, None] & within
+        h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
+        x = encoder_input(h, shift, factor, b_dec, columns, within, valid, NORMALIZATION)
+        count = dot(ones, tl.trans((~is_finite(x)).to(tl.float16)), count)
+    return tl.where(count > 0.0, float("nan"), 0.0)
 
 
 @triton.jit
 def tile_scores(
-    hidden, row_stride, column_stride, encoder, rows, is_token, latents, is_latent, d_model,
+    hidden, row_stride, column_stride, encoder, rows, latents, d_model,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
     """Scores of some tokens, see `tiles.scores`; NaN for a token whose encoder input is not finite.
 
     Args:
-        rows, is_token: `[tokens]`, which rows of the hidden states, and whether there is such a row.
-        latents, is_latent: the same for latents.
+        rows: `[tokens]`, which rows of the hidden states.
+        latents: `[latents]`, which rows of the encoder. Both must be there; they may repeat.
 
     Returns:
         `[latents, tokens]` float32.
     """
     begin = hidden + rows.to(tl.int64)[:, None] * row_stride
+    is_token = tl.full(rows.shape, True, tl.int1)
+    is_latent = tl.full(latents.shape, True, tl.int1)
     shift, factor, _ = normalizer(begin, column_stride, d_model, is_token[:, None], NORMALIZATION, MODEL)
+    product = tl.zeros([latents.shape[0], rows.shape[0]], tl.float32)
     product = tile_products(
         encoder.W_enc, latents, is_latent, begin, column_stride, is_token, shift, factor, encoder.b_dec, d_model,
-        NORMALIZATION, X_PARTS, MODEL,
+        product, NORMALIZATION, X_PARTS, MODEL,
     )  # fmt: skip
-    score = scores(product, encoder, latents[:, None], is_latent[:, None], ACTIVATION)
-
-    # An input that is not finite leaves no product of its token finite, so it is looked for only where one is not.
+    # An input that is not finite leaves no product of its token finite, so it is looked for only where one is not. The
+    # products are then computed once more: kept meanwhile, they would leave too few registers.
     if tl.max((~is_finite(product)).to(tl.int32)) != 0:
-        dirty = dirty_inputs(
-            begin, column_stride, is_token, shift, factor, encoder.b_dec, d_model, NORMALIZATION, MODEL
+        product = nan_where_dirty(
+            begin, column_stride, is_token, shift, factor, encoder.b_dec, d_model,
+            NORMALIZATION, latents.shape[0], MODEL,
         )  # fmt: skip
-        score = tl.where(dirty[None, :] != 0, float("nan"), score)
-    return score
+        product = tile_products(
+            encoder.W_enc, latents, is_latent, begin, column_stride, is_token, shift, factor, encoder.b_dec, d_model,
+            product, NORMALIZATION, X_PARTS, MODEL,
+        )  # fmt: skip
+    return scores(product, encoder, latents[:, None], is_latent[:, None], ACTIVATION)
 
 
 @triton.jit
-def segment_of(rows, is_token, offsets, segments):
-    """The segment of each row: how many segments end at or before it."""
-    low = tl.zeros(rows.shape, tl.int32)
-    high = low + segments
-    for _ in range(32):  # enough for any number of segments
+def tile_of_program(tokens, d_sae, LATENTS: tl.constexpr, TOKENS: tl.constexpr):
+    """The first row and the first latent of this program's tile.
+
+    Programs that run at the same time share few rows of `W_enc` and few tokens, so that both stay in the second-level
+    cache: those of some tiles of tokens go through all of `W_enc` together, then those of the next.
+    """
+    token_tiles = tl.cdiv(tokens, TOKENS)
+    latent_tiles = tl.cdiv(d_sae, LATENTS)
+    group = tl.program_id(0) // (TOKEN_TILES * latent_tiles)
+    within = tl.program_id(0) % (TOKEN_TILES * latent_tiles)
+    size = tl.minimum(token_tiles - group * TOKEN_TILES, TOKEN_TILES)
+    return (group * TOKEN_TILES + within % size) * TOKENS, within // size * LATENTS
+
+
+@triton.jit
+def segment_of(row, offsets, segments):
+    """The segment of a row that is in one: how many segments end at or before it."""
+    low = 0
+    high = segments
+    while low < high:
         middle = (low + high) // 2
-        ended = tl.load(offsets + middle + 1, mask=is_token & (low < high), other=0) <= rows
-        open = low < high
-        low = tl.where(open & ended, middle + 1, low)
-        high = tl.where(open & ~ended, middle, high)
+        ended = tl.load(offsets + middle + 1) <= row
+        low = tl.where(ended, middle + 1, low)
+        high = tl.where(ended, high, middle)
     return low
 
 
@@ -77,27 +136,29 @@ def count_gates(
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr,
     LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of latents and tokens. Neighbouring programs share their tokens' rows of `W_enc`."""
-    groups = tl.cdiv(tokens, TOKENS)
-    rows = tl.program_id(0) % groups * TOKENS + tl.arange(0, TOKENS)
-    latents = tl.program_id(0) // groups * LATENTS + tl.arange(0, LATENTS)
-    is_latent = latents < d_sae
-    begin = tl.load(offsets)
-    end = tl.load(offsets + segments)
-    is_token = (rows >= begin) & (rows < end) & (rows < tokens)
-    if tl.max(is_token.to(tl.int32), axis=0) != 0:
+    """One tile of latents and tokens."""
+    first_row, first_latent = tile_of_program(tokens, d_sae, LATENTS, TOKENS)
+    rows = first_row + tl.arange(0, TOKENS)
+    latents = first_latent + tl.arange(0, LATENTS)
+    # The rows of this tile that are in a segment.
+    begin = tl.maximum(tl.load(offsets), first_row).to(tl.int32)
+    end = tl.minimum(tl.load(offsets + segments), tl.minimum(first_row + TOKENS, tokens)).to(tl.int32)
+    if begin < end:
+        # Rows and latents that are not there repeat the last that is, and are not counted.
         score = tile_scores(
-            hidden, row_stride, column_stride, encoder, rows, is_token, latents, is_latent, d_model,
-            ACTIVATION, NORMALIZATION, X_PARTS, MODEL,
+            hidden, row_stride, column_stride, encoder, tl.maximum(tl.minimum(rows, end - 1), begin),
+            tl.minimum(latents, d_sae - 1), d_model, ACTIVATION, NORMALIZATION, X_PARTS, MODEL,
         )  # fmt: skip
-        active = is_latent[:, None] & is_token[None, :] & (score > 0.0)
-        segment = segment_of(rows, is_token, offsets, segments)
-        first = tl.min(tl.where(is_token, segment, segments), axis=0)
-        last = tl.max(tl.where(is_token, segment, -1), axis=0)
-        for s in range(first, last + 1):
-            count = tl.sum((active & (segment == s)[None, :]).to(tl.int32), axis=1)
-            at = counts + tl.cast(s, tl.int64) * d_sae + latents
-            tl.atomic_add(at, count, mask=is_latent & (count > 0), sem="relaxed")
+        active = score > 0.0
+        segment = segment_of(begin, offsets, segments)
+        while begin < end:
+            until = tl.minimum(tl.load(offsets + segment + 1), end).to(tl.int32)
+            counted = active & ((rows >= begin) & (rows < until))[None, :]
+            count = tl.sum(counted.to(tl.int32), axis=1)
+            at = counts + tl.cast(segment, tl.int64) * d_sae + latents
+            tl.atomic_add(at, count, mask=(latents < d_sae) & (count > 0), sem="relaxed")
+            begin = until
+            segment += 1
 
 
 @triton.jit(do_not_specialize=["first_token", "tokens"])
@@ -107,15 +168,16 @@ def write_scores(
     LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
     """The scores of topk for some tokens, `[tokens, d_sae]`."""
-    groups = tl.cdiv(tokens, TOKENS)
-    token = tl.program_id(0) % groups * TOKENS + tl.arange(0, TOKENS)
-    latents = tl.program_id(0) // groups * LATENTS + tl.arange(0, LATENTS)
+    first_row, first_latent = tile_of_program(tokens, d_sae, LATENTS, TOKENS)
+    token = first_row + tl.arange(0, TOKENS)
+    latents = first_latent + tl.arange(0, LATENTS)
     score = tile_scores(
-        hidden, row_stride, column_stride, encoder, first_token + token, token < tokens, latents, latents < d_sae,
-        d_model, "topk", NORMALIZATION, X_PARTS, MODEL,
+        hidden, row_stride, column_stride, encoder, first_token + tl.minimum(token, tokens - 1),
+        tl.minimum(latents, d_sae - 1), d_model, "topk", NORMALIZATION, X_PARTS, MODEL,
     )  # fmt: skip
-    at = z + token.to(tl.int64)[None, :] * d_sae + latents[:, None]
-    tl.store(at, score, mask=(token < tokens)[None, :] & (latents < d_sae)[:, None])
+    begin = z + first_row.to(tl.int64) * d_sae
+    at = (token - first_row)[None, :] * d_sae + latents[:, None]
+    tl.store(begin + at, score, mask=(token < tokens)[None, :] & (latents < d_sae)[:, None])
 
 
 @triton.jit(do_not_specialize=["first_token", "segments", "k"])
@@ -124,8 +186,7 @@ def count_largest(z, offsets, counts, first_token, segments, d_sae, k):
     row = first_token + tl.program_id(0)
     if (row >= tl.load(offsets)) & (row < tl.load(offsets + segments)):
         begin = z + tl.program_id(0).to(tl.int64) * d_sae
-        here = tl.zeros([1], tl.int32) + row
-        segment = tl.sum(segment_of(here, here >= 0, offsets, segments), axis=0)
+        segment = segment_of(row, offsets, segments)
         bound, ties = kth_best(begin, 1, d_sae, k, True)
         seen = 0
         for first in range(0, d_sae, SCAN):
@@ -134,7 +195,7 @@ def count_largest(z, offsets, counts, first_token, segments, d_sae, k):
             latents = first + tl.arange(0, SCAN)
             positive = tl.load(begin + latents, mask=inside, other=0.0) > 0.0
             one = tl.full([SCAN], 1, tl.int32)
-            at = counts + segment.to(tl.int64) * d_sae + latents
+            at = counts + tl.cast(segment, tl.int64) * d_sae + latents
             tl.atomic_add(at, one, mask=selected & positive, sem="relaxed")
 
 
@@ -158,11 +219,12 @@ def run(
     counts = torch.zeros(segments, d_sae, dtype=torch.int32, device=hidden.device)
     if tokens == 0 or segments == 0:
         return counts
+    hidden, offsets = with_aligned_rows(hidden), aligned(offsets)
     x_parts = parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
     tile = tile_for("encode_density", W_enc, x_parts)
     shared: dict[str, object] = {
         "hidden": hidden,
-        "row_stride": hidden.stride(0),
+        "row_stride": row_stride_of(hidden),
         "column_stride": hidden.stride(1),
         "encoder": Encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias),
         "d_model": d_model,

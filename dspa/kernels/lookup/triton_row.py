@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dspa.kernels.triton_common.launch import row_stride_of, with_aligned_rows
 from dspa.kernels.triton_common.select import SCAN, are_selected, keys_at, kth_best, sort_key
 from dspa.kernels.types import CsrMap
 
@@ -185,13 +186,14 @@ def prompt_of(
 ) -> Prompt:
     """The arguments of a lookup, with new scratch."""
     batch = density.shape[0]
+    density = with_aligned_rows(density)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(batch, *shape, dtype=dtype, device=density.device)
 
     return Prompt(
         density,
-        density.stride(0),
+        row_stride_of(density),
         density.stride(1),
         row_offsets,
         columns,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from dspa.kernels.backends.interface import StepMode
+from dspa.kernels.backends.interface import BoundStep, StepMode
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.operands import Versions, refusals_of_the_library, versions_of
+from dspa.kernels.operands import Versions, refusal_of_the_library, refusals_of_the_library, versions_of
 from dspa.kernels.quantized_rows import WIDEST_QUANTIZED_MODEL, QuantizedRows, quantize_rows
-from dspa.kernels.token_step.arguments import strength_arguments
+from dspa.kernels.token_step.arguments import (
+    NO_COUNTERS,
+    are_passed_as_they_are,
+    counter_arguments,
+    strength_arguments,
+)
 from dspa.kernels.types import EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
@@ -75,14 +81,18 @@ def quantized_encoder_of(sae: SaeWeights) -> QuantizedRows | None:
     inference mode, which do not tell that they were written."""
     if torch.compiler.is_compiling():
         return None if sae not in _quantized else _quantized[sae][1]
-    factors = (factor for factor in (sae.decoder_norm, sae.magnitude_scale) if factor is not None)
-    versions = versions_of(sae.W_enc, *factors)
+    versions = versions_of(*quantized_from(sae))
     if versions is None:
         return None
     known = _quantized.get(sae)
     if known is None or known[0] != versions:
         known = _quantized[sae] = (versions, quantize_rows(sae.W_enc) if _can_be_screened(sae) else None)
     return known[1]
+
+
+def quantized_from(sae: SaeWeights) -> tuple[Tensor, ...]:
+    """The tensors that a quantized encoder, and whether there is one, depends on."""
+    return (sae.W_enc, *(factor for factor in (sae.decoder_norm, sae.magnitude_scale) if factor is not None))
 
 
 def _can_be_screened(sae: SaeWeights) -> bool:
@@ -124,3 +134,37 @@ def token_step(
             scratch.counters,
             mode,
         )
+
+
+def bind_step(
+    hidden: Tensor, sae: SaeWeights, edits: EditList, alpha: float | Tensor, mode: StepMode | None
+) -> BoundStep | None:
+    """See `dspa.kernels.backends.interface.BindStep`. The library looks at all tensors at every call; only the
+    quantized encoder can be out of date."""
+    sources, mode = quantized_from(sae), mode or DEFAULT_MODE
+    if not are_passed_as_they_are(edits, alpha) or any(tensor.is_inference() for tensor in sources):
+        return None
+    written, address = operator.attrgetter("_version"), Tensor.data_ptr
+    versions = [*map(written, sources), *map(address, sources)]
+    scratch = scratch_of(sae)
+    quantized = quantized_encoder_of(sae) if mode == "screened" else None
+    lists = (edits.latents, edits.signs, edits.counts)
+    before = (*encoder_arguments(sae), sae.W_dec, sae.decoder_rows, *lists, *strength_arguments(alpha, None, None)[:2])
+    codes = (None, None) if quantized is None else (quantized.values, quantized.factors)
+    after = (scratch.recent_argmax, *codes, scratch.counters, mode)
+    operation = torch.ops.dspa.token_step.default
+
+    def bound(hidden: Tensor, enabled: Tensor | None, stats: TokenStats | None) -> bool:
+        if [*map(written, sources), *map(address, sources)] != versions:
+            return False
+        on = None if enabled is None else enabled.contiguous()
+        counters = NO_COUNTERS if stats is None else counter_arguments(stats)
+        try:
+            operation(hidden, *before, on, *counters, *after)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise refusal_of_the_library(error) from error
+        return True
+
+    return bound

@@ -8,9 +8,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dspa.kernels.backends.interface import StepMode
+from dspa.kernels.backends.interface import BoundStep, StepMode
 from dspa.kernels.native import encoder_arguments
-from dspa.kernels.token_step.arguments import strength_arguments
+from dspa.kernels.token_step.arguments import (
+    NO_COUNTERS,
+    are_passed_as_they_are,
+    counter_arguments,
+    strength_arguments,
+)
 from dspa.kernels.token_step.scratch import kept, rows_for
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
@@ -22,7 +27,7 @@ _scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], Tensor]] = WeakKey
 
 def scratch_words(rows: int, capacity: int) -> int:
     """The size of the scratch that `csrc/cuda/operations.h` lays out; the operation refuses any other size."""
-    return 2 + 5 * rows + 2 * rows * capacity
+    return 5 * rows + 2 * rows * capacity
 
 
 def scratch_of(sae: SaeWeights, batch: int, capacity: int) -> Tensor:
@@ -103,3 +108,33 @@ def token_step_with_lookup(
         mode or DEFAULT_MODE,
     )
     return edits
+
+
+def bind_step(
+    hidden: Tensor,
+    sae: SaeWeights,
+    edits: EditList,
+    alpha: float | Tensor,
+    mode: StepMode | None,
+    *,
+    library: Any = torch.ops.dspa,
+) -> BoundStep | None:
+    """See `dspa.kernels.backends.interface.BindStep`. The library looks at all tensors at every call, so what is laid
+    out always holds."""
+    if not are_passed_as_they_are(edits, alpha):
+        return None
+    batch, capacity = hidden.shape[0], edits.k
+    lists = (edits.latents, edits.signs, edits.counts)
+    before = (*encoder_arguments(sae), sae.W_dec, sae.decoder_rows, *lists, *strength_arguments(alpha, None, None)[:2])
+    only_on_a_cpu = (None, None, None)
+    mode = mode or DEFAULT_MODE
+    operation = library.token_step.default
+
+    def bound(hidden: Tensor, enabled: Tensor | None, stats: TokenStats | None) -> bool:
+        on = None if enabled is None else enabled.contiguous()
+        counters = NO_COUNTERS if stats is None else counter_arguments(stats)
+        scratch = scratch_of(sae, batch, capacity)
+        operation(hidden, *before, on, *counters, *only_on_a_cpu, scratch, mode)
+        return True
+
+    return bound

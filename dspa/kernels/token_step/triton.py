@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +20,30 @@ from dspa.kernels.token_step.triton_kernel.kernel import token_step_kernel
 from dspa.kernels.token_step.triton_kernel.structures import (
     NUMBERS,
     RECENT,
+    SLICE,
     Edits,
     Scratch,
     Stats,
     Strength,
 )
-from dspa.kernels.triton_common.launch import activation_of, launch, parts_of, tile_for
-from dspa.kernels.triton_common.rows import TOKENS, Decoder, Hidden
-from dspa.kernels.triton_common.table import blocks
+from dspa.kernels.triton_common import launch as launching
+from dspa.kernels.triton_common.launch import (
+    Launch,
+    activation_of,
+    aligned,
+    launch_of,
+    parts_of,
+    row_stride_of,
+    tile_for,
+    with_aligned_rows,
+)
+from dspa.kernels.triton_common.rows import Decoder, Hidden
+from dspa.kernels.triton_common.table import blocks, for_batch
 from dspa.kernels.triton_common.tiles import Encoder
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
+
+BYTES_AHEAD = 512  # of a row of `W_enc`
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +92,15 @@ def scratch_of(sae: SaeWeights, batch: int, k: int) -> StepScratch:
     return kept(_scratch, sae, (rows, k), lambda: StepScratch.allocate(rows, k, sae.device))
 
 
-def run(
+def columns_ahead(W_enc: Tensor) -> int:
+    """How many columns of `W_enc` a program asks for before it knows whether they are needed: at most an eighth of the
+    pass, so that a token that does without it hardly notices. On NVIDIA GPUs only."""
+    columns = BYTES_AHEAD // W_enc.element_size()
+    is_nvidia = launching.architecture(W_enc.device).startswith("sm_")
+    return columns if is_nvidia and W_enc.shape[1] >= 8 * columns else 0
+
+
+def step_launch(
     hidden: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -122,13 +144,15 @@ def run(
     k_diff: int = 0,
     edit: str = "ablate",
     sign_guard: bool = False,
-) -> None:
-    """Launches the kernel: the operation as a function of nothing but tensors, numbers and names. With a density, the
-    lists are looked up first, and written."""
+) -> Launch:
+    """The launch of the operation: a function of nothing but tensors, numbers and names. With a density, the lists are
+    looked up first, and written. The hidden states have aligned rows."""
     batch, d_model = hidden.shape
     d_sae = W_enc.shape[0]
     x_parts = parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
     tile = tile_for("token_step", W_enc, x_parts)
+    if x_parts == 0:
+        tile = for_batch(tile, batch)
     stats = None
     if seen is not None:
         stats = Stats(seen, edited, nonfinite, maximum, maximum_sum, maximum_known, latent_edits)  # pyright: ignore[reportArgumentType]
@@ -138,16 +162,16 @@ def run(
         assert columns is not None
         assert values is not None
         prompt = prompt_of(density, row_offsets, columns, values, d_sae_out, k_prompt, k_diff)
-    passes = blocks(d_sae, tile.latents) * blocks(batch, TOKENS.value)
-    launch(
+    passes = blocks(d_sae, tile.latents) * blocks(batch, tile.tokens)
+    return launch_of(
         token_step_kernel,
-        batch + passes + batch,
+        batch + passes + batch * blocks(d_model, SLICE.value),
         {
-            "hidden": Hidden(hidden, hidden.stride(0), hidden.stride(1)),
+            "hidden": Hidden(hidden, row_stride_of(hidden), hidden.stride(1)),
             "encoder": Encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias),
             "decoder": Decoder(W_dec, decoder_rows),
             "edits": Edits(latents, signs, counts, latents.shape[1]),
-            "strength": Strength(alpha, alpha_of_row, enabled),
+            "strength": Strength(float(alpha), aligned(alpha_of_row), aligned(enabled)),
             "stats": stats,
             "scratch": Scratch(counters, states, numbers, maxima, listed, ranks, recent_argmax),
             "prompt": prompt,
@@ -162,12 +186,24 @@ def run(
             "EDIT": edit,
             "GUARD": sign_guard,
             "LATENTS": tile.latents,
+            "TOKENS": tile.tokens,
             "MODEL": tile.model,
+            "AHEAD": columns_ahead(W_enc),
         },
         tile,
         hidden.device,
     )
 
+
+def run(hidden: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launches the kernel, on a copy of hidden states that it cannot be launched on."""
+    rows = with_aligned_rows(hidden)
+    step_launch(rows, *arguments, **options).run()
+    if rows is not hidden:
+        hidden.copy_(rows)
+
+
+run.__signature__ = inspect.signature(step_launch).replace(return_annotation=None)  # pyright: ignore[reportFunctionMemberAccess]
 
 _WRITTEN = (
     "hidden", "seen", "edited", "nonfinite", "maximum", "maximum_sum", "maximum_known", "latent_edits",

@@ -14,7 +14,8 @@ from dspa.kernels.triton_common.tiles import encoder_input, is_finite, widen
 
 LISTED = tl.constexpr(16)  # entries of a list that are handled at a time
 TOKENS = tl.constexpr(16)  # rows of a batch that share a pass; fixed, so that their number changes no bit
-ROW = tl.constexpr(256)  # columns of the model that are prepared and edited at a time
+IN_FLIGHT = tl.constexpr(4)  # blocks of columns of rows that lie apart, loaded ahead
+ROW = tl.constexpr(256)  # columns of the model that are prepared at a time
 
 
 class Hidden(NamedTuple):
@@ -53,7 +54,7 @@ def products_of(
     product = tl.zeros([latents.shape[0], ROW], tl.float32)
     magnitude = tl.zeros([latents.shape[0], ROW], tl.float32)
     dirty = tl.zeros([ROW], tl.int32)
-    for first in range(0, d_model, ROW):
+    for first in tl.range(0, d_model, ROW, num_stages=IN_FLIGHT):
         at = first + columns
         inside = at < d_model
         h = tl.load(begin + at * column_stride, mask=inside, other=0.0)

@@ -12,6 +12,7 @@ from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
 Operation = Literal["token_step", "encode_density"]
 Shape = tuple[int, int]
 INTERPRETER = "interpreter"
+MOST_TOKENS = 64  # that share a pass
 
 
 class Tile(NamedTuple):
@@ -19,7 +20,7 @@ class Tile(NamedTuple):
 
     Attributes:
         latents: rows of `W_enc` that one program multiplies; a power of 2.
-        tokens: rows of the hidden states that it multiplies them with; a power of 2, at least 16.
+        tokens: rows of the hidden states that it multiplies them with; a power of 2, at least 16. See `for_batch`.
         model: columns of both that it multiplies at a time; a power of 2, at least 16.
         warps: warps of a program.
         stages: blocks of columns that are loaded ahead.
@@ -53,6 +54,17 @@ def tile_of(operation: Operation, architecture: str, d_model: int, d_sae: int, i
         return abs(math.log(shape[0] / d_model)) + abs(math.log(shape[1] / d_sae))
 
     return Tile(*of_shape[min(of_shape, key=distance)][in_parts])
+
+
+def for_batch(tile: Tile, batch: int) -> Tile:
+    """A tile of `token_step` with room for all tokens of a batch, up to 64, so that `W_enc` is read once for all of
+    them. What it holds in shared memory grows by half at most: there are fewer stages instead. The number of warps,
+    which decides about the order of sums, stays."""
+    tokens = min(MOST_TOKENS, max(tile.tokens, 1 << (batch - 1).bit_length()))
+    if tile.warps == 1 or tokens == tile.tokens:  # the interpreter sums wider products in another order
+        return tile
+    room = 3 * (tile.latents + tile.tokens) * tile.stages // 2
+    return tile._replace(tokens=tokens, stages=max(2, min(tile.stages, room // (tile.latents + tokens))))
 
 
 def listed_architecture(architecture: str) -> str:

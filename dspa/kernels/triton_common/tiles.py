@@ -179,10 +179,10 @@ def add_part(w, x, main, rest, LEADING: tl.constexpr, X_PARTS: tl.constexpr):
 
 @triton.jit
 def tile_products(
-    matrix, latents, is_latent, begin, column_stride, is_token, shift, factor, b_dec, d_model,
+    matrix, latents, is_latent, begin, column_stride, is_token, shift, factor, b_dec, d_model, product,
     NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Products of some rows of a matrix with the encoder inputs of some tokens.
+    """Adds the products of some rows of a matrix with the encoder inputs of some tokens.
 
     Args:
         matrix: `[d_sae, d_model]`.
@@ -190,22 +190,33 @@ def tile_products(
         begin: `[tokens, 1]`, where each row of the hidden states begins.
         is_token: `[tokens]`, which tokens to read.
         shift, factor: of `normalizer`.
+        product: `[latents, tokens]` float32, what they are added to.
 
     Returns:
         `[latents, tokens]` float32.
     """
     weights = matrix + latents.to(tl.int64)[:, None] * d_model
-    product = tl.zeros([latents.shape[0], is_token.shape[0]], tl.float32)
-    rest = tl.zeros([latents.shape[0], is_token.shape[0]], tl.float32)
-    for first in tl.range(0, d_model, MODEL):
-        columns = (first + tl.arange(0, MODEL))[None, :]
-        within = columns < d_model
-        valid = is_token[:, None] & within
-        w = tl.load(weights + columns, mask=is_latent[:, None] & within, other=0.0)
-        h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
-        x = encoder_input(h, shift, factor, b_dec, columns, within, valid, NORMALIZATION)
-        product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
-    return product + rest
+    if X_PARTS == 0:
+        # Both factors go from shared memory to the tensor cores as they were loaded, and while one block of columns is
+        # multiplied the next ones arrive.
+        for first in tl.range(0, d_model, MODEL):
+            columns = (first + tl.arange(0, MODEL))[None, :]
+            within = columns < d_model
+            w = tl.load(weights + columns, mask=is_latent[:, None] & within, other=0.0)
+            h = tl.load(begin + columns * column_stride, mask=is_token[:, None] & within, other=0.0)
+            product = dot(w, tl.trans(h), product)
+    else:
+        rest = tl.zeros([latents.shape[0], is_token.shape[0]], tl.float32)
+        for first in tl.range(0, d_model, MODEL):
+            columns = (first + tl.arange(0, MODEL))[None, :]
+            within = columns < d_model
+            valid = is_token[:, None] & within
+            w = tl.load(weights + columns, mask=is_latent[:, None] & within, other=0.0)
+            h = tl.load(begin + columns * column_stride, mask=valid, other=0.0)
+            x = encoder_input(h, shift, factor, b_dec, columns, within, valid, NORMALIZATION)
+            product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
+        product += rest
+    return product
 
 
 @triton.jit
@@ -225,25 +236,70 @@ def dirty_inputs(
 
 
 @triton.jit
-def scores(product, encoder, latents, valid, ACTIVATION: tl.constexpr):
+def numbers_of(encoder, latents, valid, ACTIVATION: tl.constexpr):
+    """What turns products of some latents into scores: bias, norm, and for "gated" the scale and offset of the
+    magnitude, for "threshold" the threshold. Of the shape of `latents`, 0 where not valid; the bias in place of what
+    there is not.
+    """
+    bias = tl.load(encoder.b_enc + latents, mask=valid, other=0.0)
+    norm = bias
+    scale = bias
+    offset = bias
+    if encoder.decoder_norm is not None:
+        norm = tl.load(encoder.decoder_norm + latents, mask=valid, other=0.0)
+    if ACTIVATION == "gated":
+        scale = tl.load(encoder.magnitude_scale + latents, mask=valid, other=0.0)
+        offset = tl.load(encoder.magnitude_bias + latents, mask=valid, other=0.0)
+    elif ACTIVATION == "threshold":
+        offset = tl.load(encoder.threshold + latents, mask=valid, other=0.0)
+    return bias, norm, scale, offset
+
+
+@triton.jit
+def score_of(product, numbers, encoder, ACTIVATION: tl.constexpr):
     """The values that the selection compares: the activation, or for topk the pre-activation, from `W_enc h'`.
 
     Args:
-        product: float32; `latents` and `valid` broadcast to it. Where not valid, it must be 0, and so is the score.
-        latents: which rows of the encoder.
+        product: float32. Where a latent is not valid, it must be 0, and so is the score.
+        numbers: of `numbers_of`; they broadcast to the product.
         ACTIVATION: "threshold" (jumprelu, relu, batchtopk), "gated" or "topk".
     """
-    z = product + tl.load(encoder.b_enc + latents, mask=valid, other=0.0)
+    bias, norm, scale, offset = numbers
+    z = product + bias
     if encoder.decoder_norm is not None:
-        z = z * tl.load(encoder.decoder_norm + latents, mask=valid, other=0.0)
+        z = z * norm
     if ACTIVATION == "gated":
-        magnitude = product * tl.load(encoder.magnitude_scale + latents, mask=valid, other=0.0)
-        magnitude += tl.load(encoder.magnitude_bias + latents, mask=valid, other=0.0)
+        magnitude = product * scale
+        magnitude += offset
         z = tl.where((z > 0.0) & (magnitude > 0.0), magnitude, 0.0)
     elif ACTIVATION == "threshold":
-        threshold = tl.load(encoder.threshold + latents, mask=valid, other=0.0)
-        z = tl.where((z > threshold) & (z > 0.0), z, 0.0)
+        z = tl.where((z > offset) & (z > 0.0), z, 0.0)
     return z
+
+
+@triton.jit
+def scores(product, encoder, latents, valid, ACTIVATION: tl.constexpr):
+    """`score_of` some latents. `latents`, which rows of the encoder, and `valid` broadcast to the product."""
+    return score_of(product, numbers_of(encoder, latents, valid, ACTIVATION), encoder, ACTIVATION)
+
+
+# ---- memory that will be read ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fetch_ahead(begin, columns: tl.constexpr):
+    """Brings the first columns of some rows into the L2 cache of an NVIDIA GPU. Nothing waits for them.
+
+    Args:
+        begin: `[rows]`, where each row begins.
+        columns: how many of a row; a power of 2, at least a line of the cache, 128 bytes.
+    """
+    line: tl.constexpr = 1024 // begin.dtype.element_ty.primitive_bitwidth
+    lines: tl.constexpr = columns // line
+    at = begin[:, None] + (tl.arange(0, lines) * line)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 # ---- programs that wait for each other -------------------------------------------------------------------------------

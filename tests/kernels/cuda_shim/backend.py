@@ -18,7 +18,7 @@ from dspa.kernels.backends.registry import register_backend
 from dspa.kernels.backends.table import BACKENDS
 from dspa.kernels.encode_density.cuda import encode_density
 from dspa.kernels.lookup.cuda import lookup
-from dspa.kernels.token_step.cuda import token_step, token_step_with_lookup
+from dspa.kernels.token_step.cuda import bind_step, token_step, token_step_with_lookup
 
 NAME = "cuda-shim"
 THREADS = 64  # of a block; what a GPU gets is more, and the same kernel
@@ -32,7 +32,7 @@ def operations() -> Any:
     path = str(build.library())
     torch.ops.load_library(path)
     found = torch.ops.dspa_cuda_shim
-    found.set_cuda_tuning(THREADS, 1, DENSITY_BYTES)
+    found.set_cuda_tuning(THREADS, 1, DENSITY_BYTES, warpgroup_products=False)
     return found
 
 
@@ -44,6 +44,7 @@ def load() -> Operations:
         partial(token_step, library=library),
         partial(token_step_with_lookup, library=library),
         partial(adapter_step, library=library),
+        bind_step=partial(bind_step, library=library),
     )
 
 
@@ -66,6 +67,7 @@ def machine(
     density_bytes: int = DENSITY_BYTES,
     warpgroup_products: bool = False,
     bulk_copies: bool = False,
+    early_launch: bool = False,
     calls_to_failure: int = 0,
 ) -> Iterator[None]:
     """Another GPU, another shape of the launch, or another order of the threads, for a while.
@@ -81,6 +83,7 @@ def machine(
         density_bytes: of inputs, or scores, that encode_density holds.
         warpgroup_products: encode_density multiplies by warpgroups.
         bulk_copies: the copy engine brings W_enc to token_step.
+        early_launch: token_step begins while the kernel before it ends.
         calls_to_failure: the call of CUDA that fails, counted from here on; 0 for none.
     """
     configure = ctypes.CDLL(str(build.library())).cuda_shim_configure
@@ -89,7 +92,7 @@ def machine(
     device = _DEVICES.setdefault((processors, shared_limit, compute_capability), len(_DEVICES))
     tune = operations().set_cuda_tuning
     configure(clusters_at_a_time, processors, shared_limit, compute_capability, seed, device, calls_to_failure)
-    tune(threads, cluster, density_bytes, warpgroup_products, bulk_copies)
+    tune(threads, cluster, density_bytes, warpgroup_products, bulk_copies, early_launch)
     try:
         yield
     finally:

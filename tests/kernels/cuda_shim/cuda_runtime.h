@@ -15,6 +15,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -42,6 +43,10 @@ inline constexpr CudaShimIndex<CudaShimBlockSize> blockDim{};
 
 using dim3 = cuda_shim::Index3;
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -64,6 +69,7 @@ inline uint32_t __float_as_uint(float value) { return cuda_shim_bits<uint32_t>(v
 inline float __uint_as_float(uint32_t bits) { return cuda_shim_bits<float>(bits); }
 inline long long __double_as_longlong(double value) { return cuda_shim_bits<long long>(value); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __popcll(uint64_t bits) { return __builtin_popcountll(bits); }
 
 // ---- threads together -----------------------------------------------------------------------------------------------
 
@@ -119,11 +125,13 @@ enum cudaError_t {
   cudaErrorUnknown = 999
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 using cudaStream_t = void*;
 
@@ -131,6 +139,7 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 
@@ -171,9 +180,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const cuda_shim::Machine& machine = cuda_shim::machine();
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? machine.processors
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? machine.shared_limit
-                                                                  : machine.compute_capability;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? machine.processors : machine.shared_limit;
   return cuda_shim_call();
 }
 
@@ -185,11 +192,13 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
 
 struct cudaFuncAttributes {
   int maxThreadsPerBlock;
+  int ptxVersion;
 };
 
 // Of a kernel for sm_90a, or sm_90: what is played is one, or a GPU before it, for which the kernel is empty.
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->maxThreadsPerBlock = cuda_shim::machine().compute_capability == 9 ? 1024 : 32;
+  attributes->ptxVersion = 10 * cuda_shim::machine().compute_capability;
   return cuda_shim_call();
 }
 
@@ -198,12 +207,24 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, co
   return cuda_shim_call();
 }
 
-// Runs the kernel to its end.
+inline unsigned cuda_shim_cluster(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
+  return 1;
+}
+
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const cuda_shim::Machine& machine = cuda_shim::machine();
+  *clusters = machine.processors * machine.blocks_per_processor / static_cast<int>(cuda_shim_cluster(*config));
+  return cuda_shim_call();
+}
+
+// Runs the kernel to its end. One that begins early finds the launches before it ended all the same.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   if (const cudaError_t error = cuda_shim_call(); error != cudaSuccess) return error;
-  const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  const unsigned cluster = cuda_shim_cluster(*config);
   const bool allowed = static_cast<int>(config->dynamicSmemBytes) <=
                        cuda_shim::shared_allowed(reinterpret_cast<const void*>(kernel));
   if (!allowed || config->blockDim.x % 32 != 0 || config->gridDim.x % cluster != 0 || config->gridDim.x == 0)

@@ -104,8 +104,8 @@ struct Block {
   std::vector<uint32_t> hidden;  // of 16 bytes of shared memory each: copies that were begun and not shown yet
   char* memory;
   char* shared;  // in memory, of just the size that was asked for, so that AddressSanitizer sees what is past its end
-  // Where shared memory begins: in each block at another multiple of 128, though on a GPU it is the same in all.
-  uint32_t shared_begin() const { return 1024 + 128 * (index.x % 8); }
+  // Where shared memory begins: in each cluster at another multiple of 128, though on a GPU it is the same in all.
+  uint32_t shared_begin() const { return 1024 + 128 * (index.x / launch->cluster % 8); }
 };
 
 // A copy that was asked for and has not been done yet.

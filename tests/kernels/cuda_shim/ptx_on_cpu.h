@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "cuda.h"
 
 namespace dspa::cuda::ptx {
 
@@ -14,6 +15,13 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline uint64_t evict_first_policy() { return 0; }
 
+inline uint2 load_8(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 8 != 0) std::abort();
+  uint2 value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+}
+
 inline uint4 load_16(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) std::abort();  // a GPU would stop as well
   uint4 value;
@@ -22,6 +30,16 @@ inline uint4 load_16(const void* address) {
 }
 
 inline uint4 load_streaming(const void* address, uint64_t) { return load_16(address); }
+
+// Changes nothing, but must be allowed to read.
+inline void prefetch(const void* address, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0 || bytes % 16 != 0) std::abort();
+  const volatile char* first = static_cast<const volatile char*>(address);
+  static_cast<void>(first[0] + first[bytes - 1]);
+}
+
+inline void wait_for_launches_before() {}
+inline void let_next_launch_begin() {}
 
 inline uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
   return cuda_shim::machine().order_is_missing ? __atomic_fetch_add(address, value, __ATOMIC_RELAXED)
@@ -94,6 +112,49 @@ inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t
   change_barrier(barrier, [&](int64_t&, int64_t& left) { left -= bytes; });
 }
 
+// ---- copies of matrix rows by the copy engine -----------------------------------------------------------------------
+
+constexpr uint32_t box_columns = 64;
+
+// What a box has of a matrix, to shared memory of one block.
+inline void copy_box(cuda_shim::Block& block, ptrdiff_t offset, const CUtensorMap& map, int32_t column, int32_t row) {
+  const uint32_t address = block.shared_begin() + static_cast<uint32_t>(offset);
+  if (address % 1024 != 0) cuda_shim::refuse("a box at no multiple of 1024 bytes");
+  if (static_cast<size_t>(offset) + 128 * map.box_rows > block.launch->shared_bytes)
+    cuda_shim::refuse("a box outside of the block");
+  for (uint32_t r = 0; r < map.box_rows; ++r) {
+    for (uint32_t c = 0; c < box_columns; ++c) {
+      const int64_t from_row = int64_t{row} + r, from_column = int64_t{column} + c;
+      const bool inside = from_row >= 0 && from_row < map.rows && from_column >= 0 && from_column < map.columns;
+      const uint16_t number = inside ? map.data[from_row * map.row_stride + from_column] : uint16_t{0};
+      const uint32_t place = r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2;
+      std::memcpy(block.shared + offset + place, &number, sizeof number);
+    }
+  }
+}
+
+inline void copy_rows(void* shared, const CUtensorMap& map, int32_t column, int32_t row, uint64_t* barrier) {
+  cuda_shim::Block& block = *cuda_shim::self().block;
+  copy_box(block, static_cast<char*>(shared) - block.shared, map, column, row);
+  change_barrier(barrier, [&](int64_t&, int64_t& left) { left -= 128 * map.box_rows; });
+}
+
+inline void copy_rows_to_pair(void* shared, const CUtensorMap& map, int32_t column, int32_t row, uint64_t* barrier) {
+  cuda_shim::Block& own = *cuda_shim::self().block;
+  if (own.launch->cluster != 2) cuda_shim::refuse("a copy to a pair in another cluster");
+  for (const auto& block : own.cluster->blocks) {
+    copy_box(*block, static_cast<char*>(shared) - own.shared, map, column, row);
+    auto* there = reinterpret_cast<uint64_t*>(block->shared + (reinterpret_cast<char*>(barrier) - own.shared));
+    change_barrier(there, [&](int64_t&, int64_t& left) { left -= 128 * map.box_rows; });
+  }
+}
+
+inline void barrier_arrive_in_cluster(uint64_t* barrier, uint32_t rank) {
+  const cuda_shim::Block& own = *cuda_shim::self().block;
+  cuda_shim::Block& block = *own.cluster->blocks[rank];
+  barrier_arrive(reinterpret_cast<uint64_t*>(block.shared + (reinterpret_cast<char*>(barrier) - own.shared)));
+}
+
 // The block's count of copies to some 16 bytes of shared memory that were begun and not shown to the tensor cores yet.
 inline uint32_t& hidden_copies(const void* shared) {
   const ptrdiff_t offset = static_cast<const char*>(shared) - dynamic_shared();
@@ -136,9 +197,11 @@ inline void load_matrices(uint32_t (&matrices)[4], const void* row) {
 }
 
 struct Bfloat16Pairs {
+  static constexpr uint32_t exponent = 0x7f80;
   static float number(uint32_t bits) { return dspa::float_of_bfloat16(static_cast<uint16_t>(bits)); }
 };
 struct Float16Pairs {
+  static constexpr uint32_t exponent = 0x7c00;
   static float number(uint32_t bits) { return dspa::float_of_float16(static_cast<uint16_t>(bits)); }
 };
 
@@ -208,6 +271,11 @@ inline uint64_t digest_of(uint64_t a, uint64_t b) {
 }
 
 inline void settle(float (&)[128]) {}
+
+template <int kRegisters>
+void leave_registers() {}
+template <int kRegisters>
+void take_registers() {}
 
 inline void begin_products() { cuda_shim::self().products_begun = true; }
 

@@ -1,4 +1,4 @@
-"""The second part: the pass of one tile of `W_enc` for 16 rows of the batch."""
+"""The second part: the pass of one tile of `W_enc` for some rows of the batch."""
 # Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
 # pyright: reportGeneralTypeIssues=false
 
@@ -17,16 +17,34 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     PREPARED,
     SHIFT,
 )
-from dspa.kernels.triton_common.rows import TOKENS
-from dspa.kernels.triton_common.tiles import add_products, encoder_input, scores, wait_for
+from dspa.kernels.triton_common.tiles import (
+    add_products,
+    dot,
+    encoder_input,
+    fetch_ahead,
+    numbers_of,
+    score_of,
+    wait_for,
+)
+
+LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
 
 
 @triton.jit
-def is_settled(rows, is_open, strength, scratch):
-    """Which rows need no maximum, by the maxima that other programs have found so far."""
-    bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=is_open, other=0.0, cache_modifier=".cg")
-    floor = packed_value(tl.load(scratch.maxima + rows, mask=is_open, other=0, volatile=True))
-    return bar <= alpha_of(strength, rows, is_open) * floor
+def any_unsettled(first_row, batch, strength, scratch, TOKENS: tl.constexpr):
+    """Whether one of some open rows still needs a maximum, by the maxima that other programs have found so far.
+
+    These rise meanwhile, so threads that look at one row may see different ones; yet all warps of a program have to
+    decide alike, since products on tensor cores take them all (else: an illegal instruction). A reduction over elements
+    that are spread over all warps has one result for all of them; one over few rows, which every warp holds, may not.
+    """
+    rows = first_row + tl.arange(0, LOOKS) % TOKENS
+    inside = rows < batch
+    state = tl.load(scratch.states + rows, mask=inside, other=DISABLED, cache_modifier=".cg")
+    bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=inside, other=0.0, cache_modifier=".cg")
+    floor = packed_value(tl.load(scratch.maxima + rows, mask=inside, other=0, volatile=True))
+    settled = bar <= alpha_of(strength, rows, inside) * floor
+    return tl.max(((state == OPEN) & ~settled).to(tl.int32), axis=0) != 0
 
 
 @triton.jit
@@ -58,27 +76,34 @@ def count_ranks(score, latents, rows, is_open, edits, scratch):
 def pass_tile(
     tile, first_row, hidden, encoder, edits, strength, scratch, batch, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
-    LATENTS: tl.constexpr, MODEL: tl.constexpr,
+    LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Raises the maxima, and for topk the ranks, of 16 rows by the scores of one tile of latents."""
+    """Raises the maxima, and for topk the ranks, of some rows by the scores of one tile of latents."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
+    latents = tile * LATENTS + tl.arange(0, LATENTS)
+    inside = latents < d_sae
+    weights = encoder.W_enc + (tile * LATENTS).to(tl.int64) * d_model + tl.arange(0, LATENTS)[:, None] * d_model
     shift = 0.0
     factor = 1.0
     if LAZY or ACTIVATION == "topk" or NORMALIZATION != "none":  # it needs what the preparation finds out
+        if AHEAD > 0:  # and begins to read meanwhile
+            fetch_ahead(encoder.W_enc + tl.minimum(latents, d_sae - 1).to(tl.int64) * d_model, AHEAD)
         wait_for(scratch.counters + PREPARED, batch)
-        is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
+        states = tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg")
         if NORMALIZATION != "none":
             numbers = scratch.numbers + rows * NUMBERS
             shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
             factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
-    if LAZY:
-        is_open &= ~is_settled(rows, is_open, strength, scratch)
-    if tl.max(is_open.to(tl.int32), axis=0) != 0:
-        latents = tile * LATENTS + tl.arange(0, LATENTS)
-        inside = latents < d_sae
-        weights = encoder.W_enc + (tile * LATENTS).to(tl.int64) * d_model + tl.arange(0, LATENTS)[:, None] * d_model
+        is_open &= states == OPEN
+    needed = (
+        any_unsettled(first_row, batch, strength, scratch, TOKENS)
+        if LAZY
+        else tl.max(is_open.to(tl.int32), axis=0) != 0
+    )
+    if needed:
         begin = hidden.rows + rows.to(tl.int64)[:, None] * hidden.row_stride
+        of_latents = numbers_of(encoder, latents[:, None], inside[:, None], ACTIVATION)
         product = tl.zeros([LATENTS, TOKENS], tl.float32)
         rest = tl.zeros([LATENTS, TOKENS], tl.float32)
         for first in tl.range(0, d_model, MODEL):
@@ -87,11 +112,14 @@ def pass_tile(
             valid = is_open[:, None] & within[None, :]
             w = tl.load(weights + columns[None, :], mask=inside[:, None] & within[None, :], other=0.0)
             h = tl.load(begin + columns[None, :] * hidden.column_stride, mask=valid, other=0.0)
-            x = encoder_input(
-                h, shift, factor, encoder.b_dec, columns[None, :], within[None, :], valid, NORMALIZATION
-            )  # fmt: skip
-            product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
-        score = scores(product + rest, encoder, latents[:, None], inside[:, None], ACTIVATION)
+            if X_PARTS == 0:  # as they are loaded: both stay in shared memory, and the products are asynchronous
+                product = dot(w, tl.trans(h), product)
+            else:
+                x = encoder_input(
+                    h, shift, factor, encoder.b_dec, columns[None, :], within[None, :], valid, NORMALIZATION
+                )  # fmt: skip
+                product, rest = add_products(w, tl.trans(x), product, rest, X_PARTS)
+        score = score_of(product + rest, of_latents, encoder, ACTIVATION)
         if ACTIVATION == "topk":
             score = count_ranks(score, latents, rows, is_open, edits, scratch)
         score = tl.where(inside[:, None] & (score > 0.0), score, 0.0)

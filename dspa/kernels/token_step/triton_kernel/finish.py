@@ -12,7 +12,6 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     DISABLED,
     FINISHED,
     LARGEST,
-    NONFINITE,
     NUMBERS,
     OPEN,
     PASSED,
@@ -20,20 +19,37 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     RECENT,
     SCALE,
     SETTLED,
+    SLICE,
 )
-from dspa.kernels.triton_common.rows import LISTED, ROW, add_to
+from dspa.kernels.triton_common.rows import LISTED
 from dspa.kernels.triton_common.tiles import announce, is_finite, narrow, wait_for, widen
+
+CLEARED = tl.constexpr(256)  # elements cleared at a time
 
 
 @triton.jit
-def active_scores(row, first, listed, edits, scratch, k, ACTIVATION: tl.constexpr):
-    """Activations of 16 entries of a list; 0 where inactive."""
+def listed_scores(row, first, listed, edits, scratch):
+    """Scores of 16 entries of a list."""
     at = row.to(tl.int64) * edits.capacity + first + tl.arange(0, LISTED)
-    score = tl.load(scratch.listed + at, mask=listed, other=0.0, cache_modifier=".cg")
+    return tl.load(scratch.listed + at, mask=listed, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def activations_of(score, row, first, listed, edits, scratch, k, ACTIVATION: tl.constexpr):
+    """Activations of 16 entries of a list with these scores; 0 where inactive. For topk the pass must be over."""
     if ACTIVATION == "topk":
+        at = row.to(tl.int64) * edits.capacity + first + tl.arange(0, LISTED)
         rank = tl.load(scratch.ranks + at, mask=listed, other=0, cache_modifier=".cg")
         score = tl.where(rank < k, score, 0.0)
     return tl.where(score > 0.0, score, 0.0)
+
+
+@triton.jit
+def active_entries(row, first, count, edits, scratch, k, ACTIVATION: tl.constexpr):
+    """16 entries of a list: latents, signs and activations; 0 where there is no entry."""
+    latents, signs, listed = entries_of(edits, row, first, count)
+    score = listed_scores(row, first, listed, edits, scratch)
+    return latents, signs, activations_of(score, row, first, listed, edits, scratch, k, ACTIVATION)
 
 
 @triton.jit
@@ -46,39 +62,31 @@ def difference(f, signs, step, needed):
 
 
 @triton.jit
-def write_edit(
-    row, hidden, encoder, decoder, edits, scratch, step, needed, count, d_model, k,
-    ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr,
-):  # fmt: skip
-    """Adds the decoded difference to a row of the hidden states."""
-    begin = hidden.rows + row.to(tl.int64) * hidden.row_stride
-    scale = tl.load(scratch.numbers + row * NUMBERS + SCALE, cache_modifier=".cg")
-    for left in range(0, d_model, ROW):
-        columns = left + tl.arange(0, ROW)
-        inside = columns < d_model
-        decoded = tl.zeros([ROW], tl.float32)
-        for first in range(0, count, LISTED):
-            latents, signs, listed = entries_of(edits, row, first, count)
-            f = active_scores(row, first, listed, edits, scratch, k, ACTIVATION)
-            change = difference(f, signs, step, needed)
-            changed = change != 0.0
-            if encoder.decoder_norm is not None:
-                change = tl.div_rn(change, tl.load(encoder.decoder_norm + latents, mask=changed, other=1.0))
-            if NORMALIZATION != "none":
-                change = change * scale
-            if decoder.rows is None:
-                decoder_row = latents.to(tl.int64)
-            else:
-                decoder_row = tl.load(decoder.rows + latents, mask=changed, other=0).to(tl.int64)
-            w = tl.load(
-                decoder.W_dec + decoder_row[:, None] * d_model + columns[None, :],
-                mask=changed[:, None] & inside[None, :],
-                other=0.0,
-            )
-            decoded += tl.sum(widen(w) * change[:, None], axis=0)
-        at = begin + columns * hidden.column_stride
-        edited = widen(tl.load(at, mask=inside, other=0.0)) + decoded
-        tl.store(at, narrow(edited, hidden.rows.dtype.element_ty), mask=inside)
+def stays(f, signs, step):
+    """Whether some latent does not become 0, so that its new value depends on the step."""
+    return tl.max(((f > 0.0) & ((signs > 0) | ~(f <= step))).to(tl.int32), axis=0) != 0
+
+
+@triton.jit
+def decoder_weights(latents, wanted, columns, inside, decoder, d_model):
+    """Some columns of the rows of `W_dec` of 16 latents, `[16, columns]`."""
+    if decoder.rows is None:
+        rows = latents.to(tl.int64)
+    else:
+        rows = tl.load(decoder.rows + latents, mask=wanted, other=0).to(tl.int64)
+    at = decoder.W_dec + rows[:, None] * d_model + columns[None, :]
+    return tl.load(at, mask=wanted[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def decode(w, change, latents, encoder, scale, NORMALIZATION: tl.constexpr):
+    """The sum of 16 rows of decoder weights times the changes of their latents."""
+    changed = change != 0.0
+    if encoder.decoder_norm is not None:
+        change = tl.div_rn(change, tl.load(encoder.decoder_norm + latents, mask=changed, other=1.0))
+    if NORMALIZATION != "none":
+        change = change * scale
+    return tl.sum(tl.where(changed[:, None], widen(w), 0.0) * change[:, None], axis=0)
 
 
 @triton.jit
@@ -95,77 +103,104 @@ def remember(recent_argmax, best):
 
 
 @triton.jit
+def clear(passes, batch, edits, scratch, ACTIVATION: tl.constexpr):
+    """Leaves the scratch as a launch has to find it. No other program uses it any more, once all passes are over,
+    including those that no row waited for."""
+    wait_for(scratch.counters + PASSED, passes)
+    for first in range(0, batch, CLEARED):
+        rows = first + tl.arange(0, CLEARED)
+        tl.store(scratch.maxima + rows, tl.zeros([CLEARED], tl.int64), mask=rows < batch)
+    if ACTIVATION == "topk":
+        for first in range(0, batch * edits.capacity, CLEARED):
+            entries = first + tl.arange(0, CLEARED)
+            tl.store(scratch.ranks + entries, tl.zeros([CLEARED], tl.int32), mask=entries < batch * edits.capacity)
+    tl.store(scratch.counters + tl.arange(0, 4), tl.zeros([4], tl.int32))
+
+
+@triton.jit
 def finish(
-    row, passes, hidden, encoder, decoder, edits, strength, stats, scratch, batch, d_model, k,
+    row, piece, slices, passes, hidden, encoder, decoder, edits, strength, stats, scratch, batch, d_model, k,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
-    """Writes the edit of a row, counts it, and leaves the scratch as it was."""
+    """Writes the edit of a row to a slice of its columns. The first program of a row counts it as well, and the last
+    one of the launch clears the scratch."""
+    columns = piece * SLICE + tl.arange(0, SLICE)
+    inside = columns < d_model
+    at = hidden.rows + row.to(tl.int64) * hidden.row_stride + columns * hidden.column_stride
+    numbers = scratch.numbers + row * NUMBERS
+    alpha = alpha_of(strength, row, True)
     wait_for(scratch.counters + PREPARED, batch)
     state = tl.load(scratch.states + row, cache_modifier=".cg")
+    largest = tl.load(numbers + LARGEST, cache_modifier=".cg")
+    scale = tl.load(numbers + SCALE, cache_modifier=".cg")
+    finite = (state == OPEN) | (state == SETTLED)
+    count = count_of(edits, row)
+    if ~finite | (largest == 0.0):  # no listed latent is active
+        count = 0
+
+    # What the first entries may need is loaded before the pass is over.
+    latents, signs, listed = entries_of(edits, row, 0, count)
+    score = listed_scores(row, 0, listed, edits, scratch)
+    w = decoder_weights(latents, score > 0.0, columns, inside, decoder, d_model)
+    h = tl.load(at, mask=inside & (count > 0), other=0.0)
+
     if LAZY:
         if state == OPEN:
             wait_for(scratch.counters + PASSED, passes)
     else:
         wait_for(scratch.counters + PASSED, passes)
-    if state != DISABLED:
-        numbers = scratch.numbers + row * NUMBERS
-        best = tl.load(scratch.maxima + row, cache_modifier=".cg")
-        maximum = tl.maximum(packed_value(best), tl.load(numbers + LARGEST, cache_modifier=".cg"))
-        alpha = alpha_of(strength, row, True)
-        count = count_of(edits, row)
+    best = tl.load(scratch.maxima + row, cache_modifier=".cg")
+    maximum = tl.maximum(packed_value(best), largest)
+    step = alpha * maximum
+    f = activations_of(score, row, 0, listed, edits, scratch, k, ACTIVATION)
+    needed = stays(f, signs, step)  # whether the edit depends on the value of M_t
+    for first in range(LISTED, count, LISTED):
+        _, more_signs, more = active_entries(row, first, count, edits, scratch, k, ACTIVATION)
+        needed |= stays(more, more_signs, step)
+    needed &= state == OPEN
+    finite &= is_finite(maximum) | ~needed
+    change = difference(f, signs, step, needed)
+    finite &= tl.max((~is_finite(change)).to(tl.int32), axis=0) == 0
+    edited = tl.max((change != 0.0).to(tl.int32), axis=0) != 0
+    for first in range(LISTED, count, LISTED):
+        _, more_signs, more = active_entries(row, first, count, edits, scratch, k, ACTIVATION)
+        more = difference(more, more_signs, step, needed)
+        finite &= tl.max((~is_finite(more)).to(tl.int32), axis=0) == 0
+        edited |= tl.max((more != 0.0).to(tl.int32), axis=0) != 0
+    edited &= finite
+    is_last = False
+    if ACTIVATION != "topk":  # it has read what will be cleared
+        is_last = announce(scratch.counters + FINISHED) == batch * slices - 1
 
-        needed = False  # whether the edit depends on the value of M_t
-        finite = state != NONFINITE
-        edited = False
-        if (state == OPEN) | (state == SETTLED):
-            for first in range(0, count, LISTED):
-                _, signs, listed = entries_of(edits, row, first, count)
-                f = active_scores(row, first, listed, edits, scratch, k, ACTIVATION)
-                stays = (f > 0.0) & ((signs > 0) | ~(f <= alpha * maximum))
-                needed |= (state == OPEN) & (tl.max(stays.to(tl.int32), axis=0) != 0)
-            finite &= is_finite(maximum) | ~needed
-            for first in range(0, count, LISTED):
-                _, signs, listed = entries_of(edits, row, first, count)
-                f = active_scores(row, first, listed, edits, scratch, k, ACTIVATION)
-                change = difference(f, signs, alpha * maximum, needed)
-                finite &= tl.max((~is_finite(change)).to(tl.int32), axis=0) == 0
-                edited |= tl.max((change != 0.0).to(tl.int32), axis=0) != 0
-        edited &= finite
-        if edited:
-            write_edit(
-                row, hidden, encoder, decoder, edits, scratch, alpha * maximum, needed, count, d_model, k,
-                ACTIVATION, NORMALIZATION,
-            )  # fmt: skip
+    if edited:
+        decoded = tl.zeros([SLICE], tl.float32) + decode(w, change, latents, encoder, scale, NORMALIZATION)
+        for first in range(LISTED, count, LISTED):
+            others, more_signs, more = active_entries(row, first, count, edits, scratch, k, ACTIVATION)
+            more = difference(more, more_signs, step, needed)
+            more_w = decoder_weights(others, more != 0.0, columns, inside, decoder, d_model)
+            decoded += decode(more_w, more, others, encoder, scale, NORMALIZATION)
+        tl.store(at, narrow(widen(h) + decoded, hidden.rows.dtype.element_ty), mask=inside)
+    if (piece == 0) & (state != DISABLED):
         if stats is not None:
             for first in range(0, count, LISTED):
-                latents, signs, listed = entries_of(edits, row, first, count)
-                f = active_scores(row, first, listed, edits, scratch, k, ACTIVATION)
-                changed = edited & (difference(f, signs, alpha * maximum, needed) != 0.0)
+                others, more_signs, more = active_entries(row, first, count, edits, scratch, k, ACTIVATION)
+                changed = edited & (difference(more, more_signs, step, needed) != 0.0)
                 one = tl.full([LISTED], 1, tl.int64)
-                tl.atomic_add(stats.latent_edits + latents, one, mask=changed, sem="relaxed")
+                tl.atomic_add(stats.latent_edits + others, one, mask=changed, sem="relaxed")
             known = finite
             if LAZY:
                 known &= needed
-            add_to(stats.seen + row, 1)
-            add_to(stats.edited + row, edited.to(tl.int64))
-            add_to(stats.nonfinite + row, (~finite).to(tl.int64))
-            add_to(stats.maximum_known + row, known.to(tl.int64))
+            # Nobody else adds to them; an atomic addition is one that nothing waits for.
+            tl.atomic_add(stats.seen + row, tl.cast(1, tl.int64), sem="relaxed")
+            tl.atomic_add(stats.edited + row, edited.to(tl.int64), sem="relaxed")
+            tl.atomic_add(stats.nonfinite + row, (~finite).to(tl.int64), sem="relaxed")
+            tl.atomic_add(stats.maximum_known + row, known.to(tl.int64), sem="relaxed")
+            tl.atomic_add(stats.maximum_sum + row, tl.where(known, maximum, 0.0).to(tl.float64), sem="relaxed")
             tl.store(stats.maximum + row, tl.where(known, maximum, float("nan")).to(tl.float64))
-            tl.store(
-                stats.maximum_sum + row,
-                tl.load(stats.maximum_sum + row) + tl.where(known, maximum, 0.0).to(tl.float64),
-            )
         if LAZY:
             remember(scratch.recent_argmax + row * RECENT, best)
 
-    tl.debug_barrier()  # all threads have read what is now cleared
-    tl.store(scratch.maxima + row, 0)
     if ACTIVATION == "topk":
-        for first in range(0, edits.capacity, LISTED):
-            entries = first + tl.arange(0, LISTED)
-            zero = tl.zeros([LISTED], tl.int32)
-            tl.store(scratch.ranks + row * edits.capacity + entries, zero, mask=entries < edits.capacity)
-    if announce(scratch.counters + FINISHED) == batch - 1:
-        # The counters are cleared when no program uses them: after all passes, including those no row waited for.
-        wait_for(scratch.counters + PASSED, passes)
-        tl.store(scratch.counters + tl.arange(0, 4), tl.zeros([4], tl.int32))
+        is_last = announce(scratch.counters + FINISHED) == batch * slices - 1
+    if is_last:
+        clear(passes, batch, edits, scratch, ACTIVATION)

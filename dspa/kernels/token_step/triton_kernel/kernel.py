@@ -2,12 +2,14 @@
 
 The programs of a launch take numbers as they start. The first of them, one for each row of the batch, *prepare* a row:
 they compute its listed latents and, in lazy mode, decide whether M_t is needed. The next ones *pass* over one tile of
-`W_enc` each, for 16 rows of the batch at a time. The last ones, one a row, *finish*: they write the edit. A program
-only ever waits for programs with lower numbers, which are running or done, so that a launch gets to its end however
-few of its programs fit on the GPU at a time, and in whatever order they start.
+`W_enc` each, for as many rows of the batch as a tile has tokens. The last ones, some for each row, *finish*: they write
+the edit, each to a slice of the columns. A program only ever waits for programs with lower numbers, which are running
+or done, so that a launch gets to its end however few of its programs fit on the GPU at a time, and in whatever order
+they start. What a program will need it loads, or asks for, before it waits.
 
 Results do not depend on that order: maxima and integer counts are the same in any order, every other sum has a fixed
-one. A row's bits do not depend on the batch: each row is one column of a product that always has 16.
+one. A row's bits do not depend on the batch: each row is one column of a product, which is summed in the same order
+whether it has 16, 32 or 64.
 
 The activations of listed latents come from one piece of code in all modes, and M_t is the largest of them and of what
 the pass finds. So a bound that `lazy` proves from a listed latent holds for the M_t that `dense` computes, bit for bit.
@@ -24,8 +26,7 @@ import triton.language as tl
 from dspa.kernels.token_step.triton_kernel.encoder_pass import pass_tile
 from dspa.kernels.token_step.triton_kernel.finish import finish
 from dspa.kernels.token_step.triton_kernel.prepare import prepare
-from dspa.kernels.token_step.triton_kernel.structures import PASSED, PREPARED, STARTED
-from dspa.kernels.triton_common.rows import TOKENS
+from dspa.kernels.token_step.triton_kernel.structures import PASSED, PREPARED, SLICE, STARTED
 from dspa.kernels.triton_common.tiles import announce
 
 
@@ -33,9 +34,10 @@ from dspa.kernels.triton_common.tiles import announce
 def token_step_kernel(
     hidden, encoder, decoder, edits, strength, stats, scratch, prompt, batch, d_model, d_sae, k,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
-    EDIT: tl.constexpr, GUARD: tl.constexpr, LATENTS: tl.constexpr, MODEL: tl.constexpr,
+    EDIT: tl.constexpr, GUARD: tl.constexpr,
+    LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One token for each row of a batch; see the module. `batch + passes + batch` programs."""
+    """One token for each row of a batch; see the module. `batch + passes + batch * slices` programs."""
     groups = tl.cdiv(batch, TOKENS)
     passes = tl.cdiv(d_sae, LATENTS) * groups
     number = tl.atomic_add(scratch.counters + STARTED, 1, sem="relaxed")
@@ -50,11 +52,13 @@ def token_step_kernel(
         first_row = (number - batch) % groups * TOKENS
         pass_tile(
             tile, first_row, hidden, encoder, edits, strength, scratch, batch, d_model, d_sae,
-            ACTIVATION, NORMALIZATION, LAZY, X_PARTS, LATENTS, MODEL,
+            ACTIVATION, NORMALIZATION, LAZY, X_PARTS, LATENTS, TOKENS, MODEL, AHEAD,
         )  # fmt: skip
         announce(scratch.counters + PASSED)
     else:
+        slices = tl.cdiv(d_model, SLICE)
+        piece = number - batch - passes
         finish(
-            number - batch - passes, passes, hidden, encoder, decoder, edits, strength, stats, scratch, batch,
-            d_model, k, ACTIVATION, NORMALIZATION, LAZY,
+            piece // slices, piece % slices, slices, passes, hidden, encoder, decoder, edits, strength, stats, scratch,
+            batch, d_model, k, ACTIVATION, NORMALIZATION, LAZY,
         )  # fmt: skip

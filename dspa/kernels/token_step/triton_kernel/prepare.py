@@ -23,7 +23,7 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     SHIFT,
 )
 from dspa.kernels.triton_common.rows import LISTED, ROW, as_scalar, products_of
-from dspa.kernels.triton_common.tiles import is_finite, normalizer, scores
+from dspa.kernels.triton_common.tiles import is_finite, normalizer, numbers_of, score_of
 
 
 @triton.jit
@@ -38,23 +38,20 @@ def bound_by_recent_argmax(
     """
     latents = tl.load(recent_argmax + row * RECENT + tl.arange(0, RECENT))
     known = (latents >= 0) & (latents < d_sae)
+    bias, norm, scale, offset = numbers_of(encoder, latents, known, ACTIVATION)
     product, magnitude, _ = products_of(
         latents, known, begin, column_stride, encoder, shift, factor, d_model, NORMALIZATION
     )
     unit = 4.76837158203125e-07  # 2^-21
     slack = magnitude * (unit * (d_model + 16))
-    bias = tl.load(encoder.b_enc + latents, mask=known, other=0.0)
     lowest = product + bias - slack - unit * tl.abs(bias)
     if encoder.decoder_norm is not None:
-        norm = tl.load(encoder.decoder_norm + latents, mask=known, other=0.0)
         lowest = (product + bias) * norm - (slack + unit * tl.abs(bias)) * tl.abs(norm)
     if ACTIVATION == "gated":
-        scale = tl.load(encoder.magnitude_scale + latents, mask=known, other=0.0)
-        offset = tl.load(encoder.magnitude_bias + latents, mask=known, other=0.0)
         active = lowest > 0.0
         lowest = product * scale + offset - slack * tl.abs(scale) - unit * tl.abs(offset)
     else:
-        active = lowest > tl.load(encoder.threshold + latents, mask=known, other=0.0)
+        active = lowest > offset
     return tl.max(tl.where(known & active & (lowest > 0.0), lowest, 0.0), axis=0)
 
 
@@ -81,10 +78,11 @@ def prepare(
         largest, finite, never = 0.0, is_finite(scale), 0
         for first in range(0, tl.maximum(count, 1), LISTED):
             latents, signs, listed = entries_of(edits, row, first, count)
+            of_latents = numbers_of(encoder, latents, listed, ACTIVATION)
             product, _, clean = products_of(
                 latents, listed, begin, hidden.column_stride, encoder, shift, factor, d_model, NORMALIZATION
             )
-            score = scores(product, encoder, latents, listed, ACTIVATION)
+            score = score_of(product, of_latents, encoder, ACTIVATION)
             finite &= clean & (tl.sum((~is_finite(product) | ~is_finite(score)).to(tl.int32), axis=0) == 0)
             tl.store(scratch.listed + row * edits.capacity + first + tl.arange(0, LISTED), score, mask=listed)
             largest = tl.maximum(largest, tl.max(tl.where(score > 0.0, score, 0.0), axis=0))

@@ -33,13 +33,14 @@ def count_of(edits, row):
 
 @triton.jit
 def entries_of(edits, row, first, count):
-    """16 entries of a list: latents, signs, and which of them are there."""
+    """16 entries of a list: latents, signs, and which of them are there; latent 0 where none is. The loads do not wait
+    for the count."""
     entries = first + tl.arange(0, LISTED)
     listed = entries < count
     at = row.to(tl.int64) * edits.capacity + entries
-    latents = tl.load(edits.latents + at, mask=listed, other=0)
-    signs = tl.load(edits.signs + at, mask=listed, other=0)
-    return latents, signs.to(tl.int32), listed
+    latents = tl.load(edits.latents + at, mask=entries < edits.capacity, other=0)
+    signs = tl.load(edits.signs + at, mask=entries < edits.capacity, other=0)
+    return tl.where(listed, latents, 0), signs.to(tl.int32), listed
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 RECENT = tl.constexpr(16)  # argmax latents kept for a row
+SLICE = tl.constexpr(512)  # columns of the model that one program edits
 
 # Counters of a launch.
 STARTED, PREPARED, PASSED, FINISHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
