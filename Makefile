@@ -57,7 +57,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_PIP := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check
 
 test-vllm: $(VLLM_READY)
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -n auto --dist loadgroup tests/vllm_plugin
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -n auto --dist loadfile tests/vllm_plugin
 
 # Ten thousand requests.
 test-vllm-slow: $(VLLM_READY)

@@ -164,6 +164,9 @@ def test_blocks_are_hashed_with_their_keys(extra_args: Any, keyed: bool) -> None
         with pytest.raises(DspaError, match="hashed 3 blocks of a request under a policy, 0 of them by its key"):
             core_hooks.preprocess_add_request(add, core, request)
         return
+    unknown = SimpleNamespace(**{**vars(request), "sampling_params": SimpleNamespace(extra_args={"dspa": "typo"})})
+    with pytest.raises(InvalidInputError, match="not served here"):
+        core_hooks.preprocess_add_request(lambda core, request: pytest.fail("it was let in"), core, unknown)
     own = [] if extra_args is None else [(CONFIG_KEY, key) for key in ("reading", "reading", "fingerprint 10")]
     expected = [("salt", *own[block : block + 1]) for block in range(3)]
     assert core_hooks.preprocess_add_request(add, core, request) == expected

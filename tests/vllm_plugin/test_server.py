@@ -22,8 +22,6 @@ import pytest
 from tiny_models import BOS
 from vllm_plugin.engines import BLOCK_TOKENS, NEW_TOKENS, check_answers, mixed_requests, tiny_case
 
-pytestmark = pytest.mark.xdist_group("server")  # one server for all of them
-
 POLICIES = (None, "a", "b", "c", "v", "all")
 
 
