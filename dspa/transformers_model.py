@@ -40,7 +40,15 @@ class ModelFingerprint:
         Raises:
             InvalidInputError: if the model has no configuration that says how wide and deep it is.
         """
-        config = text_config(model)
+        return cls.from_config(text_config(model))
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelFingerprint:
+        """The fingerprint of a language model with a transformers configuration.
+
+        Raises:
+            InvalidInputError: if it does not say how wide and deep the model is.
+        """
         found: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in fields(cls)}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in found.items()

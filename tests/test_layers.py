@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "dspa"
 # From the top down. A room may import from itself and from rooms below its own line.
 LAYERS = (
     ("cli", "__main__"),
-    ("auditing", "bench", "evaluation", "flops", "organism", "serving", "tuning"),
+    ("auditing", "bench", "evaluation", "flops", "organism", "serving", "tuning", "vllm_plugin"),
     ("online",),
     ("methods",),
     ("offline",),
