@@ -17,7 +17,7 @@ from dspa.bench.operations import EAGER_PRODUCTS, eager_dtypes
 from dspa.kernels import available
 
 SIZES = ((2304, 16384), (2304, 65536), (3584, 16384), (4096, 65536))
-BATCHES = (1, 4, 16)
+BATCHES = (1, 4, 16, 64)
 SHAPES = [
     Shape(*size, dtype, batch)
     for size, dtype, batch in itertools.product(SIZES, (torch.bfloat16, torch.float32), BATCHES)

@@ -11,24 +11,30 @@ struct Lanes {
   float lane[16];
 };
 
-DSPA_INLINE Lanes zero() { return {}; }
+constexpr int parts = 1;
+using Part = Lanes;
 
-DSPA_INLINE Lanes broadcast(float value) {
-  Lanes out;
+template <class Value>
+DSPA_INLINE void keep(Value&) {}
+
+DSPA_INLINE Part no_part() { return {}; }
+
+DSPA_INLINE Part broadcast(float value) {
+  Part out;
   for (float& lane : out.lane) lane = value;
   return out;
 }
 
-DSPA_INLINE Lanes load(const float* from) {
-  Lanes out;
+DSPA_INLINE Part load_part(const float* from, int) {
+  Part out;
   std::memcpy(out.lane, from, sizeof out.lane);
   return out;
 }
 
-DSPA_INLINE void store(float* to, const Lanes& value) { std::memcpy(to, value.lane, sizeof value.lane); }
+DSPA_INLINE void store_part(float* to, int, const Part& value) { std::memcpy(to, value.lane, sizeof value.lane); }
 
-DSPA_INLINE Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& sum) {
-  Lanes out;
+DSPA_INLINE Part multiply_add(const Part& a, const Part& b, const Part& sum) {
+  Part out;
   for (int l = 0; l < 16; ++l) {
 #if defined(__FMA__) || defined(__aarch64__)
     out.lane[l] = __builtin_fmaf(a.lane[l], b.lane[l], sum.lane[l]);
@@ -39,14 +45,14 @@ DSPA_INLINE Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& sum)
   return out;
 }
 
-DSPA_INLINE float total(const Lanes& value) {
+DSPA_INLINE float total(const Part (&sums)[parts]) {
   float sum[8];
-  for (int l = 0; l < 8; ++l) sum[l] = value.lane[l] + value.lane[l + 8];
+  for (int l = 0; l < 8; ++l) sum[l] = sums[0].lane[l] + sums[0].lane[l + 8];
   for (int l = 0; l < 4; ++l) sum[l] += sum[l + 4];
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-DSPA_INLINE void widen_bfloat16(const char* from, Lanes& even, Lanes& odd) {
+DSPA_INLINE void widen_bfloat16(const char* from, int, Part& even, Part& odd) {
   uint16_t bits[32];
   std::memcpy(bits, from, sizeof bits);
   for (int l = 0; l < 16; ++l) {
@@ -55,7 +61,7 @@ DSPA_INLINE void widen_bfloat16(const char* from, Lanes& even, Lanes& odd) {
   }
 }
 
-DSPA_INLINE void widen_float16(const char* from, Lanes& low, Lanes& high) {
+DSPA_INLINE void widen_float16(const char* from, int, Part& low, Part& high) {
   uint16_t bits[32];
   std::memcpy(bits, from, sizeof bits);
   for (int l = 0; l < 16; ++l) {
@@ -65,6 +71,7 @@ DSPA_INLINE void widen_float16(const char* from, Lanes& low, Lanes& high) {
 }
 
 // 32 codes as 16-bit words, and sums of their products.
+constexpr int64_t words_at_once = 32;
 struct Words {
   int16_t word[32];
 };
@@ -80,9 +87,15 @@ DSPA_INLINE Words widen_codes(const int8_t* from) {
   return out;
 }
 
-DSPA_INLINE Counts add_products(const Words& codes, const int16_t* token, const Counts& sum) {
+DSPA_INLINE Words load_words(const int16_t* from) {
+  Words out;
+  std::memcpy(out.word, from, sizeof out.word);
+  return out;
+}
+
+DSPA_INLINE Counts add_products(const Words& codes, const Words& token, const Counts& sum) {
   Counts out = sum;
-  for (int i = 0; i < 32; ++i) out.lane[i % 8] += static_cast<int32_t>(codes.word[i]) * token[i];
+  for (int i = 0; i < 32; ++i) out.lane[i % 8] += static_cast<int32_t>(codes.word[i]) * token.word[i];
   return out;
 }
 
@@ -93,7 +106,9 @@ DSPA_INLINE int64_t total(const Counts& counts) {
 }
 
 // Rows by tokens that are multiplied at a time.
-constexpr int rows_for(int tokens) { return tokens == 1 ? 2 : 1; }
-constexpr int tokens_at_once = 2;
+constexpr int rows_for_one = 2;
+constexpr int rows_for_tokens = 1, tokens_at_once = 2;
+constexpr int code_rows_for_tokens = 1, code_tokens_at_once = 2;
+constexpr int64_t bytes_at_once = 128 * 1024;  // of rows, a fraction of the second-level cache
 
 }  // namespace dspa::cpu::portable

@@ -193,15 +193,13 @@ PassWork find_maxima(const TokenStep& step, const std::vector<Token*>& tokens, c
   if (step.mode == Mode::screened && step.codes.values != nullptr) {
     const int64_t row_size = step.codes.row_size;
     AlignedBuffer<int16_t> codes(static_cast<int64_t>(tokens.size()) * row_size);
-    bool usable = true;
-    for (size_t t = 0; t < tokens.size(); ++t) {
-      int16_t* code = codes.data() + static_cast<int64_t>(t) * row_size;
-      tokens[t]->code = code;
-      tokens[t]->code_factors =
-          quantize_token(tokens[t]->input, step.sae.W_enc.dtype, step.sae.d_model(), code, row_size);
-      usable &= tokens[t]->code_factors.usable;
-    }
-    if (usable) return screened_pass(step.sae, step.codes, tokens, pool);
+    pool.for_each(static_cast<int64_t>(tokens.size()), [&](int64_t t) {
+      Token& token = *tokens[static_cast<size_t>(t)];
+      int16_t* code = codes.data() + t * row_size;
+      token.code = code;
+      token.code_factors = quantize_token(token.input, step.sae.W_enc.dtype, step.sae.d_model(), code, row_size);
+    });
+    if (std::all_of(tokens.begin(), tokens.end(), [](const Token* token) { return token->code_factors.usable; })) return screened_pass(step.sae, step.codes, tokens, pool);
   }
   return encoder_pass(step.sae, tokens, step.mode != Mode::dense, pool);
 }
