@@ -270,9 +270,10 @@ def run_step(name: str, command: Sequence[str], seconds: float, *, late: State =
             process.wait()
             state = late
         output.seek(0)
-        lines = output.read().strip().splitlines() or ["no output"]
+        lines = output.read().replace(f"{ROOT}/", "").strip().splitlines() or ["no output"]
     if state == "failed":
-        print("\n".join(lines[-60:]), flush=True)
+        told = [line for line in lines if line.startswith(("E  ", "FAILED", "ERROR"))]  # pytest's, which logs may drown
+        print("\n".join([*told[:40], *lines[-60:]]), flush=True)
     summary = f"{re.sub(r'=+', '', lines[-1]).strip()} ({time.monotonic() - started:.0f} s of {seconds:.0f})"
     print(f"{name}: {state}: {summary}", flush=True)
     return Step(name, state, summary)

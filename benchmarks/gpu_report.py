@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from gpu_rows import COMPILED, PRODUCT, UNSTEERED
 from gpu_timing import Ceilings
 from history.records import Run
 from history.report import run_tables
+from launch_model import H100, Mode, predict
 
 from dspa.bench.measurements import Column, Row
 from dspa.bench.tables import digits
 from dspa.errors import InvalidInputError
 from dspa.util.report_parts import COLORS, Table, new_figure, png_bytes
 
+MODELLED: tuple[tuple[Mode, str], ...] = (("dense", "triton, dense"), ("lazy", "triton, lazy, needs M_t"))
 LEAST_BANDWIDTH = 0.85
 LEAST_SPEEDUP = 3.0
 MOST_OVER_PRODUCT = 1.3
@@ -115,6 +118,8 @@ def markdown(report: Report) -> str:
     lines += [f"- {report.skipped} rows had no time left" if report.skipped else "- every row was reached", ""]
     if report.architecture is not None:
         lines.append(budget_table(run, ceilings).to_markdown())
+    if report.architecture == H100.architecture:
+        lines.append(prediction_table(run).to_markdown())
     lines += [table.to_markdown() for table in run_tables(run)]
     return "\n".join(lines)
 
@@ -134,6 +139,30 @@ def budget_table(run: Run, ceilings: Ceilings) -> Table:
         ("row", "budget", "measured", "asked", ""),
         tuple(rows),
         ("budget",),
+    )
+
+
+def prediction_table(run: Run) -> Table:
+    """What `launch_model` predicts for an H100 beside what was measured, for the launches that it knows."""
+    rows = []
+    for row in run.rows:
+        shape = re.search(r"(\d+)x(\d+)-bfloat16-batch(\d+)$", row.name)
+        if shape is None or row.group != "token_step, GPU":
+            continue
+        d_model, d_sae, batch = map(int, shape.groups())
+        for mode, name in MODELLED:
+            column = row.column(name)
+            if column is None:
+                continue
+            expected = predict(H100, d_model, d_sae, batch, mode)
+            measured = column.measured.value * 1e3
+            times = (f"{time:.1f} us" for time in (expected.floor, expected.total, measured))
+            rows.append((row.name, name, *times, f"{expected.floor / measured:.2f}"))
+    return Table(
+        "Predicted and measured",
+        "The model is benchmarks/launch_model.py with the constants of an H100; the floor reads W_enc once.",
+        ("row", "launch", "floor", "predicted", "measured", "floor / measured"),
+        tuple(rows),
     )
 
 

@@ -34,7 +34,10 @@ OURS: tuple[tuple[str, StepMode, str], ...] = (
     ("lazy, none active", "lazy", "none active"),
     ("lazy, all certainly zero", "lazy", "all certainly zero"),
     ("lazy, needs M_t", "lazy", NEEDS_MAXIMUM),
+    ("screened", "screened", NEEDS_MAXIMUM),
 )
+SCREENS = "triton"
+"""The backend in which "screened" is a mode of its own."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,26 @@ class Rows:
 
     def all(self) -> Iterator[Callable[[], Row]]:
         """The most telling rows first: what time runs out for comes last."""
-        for batch in self.scale.batches:
-            for d_sae in self.scale.d_sae:
-                for model, width in self.scale.widths:
-                    shape = Shape(width, d_sae, torch.bfloat16, batch)
-                    yield lambda model=model, shape=shape: self.token_step(model, shape)
-            if batch == self.scale.batches[0]:
-                yield from self._other_rows()
+        shapes = [
+            (model, Shape(width, d_sae, torch.bfloat16, batch))
+            for batch in self.scale.batches
+            for d_sae in self.scale.d_sae
+            for model, width in self.scale.widths
+        ]
+        first = [(model, shape) for model, shape in shapes if self._is_telling(shape)]
+        for model, shape in first:
+            yield lambda model=model, shape=shape: self.token_step(model, shape)
+        yield from self._other_rows()
+        for model, shape in shapes:
+            if (model, shape) not in first:
+                yield lambda model=model, shape=shape: self.token_step(model, shape)
         for model in self.scale.models[1:2]:
             yield lambda model=model: self.generate(*model, "static")
+
+    def _is_telling(self, shape: Shape) -> bool:
+        """All SAEs at batch 1, and all batches at the first SAE."""
+        first = (self.scale.widths[0][1], self.scale.d_sae[0])
+        return shape.batch == self.scale.batches[0] or (shape.d_model, shape.d_sae) == first
 
     def _other_rows(self) -> Iterator[Callable[[], Row]]:
         first, width = self.scale.widths[0]
@@ -155,15 +169,16 @@ class Rows:
         lists = tuple(name for name in first.lists if shape.k is None or name != "all certainly zero")
         try:
             for case in cases.values():
-                case.check(("dense", "lazy"), lists)
+                case.check(("dense", "lazy", "screened"), lists)
         except AssertionError as failure:
             return Row(row, group, (), EAGER, failed=_first_line(failure))
         ways = self._plain_ways(first, compiled)
         for backend, case in cases.items():
             for label, mode, wanted in OURS:
-                if wanted in lists:
+                if wanted in lists and (mode != "screened" or (backend == SCREENS and shape.k is None)):
                     run, restore = case.in_place(wanted, mode)
-                    read = first.sae.W_enc.nbytes if wanted == NEEDS_MAXIMUM else None
+                    reads_all = wanted == NEEDS_MAXIMUM and mode != "screened"
+                    read = first.sae.W_enc.nbytes if reads_all else None
                     ways.append(Way(f"{backend}, {label}", run, read, restore))
         columns = self.sampler.columns(ways, EAGER, cold=True)
         if shape.batch == 1:

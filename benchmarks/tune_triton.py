@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -124,6 +124,7 @@ def best(operation: str, shape: tuple[int, int], device: torch.device, in_parts:
     times: dict[Sizes, float] = {}
     for sizes in candidates(operation, device.type == "cpu"):
         with tile(Tile(*sizes)):
+            forget_kernels()
             try:
                 found = run("triton")
             except Exception as error:  # too much shared memory, say: not a candidate
@@ -194,19 +195,23 @@ def tile(candidate: object) -> Iterator[None]:
         triton_launch.tile_of = original
 
 
+def forget_kernels() -> None:
+    """Empties the kernels' caches, so that what is there after a run is what the run has loaded."""
+    for kernel in kernels():
+        getattr(kernel, "device_caches", {}).clear()
+
+
 def spills() -> bool:
     """Whether a kernel that is loaded on this GPU spills registers."""
+    caches = [cache for kernel in kernels() for cache, *_ in getattr(kernel, "device_caches", {}).values()]
+    return any(getattr(loaded, "n_spills", 0) for cache in caches for loaded in cache.values())
+
+
+def kernels() -> tuple[Any, ...]:
     from dspa.kernels.encode_density import triton as density
     from dspa.kernels.token_step import triton as step
 
-    for kernel in (step.token_step_kernel, density.count_gates):
-        caches = getattr(kernel, "device_caches", {})
-        for cache, *_ in caches.values():
-            for loaded in list(cache.values())[-1:]:
-                loaded._init_handles()  # what a launch that was prepared has not done
-                if loaded.n_spills:
-                    return True
-    return False
+    return step.token_step_kernel, density.count_gates
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -38,7 +38,7 @@ struct TileOrder {
   static constexpr uint32_t token_tiles_together = 8;
   uint32_t token_tiles, latent_groups;  // of the latents of a block, or a pair
 
-  __device__ __forceinline__ uint32_t tiles() const { return token_tiles * latent_groups; }
+  __host__ __device__ __forceinline__ uint32_t tiles() const { return token_tiles * latent_groups; }
 
   __device__ __forceinline__ void place_of(uint32_t tile, uint32_t& token_tile, uint32_t& latent_group) const {
     const uint32_t together = tile / (token_tiles_together * latent_groups) * token_tiles_together;

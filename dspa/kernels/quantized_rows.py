@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspa.sae.weights import SaeWeights
+
 WIDEST_QUANTIZED_MODEL = 16384  # the 32-bit sums of a wider row could overflow
 
 
@@ -30,3 +32,9 @@ def quantize_rows(weights: Tensor) -> QuantizedRows:
     quantized = QuantizedRows(torch.empty(d_sae, -(-d_model // 32) * 32, dtype=torch.int8), torch.empty(3, d_sae))
     torch.ops.dspa.quantize_rows(weights, quantized.values, quantized.factors)
     return quantized
+
+
+def scores_never_fall(sae: SaeWeights) -> bool:
+    """Whether scores of an encoder rise with its products, so that bounds of products bound the scores."""
+    factors = [factor for factor in (sae.decoder_norm, sae.magnitude_scale) if factor is not None]
+    return all(bool((factor >= 0).all()) for factor in factors)

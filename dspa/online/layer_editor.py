@@ -89,7 +89,7 @@ class LayerEditor:
         """
         if self._idle and not self.always_launches:
             return
-        batch = len(hidden)
+        batch = hidden.shape[0]
         stats = [
             self.counters.of_position(batch, position + index, speculative=speculative)
             if count or speculative

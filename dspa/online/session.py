@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -263,7 +264,7 @@ class Session:
         if end > max(start, width):
             prompt.check_read(editor, 1)
             first = max(start, width)
-            self._edit_run(editor, hidden[:, first - start :], first, None, prompt)
+            self._edit_run(editor, hidden[:, first - start :] if first > start else hidden, first, None, prompt)
 
     def _edit_run(
         self, editor: LayerEditor, hidden: Tensor, first: int, enabled: Tensor | None, prompt: Prompt
@@ -274,7 +275,8 @@ class Session:
             return
         counted = [position >= prompt.counted_until for position in range(first, first + hidden.shape[1])]
         speculative = self._pass.speculative and enabled is None
-        with torch.no_grad():  # without differentiable edits, an edit is a constant to autograd
+        # Without differentiable edits, an edit is a constant to autograd.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             editor.edit(hidden, first, enabled, counted=counted, speculative=speculative)
 
     def _start_in_call(

@@ -54,7 +54,12 @@ def is_emulated(item: pytest.Item) -> bool:
     backend = None if callspec is None else callspec.params.get("backend")
     if isinstance(backend, Backend):
         return backend.name == "triton" and backend.device == "cpu"
-    return item.path.name in ("test_cuda_kernels.py", "test_triton_token_step.py", "test_triton_density_and_lookup.py")
+    return item.path.name in (
+        "test_cuda_kernels.py",
+        "test_triton_token_step.py",
+        "test_triton_screening.py",
+        "test_triton_density_and_lookup.py",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -51,8 +51,8 @@ def backend_parameters() -> list[Any]:
 
 
 def distinct_modes(backend: Backend) -> tuple[StepMode | None, ...]:
-    """The modes that are different code in a backend: Triton's "screened", and its default, are "lazy"."""
-    return ("dense", "lazy") if backend.name == "triton" else MODES
+    """The modes that are different code in a backend: Triton's default is "lazy"."""
+    return ("dense", "lazy", "screened") if backend.name == "triton" else MODES
 
 
 def seeds(backend: Backend) -> range:

@@ -58,7 +58,9 @@ from dspa.kernels import (
     token_step_with_lookup,
 )
 from dspa.kernels.adapter_step.arguments import adapter_arguments, row_arguments
+from dspa.kernels.backends.cuda import too_wide
 from dspa.kernels.native import encoder_arguments
+from dspa.kernels.token_step import scratch as step_scratch
 from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.cuda import scratch_of, scratch_words
 from dspa.kernels.token_step.scratch import LEAST_ROWS
@@ -127,6 +129,23 @@ def test_columns_of_hidden_may_be_strided(backend: Backend) -> None:
     columns = rows.T.contiguous()
     token_step(columns.T, sae, edits, 0.2, backend=NAME)
     assert same_bits(columns.T.contiguous(), expected)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=test_token_step.name)
+@pytest.mark.parametrize("kind", [Kind(), Kind(subtract_b_dec=True)], ids=str)
+def test_where_hidden_states_lie_changes_no_bit(backend: Backend, kind: Kind, dtype: torch.dtype) -> None:
+    """Rows that are whole 16 bytes are loaded so, others one number at a time. One row is not finite."""
+    sae = make_sae(kind, 40, 61, torch.bfloat16, seed=0)
+    rows = (normal(generator(1), 9, 40) * 2).to(dtype)
+    rows[4, 33] = torch.inf
+    edits = edit_list(*random_lists(sae, 9, 8, seed=2), 8)
+    expected = step(rows, sae, edits, 0.2, backend=backend)
+    assert same_bits(expected[4], rows[4])
+    assert not same_bits(expected[:4], rows[:4])
+    for elsewhere in (torch.zeros(9, 41, dtype=dtype)[:, :40], torch.zeros(361, dtype=dtype)[1:].view(9, 40)):
+        elsewhere.copy_(rows)
+        token_step(elsewhere, sae, edits, 0.2, backend=NAME)
+        assert same_bits(elsewhere.contiguous(), expected)
 
 
 @pytest.mark.product
@@ -258,6 +277,15 @@ def test_batches_share_their_scratch(backend: Backend) -> None:
     assert len({scratch.data_ptr() for scratch in found}) == 2
 
 
+def test_each_stream_has_its_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, found = make_sae(Kind(), 40, 61, torch.bfloat16, seed=0), []
+    monkeypatch.setattr(step_scratch, "runs_on_streams", lambda _: True)
+    for stream in (7, 8, 7):
+        monkeypatch.setattr(step_scratch, "stream_of", lambda _, stream=stream: stream)
+        found.append(scratch_of(sae, 3, 8).data_ptr())
+    assert found[0] == found[2] != found[1]
+
+
 def test_too_little_scratch_is_refused() -> None:
     sae = make_sae(Kind(), 40, 64, torch.bfloat16, seed=0)
     before, lists, after = step_arguments(sae)
@@ -271,6 +299,23 @@ def test_a_model_too_wide_is_refused(backend: Backend) -> None:
     sae = make_sae(Kind(), 520, 61, torch.bfloat16, seed=0)
     with machine(shared_limit=4 * 1024), pytest.raises(RuntimeError, match="token_step could not be launched"):
         token_step(torch.zeros(1, 520).bfloat16(), sae, EditList.empty(1, 4), 0.2, backend=NAME)
+
+
+@pytest.mark.parametrize("d_model", [1000, 1024])  # rows of 2000 bytes are aligned as well, an odd address is not
+@pytest.mark.parametrize("odd", [False, True])
+def test_what_auto_chooses_is_launched(backend: Backend, d_model: int, odd: bool) -> None:
+    """Whatever the shared memory of a GPU: where "auto" takes these kernels, they have room for the longest list."""
+    sae = make_sae(Kind(), d_model, 61, torch.bfloat16, seed=0)
+    if odd:
+        W = torch.zeros(61 * d_model + 1, dtype=torch.bfloat16)[1:].view(61, d_model)
+        sae = replace(sae, W_enc=W.copy_(sae.W_enc))
+    limits = range(8 * 1024, 64 * 1024, 4 * 1024)
+    launched = [limit for limit in limits if too_wide(sae, limit) is None]
+    assert 0 < len(launched) < len(limits)
+    for batch in (1, 9):
+        with machine(shared_limit=launched[0]):
+            rows = torch.zeros(batch, d_model).bfloat16()
+            token_step(rows, sae, EditList.empty(batch, 256), 0.2, backend=NAME)
 
 
 def test_a_pass_that_may_stop_early(backend: Backend) -> None:

@@ -129,8 +129,8 @@ def test_against_float64(gpu: Backend, batch: int, d_model: int, d_sae: int, kin
     lists = active_lists(sae, hidden, 32, seed=3)
     stats = fresh_stats(batch, d_sae, DEVICE)
     written = step(hidden, sae, lists, ALPHA, backend=gpu, stats=stats, mode="dense")
-    lazily = step(hidden, sae, lists, ALPHA, backend=gpu, mode="lazy")
-    assert same_bits(lazily, written)
+    for mode in ("lazy", "screened"):
+        assert same_bits(step(hidden, sae, lists, ALPHA, backend=gpu, mode=mode), written), mode
 
     expected, precise = hidden.double().to(DEVICE), in_float64(sae)
     exact_stats = TokenStats.zeros(batch, d_sae, DEVICE)
@@ -145,7 +145,7 @@ def test_against_float64(gpu: Backend, batch: int, d_model: int, d_sae: int, kin
     assert torch.equal(found.edited, exact_stats.edited.cpu())
 
 
-@pytest.mark.parametrize("mode", ["dense", "lazy"])
+@pytest.mark.parametrize("mode", ["dense", "lazy", "screened"])
 @pytest.mark.parametrize("kind", [Kind(), Kind("topk")], ids=str)
 def test_the_same_bits_every_time(gpu: Backend, kind: Kind, mode: StepMode) -> None:
     """A race would show as a moving result; scratch that is not reset, as a wrong second one."""
@@ -168,6 +168,27 @@ def test_rows_that_are_settled_while_their_pass_runs(gpu: Backend) -> None:
     expected = case.step("all certainly zero", "dense")
     for _ in range(REPEATS):
         assert same_bits(case.step("all certainly zero", "lazy"), expected)
+        assert same_bits(case.step("all certainly zero", "screened"), expected)
+
+
+@pytest.mark.parametrize("massive", [1.0, 300.0])
+@pytest.mark.parametrize("kind", [Kind(), Kind("gated", subtract_b_dec=True), Kind("relu", "layer_norm")], ids=str)
+@pytest.mark.parametrize(("d_model", "d_sae"), SHAPES)
+def test_screening_changes_no_bit(gpu: Backend, d_model: int, d_sae: int, kind: Kind, massive: float) -> None:
+    """Of rows whose edit shows M_t, also where some channels of the residual stream are massive."""
+    sae = sae_on_device(kind, d_model, d_sae, torch.bfloat16, 20)
+    for seed, batch in enumerate((*BATCHES, *BATCHES)):
+        hidden = normal(generator(21 + seed), batch, d_model)
+        hidden[:, 3:d_model:300] *= massive
+        rows = hidden.bfloat16().to(DEVICE)
+        lists = edit_list([[int(latent)] for latent in encode(rows, sae).argmax(dim=1)], [[]] * batch, k=2).to(DEVICE)
+        expected, stats = rows.clone(), TokenStats.zeros(batch, d_sae, DEVICE)
+        token_step(expected, sae, lists, ALPHA, None, stats, mode="dense", backend=gpu.name)
+        found, screened = rows.clone(), TokenStats.zeros(batch, d_sae, DEVICE)
+        token_step(found, sae, lists, ALPHA, None, screened, mode="screened", backend=gpu.name)
+        assert same_bits(found, expected)
+        assert screened.maximum_known.all()
+        assert torch.equal(screened.maximum, stats.maximum)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -200,7 +221,7 @@ def test_tiles_of_more_tokens_have_the_same_bits(gpu: Backend, kind: Kind, mode:
 
 
 @ON_A_GPU
-@pytest.mark.parametrize("mode", ["dense", "lazy"])
+@pytest.mark.parametrize("mode", ["dense", "lazy", "screened"])
 def test_graph_replay_reads_what_the_buffers_hold(gpu: Backend, mode: StepMode) -> None:
     """One capture; then other hidden states, lists and flags in the same buffers."""
     d_model, d_sae = SHAPES[0]

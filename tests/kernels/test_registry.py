@@ -23,6 +23,7 @@ from dspa.kernels import (
     token_step,
 )
 from dspa.kernels.backends import choice, registry
+from dspa.kernels.backends.cuda import too_wide
 from dspa.kernels.backends.interface import OperationName, refusal
 from dspa.kernels.backends.registry import operations_for
 from dspa.kernels.backends.table import BACKENDS
@@ -126,6 +127,40 @@ def test_a_backend_that_does_not_rank_is_passed_over() -> None:
     assert operations_for("auto", "adapter_step", (HIDDEN,), ranks_all=True) is not own
     with pytest.raises(BackendUnavailableError, match="it has to rank all latents of a row"):
         operations_for("fast", "adapter_step", (HIDDEN,), ranks_all=True)
+
+
+def test_auto_goes_on_where_a_launch_may_be_refused() -> None:
+    """A backend by name is tried nevertheless."""
+    call = Named("fast")
+
+    def cannot(operation: OperationName, sae: SaeWeights) -> str | None:
+        return "d_model is too large" if sae.d_model > 8 else None
+
+    own = Operations(call, call, call, cannot=cannot)  # pyright: ignore[reportArgumentType]
+    register_backend(Backend("fast", ("cpu",), lambda: own))
+    for d_model, expected in ((8, True), (9, False)):
+        W = torch.zeros(4, d_model)
+        sae = SaeWeights(W_enc=W, W_dec=W, b_enc=torch.zeros(4), threshold=torch.zeros(4), activation="jumprelu")
+        assert (operations_for("auto", "token_step", (torch.zeros(1, d_model),), sae) is own) == expected
+        assert operations_for("fast", "token_step", (torch.zeros(1, d_model),), sae) is own
+
+
+@pytest.mark.parametrize(
+    ("d_model", "odd", "shared_memory", "fits"),
+    [
+        (3584, False, 99 * 1024, True),
+        (3584, True, 99 * 1024, True),
+        (8192, True, 99 * 1024, False),
+        (8192, True, 227 * 1024, True),
+        (16384, False, 99 * 1024, True),
+        (32768, False, 99 * 1024, False),
+        (3583, False, 64 * 1024, False),  # rows of odd length are not aligned
+    ],
+)
+def test_models_too_wide_for_a_gpu(d_model: int, odd: bool, shared_memory: int, fits: bool) -> None:
+    W = torch.zeros(4 * d_model + 1, dtype=torch.bfloat16)[int(odd) :][: 4 * d_model].view(4, d_model)
+    sae = SaeWeights(W_enc=W, W_dec=W, b_enc=torch.zeros(4), threshold=torch.zeros(4), activation="jumprelu")
+    assert (too_wide(sae, shared_memory) is None) == fits
 
 
 def test_a_missing_backend_says_why() -> None:

@@ -64,6 +64,19 @@ def test_kernels_compile_without_spills(architecture: str, spanning: list[dict[s
 
 @pytest.mark.compilers
 @pytest.mark.xdist_group("triton")
+def test_the_loops_of_a_token_step_load_ahead(spanning: list[dict[str, object]]) -> None:
+    """No round of the pass, or of the products of single latents, begins to load only what it needs itself."""
+    steps = [k for k in spanning if k["kernel"] == "token_step_kernel" and str(k["architecture"]).startswith("sm_")]
+    assert steps
+    for step in steps:
+        assert {"pass_tile", "products_of"} <= set(step["copying_ahead"]), step  # pyright: ignore[reportArgumentType]
+    plain = [k for k in steps if k["architecture"] == "sm_90" and k["is_plain"]]
+    assert plain
+    assert all(k["multiplying_ahead"] for k in plain)
+
+
+@pytest.mark.compilers
+@pytest.mark.xdist_group("triton")
 def test_every_kernel_is_compiled(spanning: list[dict[str, object]]) -> None:
     assert {str(kernel["kernel"]) for kernel in spanning} == KERNELS
 

@@ -9,6 +9,7 @@ their launches are recorded instead of run.
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 import json
 import re
@@ -18,8 +19,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 from unittest import mock
 
 import torch
@@ -31,8 +33,10 @@ from triton.runtime.jit import create_function_from_signature
 
 from dspa.kernels.adapter_step.triton import adapter_step
 from dspa.kernels.adapter_weights import AdapterActivation, AdapterWeights
+from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.encode_density.triton import encode_density
 from dspa.kernels.lookup.triton import lookup
+from dspa.kernels.token_step import encoder_codes
 from dspa.kernels.token_step.triton import token_step, token_step_with_lookup
 from dspa.kernels.triton_common import launch
 from dspa.kernels.triton_common.configurations import ENCODE_DENSITY, TOKEN_STEP
@@ -49,11 +53,12 @@ TARGETS = {
 ACTIVATIONS: tuple[Activation, ...] = ("jumprelu", "gated", "topk")  # those that are code of their own
 NORMALIZATIONS: tuple[InputNormalization, ...] = get_args(InputNormalization)
 LOW_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
-MODES = ("dense", "lazy", "lookup")
+MODES = ("dense", "lazy", "lookup", "screened")
 ADAPTERS: dict[str, tuple[AdapterActivation, bool]] = {  # with the mode: activation and clip
     "dense": ("soft_threshold", True),
     "lazy": ("soft_threshold", False),
     "lookup": ("jump_relu", True),
+    "screened": ("jump_relu", False),
 }
 WIDE = (32, 64)  # batches with a tile of their own, where products are plain
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,8 +71,8 @@ class Case:
     Attributes:
         activation, normalization, subtract_b_dec: of the SAE.
         hidden, weights: dtypes.
-        mode: of `token_step`: "dense", "lazy", or "lookup" for lazy with the lookup in the same launch. The version of
-            the adapter goes with it, see `ADAPTERS`.
+        mode: of `token_step`: "dense", "lazy", "screened", or "lookup" for lazy with the lookup in the same launch. The
+            version of the adapter goes with it, see `ADAPTERS`.
         optional: whether there are flags, counters, an alpha for each row, a compact decoder and decoder norms.
         shape: d_model and d_sae.
     """
@@ -101,6 +106,9 @@ class Compiled:
         products_from_shared: how many of its instructions multiply on the tensor cores while the program goes on, with
             both factors in shared memory (sm_90).
         copies_ahead: groups of copies into shared memory that are still under way where the next one is needed.
+        copying_ahead: device functions with a loop that copies to shared memory what later rounds of it need.
+        multiplying_ahead: whether a product on tensor cores is under way while a loop goes on (sm_90).
+        is_plain: whether factors are multiplied as they are loaded.
     """
 
     kernel: str
@@ -111,6 +119,9 @@ class Compiled:
     shared_bytes: int
     products_from_shared: int
     copies_ahead: int
+    copying_ahead: list[str]
+    multiplying_ahead: bool
+    is_plain: bool
 
 
 def entries(architecture: str) -> list[tuple[int, int]]:
@@ -125,6 +136,7 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(launch, "architecture", return_value=architecture),
         mock.patch.object(Launch, "run", autospec=True, side_effect=recorded.append),
+        mock.patch.object(encoder_codes, "scores_never_fall", return_value=True),  # of tensors without data
     ):
         yield recorded
 
@@ -156,7 +168,7 @@ def spanning_cases(architecture: str) -> Iterator[Case]:
                 (i + turn // 2) % 2 == 1,
                 hidden,
                 weights,
-                MODES[(i + turn) % 3],
+                MODES[(i + turn) % 4],
                 (j + turn) % 2 == 1,
                 shape,
             )
@@ -206,8 +218,7 @@ def launches_of(case: Case, architecture: str) -> list[Launch]:
             lookup(density, conditional_map, 32, k, "both", True)
         else:
             edits = EditList.empty(batch, k, "meta")
-            mode = "dense" if case.mode == "dense" else "lazy"
-            token_step(hidden, sae, edits, alpha, enabled, stats, mode)
+            token_step(hidden, sae, edits, alpha, enabled, stats, cast(StepMode, case.mode))
         for wide in WIDE if is_plain(case) else ():
             rows = tensor(wide, d_model, dtype=case.hidden)
             token_step(rows, sae, EditList.empty(wide, k, "meta"), 0.2, None, None, "lazy")
@@ -246,7 +257,40 @@ def compile_launch(made: Launch, case: Case, architecture: str) -> Compiled:
         binary.metadata.shared,
         len(products),
         max(pending, default=0),
+        *loops_of(binary.asm["ttgir"]),
+        is_plain(case),
     )
+
+
+def loops_of(text: str) -> tuple[list[str], bool]:
+    """From Triton's code for a GPU: `copying_ahead` and `multiplying_ahead` of `Compiled`."""
+    locations = dict(re.findall(r"^#(loc\d*) = (.*)$", text, re.MULTILINE))
+
+    def function_at(location: str) -> str:
+        """The innermost function of a location, which may be named, and inlined where it was called."""
+        found = re.search(r'"([^"]+\.py)":(\d+)', locations[location])
+        if found is None:
+            return function_at(re.findall(r"#(loc\d*)", locations[location])[0])
+        return function_around(found[1], int(found[2]))
+
+    copying, is_multiplying, loops = set[str](), False, list[int]()
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1] and line.lstrip().startswith("}"):
+            loops.pop()
+        if loops and "ttg.async_copy_global_to_local" in line:
+            copying.add(function_at(re.findall(r"loc\(#(loc\d*)\)", line)[-1]))
+        is_multiplying |= bool(loops) and re.search(r"warp_group_dot_wait .*pendings = [1-9]", line) is not None
+        if "scf.for " in line:
+            loops.append(indent)
+    return sorted(copying), is_multiplying
+
+
+@cache
+def function_around(path: str, line: int) -> str:
+    """The function of a file that a line belongs to."""
+    functions = [node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.FunctionDef)]
+    return next(node.name for node in functions if node.lineno <= line <= (node.end_lineno or line))
 
 
 def resources_of(binary: Any) -> tuple[int, int]:

@@ -88,6 +88,13 @@ class AdapterStep(Protocol):
     ) -> None: ...
 
 
+class Cannot(Protocol):
+    def __call__(self, operation: OperationName, sae: SaeWeights) -> str | None:
+        """Why a call may be refused when it is launched, in a few words; None if it is not. Does not depend on the
+        batch, or its rows' bits would."""
+        ...
+
+
 @dataclass(frozen=True)
 class Serves:
     """The calls that a backend serves; None stands for no restriction.
@@ -148,6 +155,7 @@ class Operations:
         token_step_with_lookup: both in one step, where the backend has that.
         adapter_step: the operation of FSRL, where the backend has that.
         devices: replaces `Serves.devices` where only loading decides (Triton's interpreter runs on the CPU).
+        cannot: why "auto" should go on to the next backend for an SAE, beyond `Serves`; see `Cannot`.
         bind_step: `token_step` without the work that is the same for every token, where the backend has that.
     """
 
@@ -158,6 +166,7 @@ class Operations:
     adapter_step: AdapterStep | None = None
     devices: tuple[str, ...] | None = None
     bind_step: BindStep | None = None
+    cannot: Cannot | None = None
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _choose(
             found = _try_load(name)
             if isinstance(found, BackendUnavailableError):
                 missing.append(f"{name}: {found}")
-            elif _reason(name, found, operation, tensors, sae, ranks_all) is not None:
+            elif _reason(name, found, operation, tensors, sae, ranks_all) is not None or _cannot(found, operation, sae):
                 refused = True
             else:
                 if name == "reference" and missing and not refused:
@@ -130,6 +130,10 @@ def _reason(
     if operation == "adapter_step" and found.adapter_step is None:
         return "it does not have this operation"
     return refusal(_backends[name].serves, operation, tensors, sae, ranks_all=ranks_all)
+
+
+def _cannot(found: Operations, operation: OperationName, sae: SaeWeights | None) -> str | None:
+    return None if found.cannot is None or sae is None else found.cannot(operation, sae)
 
 
 def _warn_once(message: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dspa.kernels.backends.interface import BoundStep, StepMode
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.operands import Versions, refusal_of_the_library, refusals_of_the_library, versions_of
-from dspa.kernels.quantized_rows import WIDEST_QUANTIZED_MODEL, QuantizedRows, quantize_rows
+from dspa.kernels.quantized_rows import WIDEST_QUANTIZED_MODEL, QuantizedRows, quantize_rows, scores_never_fall
 from dspa.kernels.token_step.arguments import (
     NO_COUNTERS,
     are_passed_as_they_are,
@@ -96,9 +96,8 @@ def quantized_from(sae: SaeWeights) -> tuple[Tensor, ...]:
 
 
 def _can_be_screened(sae: SaeWeights) -> bool:
-    """Bounds of a product bound the score only if scores rise with products; wider rows would overflow 32 bits."""
-    factors = [factor for factor in (sae.decoder_norm, sae.magnitude_scale) if factor is not None]
-    return sae.d_model <= WIDEST_QUANTIZED_MODEL and all(bool((factor >= 0).all()) for factor in factors)
+    """Wider rows would overflow 32 bits."""
+    return sae.d_model <= WIDEST_QUANTIZED_MODEL and scores_never_fall(sae)
 
 
 def work_of(sae: SaeWeights) -> StepWork:

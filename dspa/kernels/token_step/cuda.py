@@ -16,13 +16,13 @@ from dspa.kernels.token_step.arguments import (
     counter_arguments,
     strength_arguments,
 )
-from dspa.kernels.token_step.scratch import kept, rows_for
+from dspa.kernels.token_step.scratch import Key, kept, rows_for
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
 DEFAULT_MODE: StepMode = "lazy"  # no pass where none is needed; not yet measured on a GPU
 
-_scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()
+_scratch: WeakKeyDictionary[SaeWeights, dict[Key, Tensor]] = WeakKeyDictionary()
 
 
 def scratch_words(rows: int, capacity: int) -> int:
@@ -31,11 +31,12 @@ def scratch_words(rows: int, capacity: int) -> int:
 
 
 def scratch_of(sae: SaeWeights, batch: int, capacity: int) -> Tensor:
-    """The scratch of the blocks of a step, `[words]` int32, for at least this batch and lists of this length. Zero
-    between steps, except for scores that are not read again. Two steps of one SAE must not run at the same time."""
+    """The scratch of the blocks of a step on the current stream, `[words]` int32, for at least this batch and lists of
+    this length. Zero between steps, except for scores that are not read again. Two steps that use it must not run at
+    the same time."""
     rows = rows_for(batch)
     words = scratch_words(rows, capacity)
-    return kept(_scratch, sae, (rows, capacity), lambda: torch.zeros(words, dtype=torch.int32, device=sae.device))
+    return kept(_scratch, sae, rows, capacity, lambda: torch.zeros(words, dtype=torch.int32, device=sae.device))
 
 
 def token_step(

@@ -15,8 +15,10 @@ from dspa.kernels.backends.interface import StepMode
 from dspa.kernels.lookup.triton_row import map_arguments, new_lists, prompt_of
 from dspa.kernels.native import encoder_arguments
 from dspa.kernels.token_step.arguments import strength_arguments
-from dspa.kernels.token_step.scratch import kept, rows_for
+from dspa.kernels.token_step.encoder_codes import EncoderCodes, codes_of
+from dspa.kernels.token_step.scratch import Key, kept, rows_for
 from dspa.kernels.token_step.triton_kernel.kernel import token_step_kernel
+from dspa.kernels.token_step.triton_kernel.screening import EXACT, NORMS, Screen
 from dspa.kernels.token_step.triton_kernel.structures import (
     NUMBERS,
     RECENT,
@@ -44,11 +46,12 @@ from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
 BYTES_AHEAD = 512  # of a row of `W_enc`
+LEAST_SCREENED = 16  # rows of the scratch of screened steps
 
 
 @dataclass(frozen=True, eq=False)
 class StepScratch:
-    """The tensors of `Scratch`, for one SAE. Two steps of one SAE must not run at the same time."""
+    """The tensors of `Scratch`, for one SAE and one stream. Two steps that use it must not run at the same time."""
 
     counters: Tensor
     states: Tensor
@@ -83,13 +86,57 @@ class StepScratch:
             tensor.zero_()
 
 
-_scratch: WeakKeyDictionary[SaeWeights, dict[tuple[int, int], StepScratch]] = WeakKeyDictionary()
+_scratch: WeakKeyDictionary[SaeWeights, dict[Key, StepScratch]] = WeakKeyDictionary()
 
 
 def scratch_of(sae: SaeWeights, batch: int, k: int) -> StepScratch:
-    """The scratch of an SAE for lists of this length and at least this batch."""
+    """The scratch of an SAE on the current stream, for lists of this length and at least this batch."""
     rows = rows_for(batch)
-    return kept(_scratch, sae, (rows, k), lambda: StepScratch.allocate(rows, k, sae.device))
+    return kept(_scratch, sae, rows, k, lambda: StepScratch.allocate(rows, k, sae.device))
+
+
+@dataclass(frozen=True, eq=False)
+class ScreenScratch:
+    """What the programs of a screened launch exchange, see `Screen`; for one SAE and one stream."""
+
+    exact_inputs: Tensor
+    norms: Tensor
+    floors: Tensor
+    uppers: Tensor
+    screened: Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, latents: int, device: torch.device) -> ScreenScratch:
+        return cls(
+            exact_inputs=torch.zeros(rows, EXACT.value, device=device),
+            norms=torch.zeros(rows, NORMS.value, device=device),
+            floors=torch.zeros(rows, dtype=torch.int64, device=device),
+            uppers=torch.zeros(rows, latents, device=device),
+            screened=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+    def reset(self) -> None:
+        """As it has to be found by a launch, whatever one before has left."""
+        for tensor in (self.floors, self.screened):
+            tensor.zero_()
+
+
+_screen_scratch: WeakKeyDictionary[SaeWeights, dict[Key, ScreenScratch]] = WeakKeyDictionary()
+
+
+def screen_scratch_of(sae: SaeWeights, codes: EncoderCodes, batch: int) -> ScreenScratch:
+    """The scratch of an SAE on the current stream for at least this batch. It has a number for each latent and row, so
+    no more rows than that."""
+    rows, latents = max(LEAST_SCREENED, 1 << (batch - 1).bit_length()), codes.codes.shape[0]
+    return kept(_screen_scratch, sae, rows, latents, lambda: ScreenScratch.allocate(rows, latents, sae.device))
+
+
+def screen_arguments(hidden: Tensor, sae: SaeWeights, mode: StepMode | None) -> dict[str, Tensor]:
+    """The arguments of `run` that only a screened step has."""
+    codes = codes_of(sae, hidden) if mode == "screened" else None
+    if codes is None:
+        return {}
+    return {**vars(codes), **vars(screen_scratch_of(sae, codes, hidden.shape[0]))}
 
 
 def columns_ahead(W_enc: Tensor) -> int:
@@ -144,14 +191,24 @@ def step_launch(
     k_diff: int = 0,
     edit: str = "ablate",
     sign_guard: bool = False,
+    codes: Tensor | None = None,
+    factors: Tensor | None = None,
+    exact: Tensor | None = None,
+    exact_columns: Tensor | None = None,
+    is_exact: Tensor | None = None,
+    exact_inputs: Tensor | None = None,
+    norms: Tensor | None = None,
+    floors: Tensor | None = None,
+    uppers: Tensor | None = None,
+    screened: Tensor | None = None,
 ) -> Launch:
     """The launch of the operation: a function of nothing but tensors, numbers and names. With a density, the lists are
-    looked up first, and written. The hidden states have aligned rows."""
+    looked up first, and written. With codes, the step is screened. The hidden states have aligned rows."""
     batch, d_model = hidden.shape
     d_sae = W_enc.shape[0]
     x_parts = parts_of(hidden.dtype, W_enc.dtype, normalization == "none" and b_dec is None)
     tile = tile_for("token_step", W_enc, x_parts)
-    if x_parts == 0:
+    if x_parts == 0 and codes is None:  # codes are small enough to be read again by further rows, from the cache
         tile = for_batch(tile, batch)
     stats = None
     if seen is not None:
@@ -162,10 +219,17 @@ def step_launch(
         assert columns is not None
         assert values is not None
         prompt = prompt_of(density, row_offsets, columns, values, d_sae_out, k_prompt, k_diff)
+    screen = None
+    if codes is not None:
+        latents_of_codes, width = codes.shape
+        screen = Screen(
+            codes, factors, exact, exact_columns, is_exact, exact_inputs, norms, floors, uppers, screened,  # pyright: ignore[reportArgumentType]
+            latents_of_codes, width,
+        )  # fmt: skip
     passes = blocks(d_sae, tile.latents) * blocks(batch, tile.tokens)
     return launch_of(
         token_step_kernel,
-        batch + passes + batch * blocks(d_model, SLICE.value),
+        batch + passes * (1 if screen is None else 2) + batch * blocks(d_model, SLICE.value),
         {
             "hidden": Hidden(hidden, row_stride_of(hidden), hidden.stride(1)),
             "encoder": Encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias),
@@ -175,6 +239,7 @@ def step_launch(
             "stats": stats,
             "scratch": Scratch(counters, states, numbers, maxima, listed, ranks, recent_argmax),
             "prompt": prompt,
+            "screen": screen,
             "batch": batch,
             "d_model": d_model,
             "d_sae": d_sae,
@@ -208,6 +273,7 @@ run.__signature__ = inspect.signature(step_launch).replace(return_annotation=Non
 _WRITTEN = (
     "hidden", "seen", "edited", "nonfinite", "maximum", "maximum_sum", "maximum_known", "latent_edits",
     "counters", "states", "numbers", "maxima", "listed", "ranks", "recent_argmax",
+    "exact_inputs", "norms", "floors", "uppers", "screened",
 )  # fmt: skip
 
 # Compiled graphs see these operations; eager calls `run` itself, which spares them the bookkeeping.
@@ -245,16 +311,20 @@ def step_arguments(
     )
 
 
-def call(compiled: Callable[..., None], sae: SaeWeights, *arguments: Any) -> None:
+def call(compiled: Callable[..., None], sae: SaeWeights, *arguments: Any, **screening: Tensor) -> None:
     """Runs a step, through the operation that a compiled graph sees or directly."""
     if torch.compiler.is_compiling():
-        compiled(*arguments)
+        compiled(*arguments, **screening)
         return
     try:
-        run(*arguments)
+        run(*arguments, **screening)
     except BaseException:
         for scratch in _scratch[sae].values():  # a launch that did not end leaves its counters anywhere
-            scratch.reset()
+            if any(scratch.counters is argument for argument in arguments):
+                scratch.reset()
+        for scratch in _screen_scratch.get(sae, {}).values():
+            if any(scratch.screened is argument for argument in screening.values()):
+                scratch.reset()
         raise
 
 
@@ -267,11 +337,13 @@ def token_step(
     stats: TokenStats | None,
     mode: StepMode | None,
 ) -> None:
-    """See `dspa.kernels.token_step`. "screened" is served as "lazy", which is also the default."""
+    """See `dspa.kernels.token_step`. The default is "lazy"; "screened" is served as that for topk, which ranks
+    latents."""
     if hidden.shape[0] == 0:
         return
     lists = (edits.latents.contiguous(), edits.signs.contiguous(), edits.counts.contiguous())
-    call(operation, sae, *step_arguments(hidden, sae, lists, alpha, enabled, stats, mode))
+    screening = screen_arguments(hidden, sae, mode)
+    call(operation, sae, *step_arguments(hidden, sae, lists, alpha, enabled, stats, mode), **screening)
 
 
 def token_step_with_lookup(
@@ -293,5 +365,5 @@ def token_step_with_lookup(
     if hidden.shape[0] > 0:
         arguments = step_arguments(hidden, sae, lists, alpha, enabled, stats, mode)
         prompt = (density, *map_arguments(conditional_map), k_prompt, k_diff, edit, sign_guard)
-        call(operation_with_lookup, sae, *arguments, *prompt)
+        call(operation_with_lookup, sae, *arguments, *prompt, **screen_arguments(hidden, sae, mode))
     return EditList(*lists)

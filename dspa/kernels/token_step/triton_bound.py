@@ -152,6 +152,8 @@ def bind_step(
     hidden: Tensor, sae: SaeWeights, edits: EditList, alpha: float | Tensor, mode: StepMode | None
 ) -> BoundStep | None:
     """See `dspa.kernels.backends.interface.BindStep`."""
+    if mode == "screened":  # whose codes may be made again; `token_step` looks
+        return None
     if is_interpreted() or is_watched() or not are_passed_as_they_are(edits, alpha):
         return None
     bound = BoundTritonStep(hidden, sae, edits, alpha, mode)

@@ -19,6 +19,9 @@ from triton import knobs
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
+FETCHED = tl.constexpr(256)  # columns of a row that are asked for at a time
+
+
 class Encoder(NamedTuple):
     """The tensors of `SaeWeights` that encoding reads; None for those that the SAE does not have or does not use."""
 
@@ -300,6 +303,18 @@ def fetch_ahead(begin, columns: tl.constexpr):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def fetch_rows(begin, columns):
+    """Brings some rows into the L2 cache, as `fetch_ahead` does, up to whole blocks of columns.
+
+    Args:
+        begin: `[rows]`, where each row begins.
+        columns: of a row.
+    """
+    for first in range(0, columns - FETCHED + 1, FETCHED):
+        fetch_ahead(begin + first, FETCHED)
 
 
 # ---- programs that wait for each other -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dspa.kernels.token_step.triton_kernel.rows import alpha_of, packed, packed_value
+from dspa.kernels.token_step.triton_kernel.screening import possible_maxima, raise_to_floors, screen_tile
 from dspa.kernels.token_step.triton_kernel.structures import (
     BAR,
     DISABLED,
@@ -22,6 +23,7 @@ from dspa.kernels.triton_common.tiles import (
     dot,
     encoder_input,
     fetch_ahead,
+    fetch_rows,
     numbers_of,
     score_of,
     wait_for,
@@ -31,8 +33,8 @@ LOOKS = tl.constexpr(1024)  # at least 4 elements for each thread of a program
 
 
 @triton.jit
-def any_unsettled(first_row, batch, strength, scratch, TOKENS: tl.constexpr):
-    """Whether one of some open rows still needs a maximum, by the maxima that other programs have found so far.
+def any_unsettled(first_row, batch, strength, scratch, maxima, TOKENS: tl.constexpr):
+    """Whether one of some open rows still needs a maximum, by the maxima or floors that others have found so far.
 
     These rise meanwhile, so threads that look at one row may see different ones; yet all warps of a program have to
     decide alike, since products on tensor cores take them all (else: an illegal instruction). A reduction over elements
@@ -42,7 +44,7 @@ def any_unsettled(first_row, batch, strength, scratch, TOKENS: tl.constexpr):
     inside = rows < batch
     state = tl.load(scratch.states + rows, mask=inside, other=DISABLED, cache_modifier=".cg")
     bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=inside, other=0.0, cache_modifier=".cg")
-    floor = packed_value(tl.load(scratch.maxima + rows, mask=inside, other=0, volatile=True))
+    floor = packed_value(tl.load(maxima + rows, mask=inside, other=0, volatile=True))
     settled = bar <= alpha_of(strength, rows, inside) * floor
     return tl.max(((state == OPEN) & ~settled).to(tl.int32), axis=0) != 0
 
@@ -73,12 +75,40 @@ def count_ranks(score, latents, rows, is_open, edits, scratch):
 
 
 @triton.jit
+def screen_rows(
+    tile, first_row, hidden, encoder, strength, scratch, screen, batch, d_model, d_sae,
+    ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, X_PARTS: tl.constexpr,
+    LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Bounds the scores of one tile of latents, unless the floors of its rows are high enough already."""
+    rows = first_row + tl.arange(0, TOKENS)
+    is_open = rows < batch
+    if AHEAD > 0:
+        latents = tile * LATENTS + tl.arange(0, LATENTS)
+        fetch_ahead(screen.codes + latents.to(tl.int64) * screen.width, AHEAD)
+    wait_for(scratch.counters + PREPARED, batch)
+    is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
+    shift = 0.0
+    factor = 1.0
+    if NORMALIZATION != "none":
+        numbers = scratch.numbers + rows * NUMBERS
+        shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
+        factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
+    if any_unsettled(first_row, batch, strength, scratch, screen.floors, TOKENS):
+        screen_tile(
+            tile, rows, is_open, shift, factor, hidden, encoder, screen, d_model, d_sae,
+            ACTIVATION, NORMALIZATION, X_PARTS, LATENTS, TOKENS, MODEL,
+        )  # fmt: skip
+
+
+@triton.jit
 def pass_tile(
-    tile, first_row, hidden, encoder, edits, strength, scratch, batch, d_model, d_sae,
+    tile, first_row, hidden, encoder, edits, strength, scratch, screen, batch, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr, X_PARTS: tl.constexpr,
     LATENTS: tl.constexpr, TOKENS: tl.constexpr, MODEL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Raises the maxima, and for topk the ranks, of some rows by the scores of one tile of latents."""
+    """Raises the maxima, and for topk the ranks, of some rows by the scores of one tile of latents; where a step is
+    screened, by those that may be maxima. A score has the same bits whichever others are computed with it."""
     rows = first_row + tl.arange(0, TOKENS)
     is_open = rows < batch
     latents = tile * LATENTS + tl.arange(0, LATENTS)
@@ -87,7 +117,7 @@ def pass_tile(
     shift = 0.0
     factor = 1.0
     if LAZY or ACTIVATION == "topk" or NORMALIZATION != "none":  # it needs what the preparation finds out
-        if AHEAD > 0:  # and begins to read meanwhile
+        if AHEAD > 0 and screen is None:  # and begins to read meanwhile
             fetch_ahead(encoder.W_enc + tl.minimum(latents, d_sae - 1).to(tl.int64) * d_model, AHEAD)
         wait_for(scratch.counters + PREPARED, batch)
         states = tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg")
@@ -96,12 +126,20 @@ def pass_tile(
             shift = tl.load(numbers + SHIFT, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
             factor = tl.load(numbers + FACTOR, mask=is_open, other=0.0, cache_modifier=".cg")[:, None]
         is_open &= states == OPEN
-    needed = (
-        any_unsettled(first_row, batch, strength, scratch, TOKENS)
-        if LAZY
-        else tl.max(is_open.to(tl.int32), axis=0) != 0
-    )
+    if screen is not None:
+        wait_for(screen.counter, tl.cdiv(d_sae, LATENTS) * tl.cdiv(batch, TOKENS))
+        inside &= possible_maxima(tile, rows, batch, strength, scratch, screen, LATENTS, TOKENS)
+        needed = tl.max(inside.to(tl.int32), axis=0) != 0
+        if tile == 0:
+            raise_to_floors(rows, batch, scratch, screen)
+    elif LAZY:
+        needed = any_unsettled(first_row, batch, strength, scratch, scratch.maxima, TOKENS)
+    else:
+        needed = tl.max(is_open.to(tl.int32), axis=0) != 0
     if needed:
+        if AHEAD > 0 and screen is not None:
+            some = tl.max(tl.where(inside, latents, 0), axis=0)
+            fetch_rows(encoder.W_enc + tl.where(inside, latents, some).to(tl.int64) * d_model, d_model)
         begin = hidden.rows + rows.to(tl.int64)[:, None] * hidden.row_stride
         of_latents = numbers_of(encoder, latents[:, None], inside[:, None], ACTIVATION)
         product = tl.zeros([LATENTS, TOKENS], tl.float32)
