@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,33 @@ def test_compiled_and_eager_models_answer_alike(llama: Case) -> None:
         found = answers(llm, requests)
         assert all(counts.edited for counts in steering_of(llm).counts().values())
     assert len(check_answers(llama, requests, found)) <= 2
+
+
+def test_tensor_parallel_ranks_compute_the_same_bits(llama: Case) -> None:
+    """Two processes, each with a part of every layer; after it both hold the whole stream, and edit it alike."""
+    requests = mixed_requests(llama, 40, seed=5)
+    parallel: Any = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(llama, max_num_batched_tokens=64, **parallel) as llm:
+        llm.collective_rpc(hash_streams)
+        found = answers(llm, requests)
+        digests = llm.collective_rpc(digest_of_streams)
+    assert not check_answers(llama, requests, found)
+    assert len(digests) == 2
+    assert len(set(digests)) == 1
+    assert digests[0] != hashlib.sha256().hexdigest()
+
+
+def hash_streams(worker: Any) -> None:
+    """In a worker: from now on, the stream after every layer that is read or edited goes into a digest."""
+    steering, digest = worker.model_runner._dspa, hashlib.sha256()
+    computed = steering.layer_computed
+
+    def layer_computed(layer: int, hidden: Any, residual: Any) -> None:
+        computed(layer, hidden, residual)
+        digest.update((hidden + residual).numpy().tobytes())
+
+    steering.layer_computed, steering.digest = layer_computed, digest
+
+
+def digest_of_streams(worker: Any) -> str:
+    return worker.model_runner._dspa.digest.hexdigest()
