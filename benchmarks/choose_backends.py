@@ -37,7 +37,10 @@ def main() -> int:
         print(f"{chosen.report} names no architecture; expected a report of make gpu on a GPU", file=sys.stderr)
         return 2
     table = dict(measured_backends.FASTEST)
-    table[architecture] = fastest(read_run(chosen.report))
+    found = fastest(read_run(chosen.report))
+    table.pop(architecture, None)
+    if any(found.values()):  # else one of the two was not measured, and `auto` has nothing to go by
+        table[architecture] = found
     chosen.out.write_text(source(table))
     print(f"wrote {chosen.out}")
     return 0

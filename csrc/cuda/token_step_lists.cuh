@@ -66,6 +66,7 @@ __device__ __forceinline__ void score_entry(const Tile& tile, uint32_t entry) {
 template <class Tile>
 __device__ __forceinline__ void score_lists(const Tile& tile, uint32_t task) {
   const uint32_t entries = static_cast<uint32_t>(tile.rows * tile.capacity), at_once = tile.step.entries_at_once;
+  const uint32_t lookups = tile.step.looks_up ? static_cast<uint32_t>(tile.rows) : 0;  // the tasks before
   const uint32_t stride = tile.cluster.size * static_cast<uint32_t>(warps());
   // The last warp has the fewest rows of W_enc.
   const uint32_t own = tile.cluster.rank * static_cast<uint32_t>(warps()) + static_cast<uint32_t>(warps() - 1 - warp());
@@ -79,7 +80,7 @@ __device__ __forceinline__ void score_lists(const Tile& tile, uint32_t task) {
     }
     if (!tile.lists_come_first()) return;
     if (lane() == 0 && done > 0) ptx::add_acquire_release(tile.step.scratch.tasks_done + tile.index, done);
-    task = take_task(tile);
+    task = take_task(tile) - lookups;
   }
 }
 

@@ -58,7 +58,8 @@ def choose(report: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 def table_of(results: Path) -> dict[str, object]:
     """What the reports in a folder say of each architecture, the latest the last."""
     reports = sorted(results.glob("*-gpu.json"))  # their names begin with their dates
-    return {json.loads(path.read_text())["architecture"]: choose_backends.fastest(read_run(path)) for path in reports}
+    latest = {json.loads(path.read_text())["architecture"]: choose_backends.fastest(read_run(path)) for path in reports}
+    return {architecture: found for architecture, found in latest.items() if any(found.values())}
 
 
 CHOSEN = {

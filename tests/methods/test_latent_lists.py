@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
+from dspa.kernels.token_step import prepared
 from dspa.methods.latent_lists import LatentListEditor, LatentLists
 
 CPU = torch.device("cpu")
@@ -77,11 +78,11 @@ def test_a_list_longer_than_declared_is_refused() -> None:
 def test_what_the_backend_keeps_is_allocated_with_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a step without a row: later ones may be captured in a graph, which must not hold what is allocated in it."""
     steps: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("dspa.methods.latent_lists.token_step", lambda *arguments, **options: steps.append(arguments))
+    monkeypatch.setattr(prepared, "token_step", lambda *arguments, **options: steps.append(arguments))
     found = editor()
     for _ in range(2):
         found.begin_prompt(["a", None])
-    ((hidden, sae, edits, _, enabled),) = steps
+    ((hidden, sae, edits, _, enabled, _),) = steps
     assert (hidden.shape, sae, edits) == ((2, D_MODEL), found.sae, found.selection())
     assert not enabled.any()
 

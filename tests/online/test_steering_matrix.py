@@ -47,7 +47,8 @@ from transformers import (
 )
 
 from dspa.errors import InvalidInputError
-from dspa.kernels import available, token_step
+from dspa.kernels import available
+from dspa.kernels.token_step.prepared import PreparedStep
 from dspa.methods.fsrl.policy import FsrlPolicy
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.online.steering import steer
@@ -336,12 +337,13 @@ def test_launches_per_token(shared: bool, launches: int, monkeypatch: pytest.Mon
     model, rows = tiny_model("llama"), prompts(FOUR)
     policies = {"a": tiny_policy(model), "b": tiny_policy(model, alpha=0.9, output_layer=2 if shared else 3)}
     calls: list[int] = []
+    step = PreparedStep.__call__
 
-    def counting(hidden: Tensor, *args: Any, **kwargs: Any) -> None:
+    def counting(self: PreparedStep, hidden: Tensor, *args: Any) -> None:
         calls.append(len(hidden))
-        token_step(hidden, *args, **kwargs)
+        step(self, hidden, *args)
 
-    monkeypatch.setattr("dspa.methods.latent_lists.token_step", counting)
+    monkeypatch.setattr(PreparedStep, "__call__", counting)
     with steer(model, policies, select=("a", "b", None, "b")):
         generate(model, rows, COUNT)
         calls.clear()  # the first prompt of a batch of this size makes its buffers
