@@ -361,10 +361,14 @@ def test_codes_are_made_once_and_again_when_weights_were_written() -> None:
     edits = lists_of(sae, 2, 5)
     assert_same(sae, rows, edits)
     first = codes_of(sae, rows)
+    assert first is not None
+    before = first.codes.clone()
     assert codes_of(sae, rows * 2) is first
+    assert torch.equal(first.codes, before)
     sae.W_enc[7].mul_(-3)
     assert_same(sae, rows, edits)
-    assert codes_of(sae, rows) is not first
+    assert codes_of(sae, rows) is first, "graphs hold them"
+    assert not torch.equal(first.codes, before)
 
 
 def test_what_cannot_be_screened_is_lazy(launches: list[Launch]) -> None:
@@ -417,3 +421,22 @@ def test_codes_have_the_fields_of_the_operation() -> None:
     """They are passed by name."""
     names = {field.name for kind in (EncoderCodes, triton_step.ScreenScratch) for field in fields(kind)}
     assert names <= set(triton_step.step_launch.__annotations__)
+
+
+def test_exact_columns_are_chosen_at_the_first_states_that_are_not_all_zero() -> None:
+    """A step that is prepared is tried on zeros. Codes are made again where they were, as graphs hold them."""
+    sae = make_sae(Kind(), 64, 96, torch.bfloat16, seed=3)
+    massive = [5, 17, 60]
+    hidden = torch.ones(2, 64, dtype=torch.bfloat16)
+    hidden[:, massive] = 300
+    first = codes_of(sae, torch.zeros_like(hidden))
+    assert first is not None
+    assert codes_of(sae, torch.zeros_like(hidden)) is first
+    found = codes_of(sae, hidden)
+    assert found is first
+    assert set(massive) <= set(found.exact_columns.tolist())
+    kept = found.exact_columns.clone()
+    codes_of(sae, hidden.flip(1))
+    assert torch.equal(found.exact_columns, kept)
+    expected = encode_weights(sae.W_enc, largest_columns(hidden, sae))
+    assert all(torch.equal(a, b) for a, b in zip(vars(found).values(), vars(expected).values(), strict=True))

@@ -20,7 +20,7 @@ from dspa.kernels.token_step.scratch import Key, kept, rows_for
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
 
-DEFAULT_MODE: StepMode = "lazy"  # no pass where none is needed; not yet measured on a GPU
+DEFAULT_MODE: StepMode = "lazy"  # no pass where none is needed
 
 _scratch: WeakKeyDictionary[SaeWeights, dict[Key, Tensor]] = WeakKeyDictionary()
 

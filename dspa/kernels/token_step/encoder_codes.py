@@ -33,13 +33,29 @@ class EncoderCodes:
     is_exact: Tensor
 
 
-_codes: WeakKeyDictionary[SaeWeights, tuple[Versions, EncoderCodes | None]] = WeakKeyDictionary()
+@dataclass(frozen=True, eq=False)
+class KeptCodes:
+    """The codes of an SAE.
+
+    Attributes:
+        versions: of the weights that they were made from.
+        codes: None where they would prove nothing.
+        columns_are_chosen: whether the exact columns are those of hidden states that are not all 0.
+    """
+
+    versions: Versions
+    codes: EncoderCodes | None
+    columns_are_chosen: bool
+
+
+_codes: WeakKeyDictionary[SaeWeights, KeptCodes] = WeakKeyDictionary()
 
 
 def codes_of(sae: SaeWeights, hidden: Tensor) -> EncoderCodes | None:
     """The codes of this SAE, made at its first screened step outside a compiled or captured graph, and again when the
-    weights were written in place since. The columns that are largest in `hidden` then are kept exactly: the massive
-    channels of a residual stream are the same ones at all tokens. Others cost speed, and change no result.
+    weights were written in place since. The columns that are largest in the first hidden states that are not all 0 are
+    kept exactly: the massive channels of a residual stream are the same ones at all tokens. Others cost speed, and
+    change no result. Codes that are made again are written where they were, as graphs hold them.
 
     None where there are no codes yet, where they would prove nothing, for weights of inference mode, which do not tell
     that they were written, and for topk, which ranks latents.
@@ -47,19 +63,30 @@ def codes_of(sae: SaeWeights, hidden: Tensor) -> EncoderCodes | None:
     if sae.activation == "topk":
         return None
     if torch.compiler.is_compiling():
-        return None if sae not in _codes else _codes[sae][1]
+        return None if sae not in _codes else _codes[sae].codes
     factors = (factor for factor in (sae.decoder_norm, sae.magnitude_scale) if factor is not None)
     versions = versions_of(sae.W_enc, *factors)
     if versions is None:
         return None
     known = _codes.get(sae)
-    if known is None or known[0] != versions:
-        if is_being_captured(sae.device):
-            return None
-        with torch.inference_mode(False), torch.no_grad():
-            made = encode_weights(sae.W_enc, largest_columns(hidden, sae)) if scores_never_fall(sae) else None
-        known = _codes[sae] = (versions, made)
-    return known[1]
+    is_current = known is not None and known.versions == versions
+    if known is not None and is_current and (known.columns_are_chosen or known.codes is None):
+        return known.codes
+    if is_being_captured(sae.device):
+        return known.codes if known is not None and is_current else None
+    columns_are_chosen = hidden.is_meta or bool(hidden.any())
+    if known is not None and is_current and not columns_are_chosen:
+        return known.codes
+    with torch.inference_mode(False), torch.no_grad():
+        made = encode_weights(sae.W_enc, largest_columns(hidden, sae)) if scores_never_fall(sae) else None
+        if known is not None and known.codes is not None and made is not None:
+            for old, new in zip(vars(known.codes).values(), vars(made).values(), strict=True):
+                old.copy_(new)
+            made = known.codes
+    if sae.device.type == "cuda":  # steps on other streams may be the next to use them
+        torch.cuda.current_stream(sae.device).synchronize()
+    _codes[sae] = KeptCodes(versions, made, columns_are_chosen)
+    return made
 
 
 def largest_columns(hidden: Tensor, sae: SaeWeights) -> Tensor:

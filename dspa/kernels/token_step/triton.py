@@ -224,6 +224,7 @@ def step_launch(
     screen = None
     if codes is not None:
         latents_of_codes, width = codes.shape
+        assert latents_of_codes % tile.latents == 0  # codes are loaded without a mask
         screen = Screen(
             codes, factors, exact, exact_columns, is_exact, exact_inputs, norms, floors, uppers, screened,  # pyright: ignore[reportArgumentType]
             latents_of_codes, width,

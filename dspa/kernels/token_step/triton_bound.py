@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,8 +28,21 @@ driver: Any = triton_driver  # the types of what is active are unknown
 VARYING = ("hidden", "strength", "stats")
 _address = Tensor.data_ptr
 
-_unread: WeakKeyDictionary[SaeWeights, Tensor] = WeakKeyDictionary()  # `latent_edits` that nobody asked for
+# By batch: flags and counters that nobody asked for. They live as long as the SAE, since captured graphs hold them.
+_unread: WeakKeyDictionary[SaeWeights, dict[int, tuple[Tensor, TokenStats]]] = WeakKeyDictionary()
 _agreeing: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by compiled kernel: what `computes_the_same` found
+
+
+def unread_of(sae: SaeWeights, batch: int, device: torch.device) -> tuple[Tensor, TokenStats]:
+    """Flags that are all set, and counters, for calls that have none."""
+    of_sae = _unread.get(sae)
+    if of_sae is None:
+        of_sae = _unread[sae] = {}
+    if batch not in of_sae:
+        with torch.inference_mode(False):  # they are written in later calls, which may not be in inference mode
+            every_row = torch.ones(batch, dtype=torch.bool, device=device)
+            of_sae[batch] = every_row, TokenStats.zeros(batch, sae.d_sae, device)
+    return of_sae[batch]
 
 
 class BoundTritonStep:
@@ -52,11 +64,7 @@ class BoundTritonStep:
         self._index = hidden.device.index
         self._batch = batch = hidden.shape[0]
         self._row_stride = row_stride_of(self._hidden[:1])
-        with torch.inference_mode(False):  # they are written in later calls, which may not be in inference mode
-            self._every_row = torch.ones(batch, dtype=torch.bool, device=self._device)
-            if sae not in _unread:
-                _unread[sae] = torch.zeros(sae.d_sae, dtype=torch.int64, device=self._device)
-            self._uncounted = replace(TokenStats.zeros(batch, 0, self._device), latent_edits=_unread[sae])
+        self._every_row, self._uncounted = unread_of(sae, batch, self._device)
         strengths = [alpha] if isinstance(alpha, Tensor) else []
         self._watched = [*sae.tensors().values(), edits.latents, edits.signs, edits.counts, *strengths]
         self._addresses = [*map(_address, self._watched)]
@@ -155,6 +163,8 @@ def bind_step(
     if mode == "screened":  # whose codes may be made again; `token_step` looks
         return None
     if is_interpreted() or is_watched() or not are_passed_as_they_are(edits, alpha):
+        return None
+    if isinstance(alpha, Tensor) and alpha.data_ptr() % ALIGNMENT:  # an ordinary launch reads a copy
         return None
     bound = BoundTritonStep(hidden, sae, edits, alpha, mode)
     try:
