@@ -159,7 +159,7 @@ def test_no_instruction_touches_local_memory(machine_code: dict[tuple[str, str],
 
 def test_the_weights_are_loaded_16_bytes_at_a_time(machine_code: dict[tuple[str, str], list[str]]) -> None:
     """Eight such loads for the rows of the pass and eight for a listed row, none of which stays in the first cache, and
-    at least four for hidden states, which may. Of decoder rows there are eight loads, of 16 or of 8 bytes."""
+    three for hidden states, which may. Of decoder rows there are eight loads, of 16 or of 8 bytes."""
     for (architecture, name), instructions in machine_code.items():
         if "token_step_kernel" not in name:
             continue
@@ -168,7 +168,7 @@ def test_the_weights_are_loaded_16_bytes_at_a_time(machine_code: dict[tuple[str,
         loads = [load for load in instructions if load.startswith("LDG") and ".128" in load]
         streaming = [load for load in loads if ".NA" in load]
         assert len(streaming) >= 16, (architecture, name)
-        assert len(loads) - len(streaming) >= 4, (architecture, name)
+        assert len(loads) - len(streaming) >= 3, (architecture, name)
         halves = [load for load in instructions if load.startswith("LDG") and ".64" in load]
         assert len(halves if "Float32" not in name else loads) >= 8, (architecture, name)
 
