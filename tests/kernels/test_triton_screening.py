@@ -433,6 +433,7 @@ def test_exact_columns_are_chosen_at_the_first_states_that_are_not_all_zero() ->
     assert first is not None
     assert codes_of(sae, torch.zeros_like(hidden)) is first
     found = codes_of(sae, hidden)
+    assert found is not None
     assert found is first
     assert set(massive) <= set(found.exact_columns.tolist())
     kept = found.exact_columns.clone()
