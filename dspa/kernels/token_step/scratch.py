@@ -62,7 +62,7 @@ def kept(
         for each in (key, (OF_COMPILED_CODE, rows, entries), spare) if has_streams else (key,):
             if each not in of_sae:
                 of_sae[each] = make()
-    if has_streams:  # the spare is used on another stream first
+    if has_streams and torch.cuda.is_initialized():  # the spare is used on another stream first
         torch.cuda.current_stream(sae.device).synchronize()
     return of_sae[key]
 
