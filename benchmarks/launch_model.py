@@ -53,6 +53,7 @@ class Prediction:
 
     Attributes:
         floor: to read `W_enc` once.
+        launch: an empty launch.
         before, reading, after: preparing what the pass waits for, the pass, and the edit behind it.
     """
 

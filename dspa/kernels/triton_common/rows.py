@@ -13,7 +13,7 @@ from torch import Tensor
 from dspa.kernels.triton_common.tiles import encoder_input, is_finite, widen
 
 LISTED = tl.constexpr(16)  # entries of a list that are handled at a time
-TOKENS = tl.constexpr(16)  # rows of a batch that share a pass; fixed, so that their number changes no bit
+TOKENS = tl.constexpr(16)  # rows of a batch that share an adapter's pass; fixed, so that their number changes no bit
 IN_FLIGHT = tl.constexpr(4)  # blocks of columns of rows that lie apart, loaded ahead
 ROW = tl.constexpr(256)  # columns of the model that are prepared at a time
 
