@@ -172,7 +172,7 @@ def test_shapes_of_launches(compute_capability: int, monkeypatch: pytest.MonkeyP
     assert [column.name for column in adapter.columns] == [EAGER_ADAPTER, backend.NAME]
     names = [column.name for column in launches.columns]
     assert names[:2] == ["256 threads", "128 threads"]
-    assert len(names) == (2 if compute_capability == 8 else 12)
+    assert len(names) == (2 if compute_capability == 8 else 16)
     assert ("128 threads, clusters of 4, bulk copies" in names) == (compute_capability == 9)
     assert (density.column(f"{backend.NAME}, by warps") is not None) == (compute_capability == 9)
     run = Run("", "", "", "a GPU", (launches, density))

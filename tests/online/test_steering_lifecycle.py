@@ -241,7 +241,8 @@ def memory() -> tuple[int, int, int]:
     gc.collect()
     allocations = len(tracemalloc.take_snapshot().filter_traces([PACKAGE]).traces)
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]  # not a compiler's
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    strided = [tensor for tensor in tensors if tensor.layout is torch.strided]  # a sparse tensor has no storage
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in strided}
     return allocations, len(tensors), sum(storages.values())
 
 
