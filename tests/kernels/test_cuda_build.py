@@ -25,7 +25,6 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PA
 
 pytestmark = [
     pytest.mark.compilers,
-    pytest.mark.xdist_group("builds"),  # each build takes over the objects of the one before
     pytest.mark.skipif(available()["cpu"] != "available", reason=f"backend cpu: {available()['cpu']}"),
 ]
 

@@ -20,7 +20,6 @@ ARCHITECTURES = compile_cuda.DEFAULT_ARCHITECTURES.split(";")
 
 pytestmark = [
     pytest.mark.compilers,
-    pytest.mark.xdist_group("nvcc"),
     pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH or in CUDA_HOME"),
 ]
 

@@ -157,11 +157,13 @@ def every_case(architecture: str) -> Iterator[Case]:
 
 
 def spanning_cases(architecture: str) -> Iterator[Case]:
-    """Every pair of dtypes at every shape of the table. The other fields take turns, so that the architectures together
-    have every pair of values of any two fields."""
+    """Every dtype at every shape of the table, on sm_90 with every other. The other fields take turns, so that the
+    architectures together have every pair of values of any two fields."""
     first = sum(len(entries(earlier)) for earlier in itertools.takewhile(architecture.__ne__, TARGETS))
     for turn, shape in enumerate(entries(architecture), first):
         for (i, hidden), (j, weights) in itertools.product(enumerate(LOW_PRECISION), repeat=2):
+            if architecture != "sm_90" and i != j:
+                continue
             yield Case(
                 ACTIVATIONS[(i + j + turn) % 3],
                 NORMALIZATIONS[(i + 2 * j + turn // 3) % 3],

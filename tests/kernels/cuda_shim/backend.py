@@ -97,7 +97,7 @@ def machine(
         yield
     finally:
         configure(3, 2, SHARED_LIMIT, 9, 1, 0, 0)
-        tune(THREADS, 1, DENSITY_BYTES)
+        tune(THREADS, 1, DENSITY_BYTES, warpgroup_products=False)
 
 
 def last_error() -> int:
