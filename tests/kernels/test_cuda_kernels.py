@@ -142,7 +142,8 @@ def test_where_hidden_states_lie_changes_no_bit(backend: Backend, kind: Kind, dt
     expected = step(rows, sae, edits, 0.2, backend=backend)
     assert same_bits(expected[4], rows[4])
     assert not same_bits(expected[:4], rows[:4])
-    for elsewhere in (torch.zeros(9, 41, dtype=dtype)[:, :40], torch.zeros(361, dtype=dtype)[1:].view(9, 40)):
+    strided, shifted = torch.zeros(9, 41, dtype=dtype)[:, :40], torch.zeros(361, dtype=dtype)[1:].view(9, 40)
+    for elsewhere in (torch.zeros(9, 40, dtype=dtype), strided, shifted):
         elsewhere.copy_(rows)
         token_step(elsewhere, sae, edits, 0.2, backend=NAME)
         assert same_bits(elsewhere.contiguous(), expected)
@@ -434,8 +435,10 @@ def test_bulk_copies_change_no_bit(backend: Backend, dtype: torch.dtype, changes
         edits = edit_list(*random_lists(sae, batch, 8, seed=2), 8)
         expected = step(rows, sae, edits, 0.2, backend=backend, mode=mode)
         assert not same_bits(expected, rows)
+        infinite = torch.full_like(rows, torch.inf)  # no pass is needed, though copies are under way
         with machine(bulk_copies=True, **changes):
             assert same_bits(step(rows, sae, edits, 0.2, backend=backend, mode=mode), expected)
+            assert same_bits(step(infinite, sae, edits, 0.2, backend=backend, mode=mode), infinite)
 
 
 def test_what_a_gpu_has() -> None:
@@ -512,7 +515,7 @@ TILES = [(3, 8, 37), (130, 40, 129), (9, 72, 260)]
 @pytest.mark.product
 @pytest.mark.parametrize("hidden_dtype", LOW_PRECISION, ids=test_token_step.name)
 @pytest.mark.parametrize("sae_dtype", LOW_PRECISION, ids=test_token_step.name)
-@pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated", subtract_b_dec=True)], ids=str)
+@pytest.mark.parametrize("kind", [Kind(), Kind("topk"), Kind("gated"), Kind("gated", subtract_b_dec=True)], ids=str)
 @pytest.mark.parametrize("shape", TILES, ids=str)
 def test_tiles_count_exactly(
     backend: Backend, shape: tuple[int, int, int], kind: Kind, hidden_dtype: torch.dtype, sae_dtype: torch.dtype
@@ -662,6 +665,8 @@ def test_warpgroups_with_a_few_tokens_at_a_time(backend: Backend, kind: Kind) ->
     rows = normal(generator(1), 300, 40).bfloat16()
     with machine(warpgroup_products=True):
         whole = count(rows, [0, 100, 290], sae, backend)
+        outside = count(rows, [0, 100, 200], sae, backend)  # a tile has no token of a segment
+    assert torch.equal(outside[0], whole[0])
     with machine(warpgroup_products=True, density_bytes=1):
         assert torch.equal(count(rows, [0, 100, 290], sae, backend), whole)
 
