@@ -1,6 +1,6 @@
 # make demo    install into .venv and run the method on the model that ships with the package
 # make test    install into .venv and run the tests; of large products of parameters, the rows that cover every pair
-# make test-all  the same with the whole products, and what takes long
+# make test-all  the same with the whole products (of GPU kernels without a GPU, every pair), and what takes long
 # make test-compilers  the GPU kernels, compiled for several architectures and under sanitizers
 # make test-packaging  the wheel, built and installed into a fresh environment
 # make test-vllm  the vLLM plugin, in an environment of its own (.venv-vllm) with vLLM's build for CPUs

@@ -87,12 +87,19 @@ def test_long():
 @pytest.mark.parametrize("b", range(5))
 def test_emulated(a, b):
     pass
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("a", range(4))
+@pytest.mark.parametrize("b", range(3))
+@pytest.mark.parametrize("c", range(2))
+def test_emulated_product(a, b, c):
+    pass
 """
 
 
 @pytest.mark.parametrize(
     ("arguments", "passed", "skipped"),
-    [([], (57, 58), 24), (["--all-cases"], (109, 109), 24), (["--remaining-cases"], (51, 52), 0)],
+    [([], (61, 62), 24), (["--all-cases"], (133, 133), 24), (["--remaining-cases"], (59, 66), 0)],
     ids=["pairs", "whole", "rest"],
 )
 def test_tests_marked_product_are_reduced_unless_the_whole_is_selected(
