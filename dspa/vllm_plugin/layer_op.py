@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dspa.errors import InvalidInputError
+
 OPERATION = "dspa::after_layer"
 
 
@@ -62,8 +64,17 @@ _library.impl("after_layer", _nothing, "Meta")
 
 
 def observe_layer(layer: nn.Module, index: int) -> None:
-    """Makes a decoder layer, of a model that was not traced yet, tell the observer what it computed."""
+    """Makes a decoder layer, of a model that was not traced yet, tell the observer what it computed.
+
+    Raises:
+        InvalidInputError: if something else runs in the place of the layer's forward, as where weights are offloaded.
+    """
     kind: Any = type(layer)
+    if "forward" in vars(layer):
+        raise InvalidInputError(
+            f"the forward of layer {index} was replaced before steering was attached, as offloading of weights does; "
+            "start vLLM without it"
+        )
 
     class Observed(kind):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -28,8 +28,7 @@ def publish(folder: Path, engine: int, counts: Callable[[], Mapping[str, PolicyC
         written: Mapping[str, PolicyCounts] = {}
         while folder.is_dir():
             found = counts()
-            if found != written:
-                write_counts(folder, engine, found)
+            if found != written and write_counts(folder, engine, found):
                 written = found
             stop.wait(INTERVAL)
 
@@ -39,14 +38,15 @@ def publish(folder: Path, engine: int, counts: Callable[[], Mapping[str, PolicyC
     return thread
 
 
-def write_counts(folder: Path, engine: int, counts: Mapping[str, PolicyCounts]) -> None:
-    """Replaces the file of an engine; nothing if the server has gone."""
+def write_counts(folder: Path, engine: int, counts: Mapping[str, PolicyCounts]) -> bool:
+    """Replaces the file of an engine. Returns whether it could: the server may have gone, or the disk be full."""
     new = folder / f"{engine}.new"
     try:
         new.write_text(json.dumps({name: asdict(each) for name, each in counts.items()}))
         os.replace(new, folder / f"{engine}.json")
-    except FileNotFoundError:
-        return
+    except OSError:
+        return False
+    return True
 
 
 class PolicyCollector:

@@ -67,8 +67,10 @@ class EngineSettings:
 
     @property
     def token(self) -> str:
-        """By which processes know that they serve the same policies: a digest of what is known of them."""
-        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
+        """By which processes know that they serve the same policies: a digest of what is known of them, but for the
+        folders, which are others on other nodes."""
+        known = {name: {**asdict(policy), "folder": None} for name, policy in self.policies.items()}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""

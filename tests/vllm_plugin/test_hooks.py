@@ -26,6 +26,12 @@ class Request(BaseModel):
     model: str | None = None
 
 
+class Strict(BaseModel):
+    """As those of some endpoints, which drop what no field is named after."""
+
+    model: str | None = None
+
+
 class Completion(Request):
     vllm_xargs: dict[str, Any] | None = None
     use_beam_search: bool = False
@@ -43,6 +49,10 @@ class Completion(Request):
         (Completion(vllm_xargs={"dspa": "kind"}), "kind"),
         (Completion(model="m@kind", vllm_xargs={"dspa": "brief"}), "for policy 'brief'"),
         (Completion(model="m@typo"), "m@typo is not served"),
+        (Completion(model="other/name@kind"), "other/name@kind is not served"),  # where vLLM checks no names
+        (Completion(model="other/name"), None),
+        (Strict(model="m"), "cannot name one"),
+        (Strict(model="m", vllm_xargs={"dspa": "kind"}), "cannot name one"),  # type: ignore[call-arg]
         (Completion(model="m@kind", use_beam_search=True), "beam search"),
         (Completion(model="m", vllm_xargs={"dspa": "kind"}, use_beam_search=True), "beam search"),
         (Completion(vllm_xargs={"dspa": "kind"}, use_beam_search=True), "beam search"),
@@ -128,6 +138,18 @@ def test_a_core_says_which_policies_it_serves() -> None:
     assert asdict(told) == {"blocks": 3, "address": None, CONFIG_KEY: SETTINGS.token}
     core_hooks.initialize_kv_caches(lambda *arguments: None, core, SimpleNamespace(additional_config={}))
     assert core_hooks.make_ready_response(lambda core: ReadyResponse(3), core) == ReadyResponse(3)
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused() -> None:
+    """As by vLLM's offloading of weights; it would tell nothing."""
+    from torch import nn
+
+    from dspa.vllm_plugin.layer_op import observe_layer
+
+    layer = nn.Linear(2, 2)
+    vars(layer).update(forward=layer.forward)
+    with pytest.raises(InvalidInputError, match="layer 3 was replaced"):
+        observe_layer(layer, 3)
 
 
 def hashed(extra_keys: Any, request: Any, blocks: int) -> list[Any]:

@@ -111,6 +111,7 @@ def test_policies_that_cannot_be_served_are_refused(llama: Case, monkeypatch: py
     refused("pipeline", pipeline_parallel_size=2)
     refused("speculative", speculative_config={"method": "ngram", "num_speculative_tokens": 2})
     refused("LoRA", enable_lora=True)
+    refused("by priority", scheduling_policy="priority")
     refused("events of the KV cache", kv_events_config={"enable_kv_cache_events": True, "publisher": "null"})
     refused("pooling", runner="pooling", convert="embed")
     for variable in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_USE_RUST_FRONTEND"):

@@ -106,6 +106,13 @@ def test_policies_are_those_that_the_engine_was_started_with(tmp_path: Path, cha
     assert read_policies({"a": str(folder)}).token != settings.token
 
 
+def test_equal_policies_are_the_same_in_any_folder(tmp_path: Path) -> None:
+    policy = tiny_policy(tiny_model("llama", dtype=torch.float32), dtype=torch.float32)
+    here, there = (policy.save_pretrained(tmp_path / node) for node in ("a", "b"))
+    assert read_policies({"a": str(here)}).token == read_policies({"a": str(there)}).token
+    assert read_policies({"a": str(here)}).token != read_policies({"b": str(here)}).token
+
+
 def test_configurations_that_no_policy_was_read_for_are_refused() -> None:
     assert EngineSettings.from_json(None) is None
     with pytest.raises(InvalidInputError, match="EngineArgs"):

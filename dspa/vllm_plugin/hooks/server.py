@@ -87,11 +87,15 @@ def follow_name(request: Any, policy_of: Mapping[str, str], base_names: Collecti
     asked = request.model or ""
     policy = policy_of.get(asked)
     named = (getattr(request, "vllm_xargs", None) or {}).get(REQUEST_KEY)
-    if policy is None and asked not in base_names and asked.rpartition("@")[0] in base_names:
+    model, _, after = asked.rpartition("@")
+    if policy is None and asked not in base_names and (model in base_names or after in policy_of.values()):
         return f"{asked} is not served; served under a policy are {', '.join(policy_of)}"
+    has_field = "vllm_xargs" in type(request).model_fields
+    if not has_field and type(request).model_config.get("extra") != "allow":  # whether it was named is not known
+        return "this endpoint is not served where there are policies: its requests cannot name one"
     if policy is None and named is None:
         return None
-    if "vllm_xargs" not in type(request).model_fields:  # other fields are let in, and have no effect
+    if not has_field:  # other fields are let in, and have no effect
         return "policies are followed by chat completions, completions and responses; ask for the model without one"
     if policy is not None:
         if named not in (None, policy):

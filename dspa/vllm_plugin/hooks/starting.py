@@ -46,7 +46,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **
     split_graphs(config.compilation_config)
     config.additional_config = {**config.additional_config, CONFIG_KEY: settings.as_json()}
     usage_context = rest[0] if rest else more.get("usage_context")
-    if getattr(usage_context, "name", None) == "OPENAI_API_SERVER":
+    if getattr(usage_context, "name", None) in ("OPENAI_API_SERVER", "OPENAI_BATCH_RUNNER"):
         serve_under_policies(settings)
     return config
 
@@ -67,6 +67,12 @@ def check_config(config: Any, settings: EngineSettings) -> None:
             events is not None and events.enable_kv_cache_events
         ),
         "fast prefill by KV sharing": cache.kv_sharing_fast_prefill,
+        "scheduling by priority, which may preempt a request before its blocks were computed": (
+            config.scheduler_config.policy != "fcfs"
+        ),
+        "the Cohere API (VLLM_ENABLE_COHERE_API), whose requests cannot name a policy": (
+            os.environ.get("VLLM_ENABLE_COHERE_API", "0") != "0"
+        ),
         "LoRA": config.lora_config is not None,
     }
     for what, present in refused.items():
