@@ -1,0 +1,80 @@
+"""The stages of a study, in order. A stage that was interrupted goes on where it was; one that is done is skipped."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from dspa.util.files import write_atomically
+from dspa.util.provenance import Provenance
+from study.settings import Run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of at most half an hour.
+
+    Attributes:
+        name: what `--stage` says.
+        function: `module:function` of this package; called with the `Run`, and with `argument` if there is one.
+        minutes: expected at full size on two cores.
+        argument: a task.
+    """
+
+    name: str
+    function: str
+    minutes: int
+    argument: str = ""
+
+    def run(self, run: Run) -> None:
+        module, function = self.function.split(":")
+        arguments = (self.argument,) if self.argument else ()
+        getattr(importlib.import_module(f"study.{module}"), function)(run, *arguments)
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("model", "model:prepare", 1),
+    Stage("prompts", "prompts:write", 1),
+    Stage("samples-conditional", "triples:sample", 12, "conditional"),
+    Stage("samples-concise", "triples:sample", 12, "concise"),
+    Stage("triples", "triples:write", 1),
+    Stage("texts", "sae_training:write_texts", 1),
+    Stage("activations", "sae_training:collect_activations", 15),
+    Stage("saes", "sae_training:train", 15),
+    Stage("fit-conditional", "choice:fit", 10, "conditional"),
+    Stage("fit-concise", "choice:fit", 10, "concise"),
+    Stage("dpo-conditional", "choice:train_dpo", 20, "conditional"),
+    Stage("dpo-concise", "choice:train_dpo", 20, "concise"),
+    Stage("simpo-conditional", "choice:train_simpo", 16, "conditional"),
+    Stage("simpo-concise", "choice:train_simpo", 16, "concise"),
+    Stage("choose-conditional", "choice:choose", 8, "conditional"),
+    Stage("choose-concise", "choice:choose", 8, "concise"),
+    Stage("heldout-conditional", "heldout:measure", 22, "conditional"),
+    Stage("heldout-concise", "heldout:measure", 22, "concise"),
+    Stage("curve", "curve:measure", 20),
+    Stage("costs", "costs:measure", 5),
+    Stage("report", "report:write", 1),
+)
+
+
+def run_stages(run: Run, names: Sequence[str] = ()) -> None:
+    """Runs the stages that are not done, all of them or those of some names."""
+    for stage in STAGES:
+        done = run.folder / "stages" / f"{stage.name}.json"
+        if done.is_file() or (names and stage.name not in names):
+            continue
+        print(f"{time.strftime('%H:%M:%S')} {stage.name}", flush=True)
+        started = time.perf_counter()
+        stage.run(run)
+        found = {
+            "seconds": time.perf_counter() - started,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "provenance": asdict(Provenance.here()),
+        }
+        done.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(done, json.dumps(found).encode())
+        print(f"{time.strftime('%H:%M:%S')} {stage.name}: {found['seconds']:.0f} s", flush=True)
