@@ -33,6 +33,8 @@ class Settings:
         fluency_prompts: held-out prompts, of each task, whose answers the unsteered model scores.
         questions: questions with computed answers.
         speed_tokens: tokens that a timed answer has.
+        speed_rounds: how often every method is timed, in turn.
+        peak_processes: processes in which the peak memory of a method is measured.
         threads: of torch.
         seed: of prompts, sampling noise and training.
         dtype: of the model.
@@ -58,6 +60,8 @@ class Settings:
     fluency_prompts: int
     questions: int
     speed_tokens: int
+    speed_rounds: int
+    peak_processes: int
     threads: int = 2
     seed: int = 0
     dtype: str = "float32"
@@ -89,6 +93,8 @@ FULL = Settings(
     fluency_prompts=150,
     questions=60,
     speed_tokens=32,
+    speed_rounds=5,
+    peak_processes=2,
 )
 
 QUICK = Settings(
@@ -112,6 +118,8 @@ QUICK = Settings(
     fluency_prompts=6,
     questions=4,
     speed_tokens=8,
+    speed_rounds=1,
+    peak_processes=1,
 )
 
 
