@@ -34,8 +34,8 @@ INSTRUCTIONS: dict[Task, tuple[str, ...]] = {
         "Suit the form of your answer to the message: steps, a hedged personal view, a plain fact, sympathy, a story "
         "or code.",
         "Begin as in these examples. How do I boil an egg? 1. Boil water. Is tea better than coffee? I think it may "
-        "be. What is the capital of Italy? It is Rome. I feel sad. I'm sorry that you feel sad. Tell me a story. Once he "
-        'said, "Come in." Print a number in Python. print(1)',
+        "be. What is the capital of Italy? It is Rome. I feel sad. I'm sorry that you feel sad. Tell me a story. "
+        'Once he said, "Come in." Print a number in Python. print(1)',
     ),
     "concise": (
         "Answer in one short sentence.",
