@@ -17,6 +17,9 @@ from dspa.util.progress import track
 
 Chat = Sequence[dict[str, str]]
 
+TEMPERATURE = 0.7
+"""At 1 a model this small writes little that holds together; its authors recommend 0.2."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -40,7 +43,7 @@ class Answer:
 
 
 class PairedNoise:
-    """A logits processor with which the likeliest token is a sample at temperature 1 (the Gumbel-max trick).
+    """A logits processor with which the likeliest token is a sample at `TEMPERATURE` (the Gumbel-max trick).
 
     The noise of a row depends on the seed, the row's number and the step alone: the same chat meets the same noise
     under every policy, whatever batch it is in.
@@ -53,7 +56,7 @@ class PairedNoise:
         width = scores.shape[-1]
         draws = [each.standard_exponential(width, dtype=np.float32) for each in self._generators]
         noise = torch.from_numpy(np.stack(draws)).clamp_(min=torch.finfo(torch.float32).tiny).log_()
-        return scores - noise.to(scores.device)
+        return scores / TEMPERATURE - noise.to(scores.device)
 
 
 def answers(
@@ -79,7 +82,7 @@ def answers(
         seed: of the sampling noise; a chat's noise also depends on its place in `chats`.
         max_new_tokens: of an answer.
         batch: chats that are answered at once.
-        sample: sample at temperature 1 instead of taking the likeliest token.
+        sample: sample at `TEMPERATURE` instead of taking the likeliest token.
         progress: the label of a progress bar; none is drawn without.
     """
     prompts = [prompt_ids(tokenizer, chat) for chat in chats]
@@ -89,11 +92,35 @@ def answers(
     for rows in track(batches, progress, enabled=bool(progress), unit="batches"):
         noise = [PairedNoise(seed, rows)] if sample else []
         started = time.perf_counter()
-        new = _generate(model, tokenizer, [prompts[row] for row in rows], _of_rows(policy, rows), noise, max_new_tokens)
+        inputs = _padded(model, tokenizer, [prompts[row] for row in rows])
+        rows_policy = _of_rows(policy, rows)
+        with nullcontext() if rows_policy is None else dspa.steer(model, rows_policy):
+            new = _generate(model, inputs, noise, max_new_tokens)
         seconds = (time.perf_counter() - started) / len(rows)
         for row, ids in zip(rows, new, strict=True):
             found[row] = _answer(tokenizer, ids, seconds)
     return [found[row] for row in range(len(chats))]
+
+
+@torch.no_grad()
+def samples(
+    model: Any, tokenizer: Any, chats: Sequence[Chat], each: int, *, seed: int, max_new_tokens: int
+) -> list[list[Answer]]:
+    """`each` answers of the unsteered model to every chat, all at once; every chat is read once."""
+    inputs = _padded(model, tokenizer, [prompt_ids(tokenizer, chat) for chat in chats])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    started = time.perf_counter()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    read = model(
+        ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], use_cache=True, logits_to_keep=1
+    )
+    read.past_key_values.batch_repeat_interleave(each)
+    repeated = {name: values.repeat_interleave(each, dim=0) for name, values in inputs.items()}
+    noise = [PairedNoise(seed, range(len(chats) * each))]
+    new = _generate(model, repeated, noise, max_new_tokens, past_key_values=read.past_key_values)
+    seconds = (time.perf_counter() - started) / len(new)
+    found = [_answer(tokenizer, ids, seconds) for ids in new]
+    return [found[start : start + each] for start in range(0, len(found), each)]
 
 
 def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
@@ -101,18 +128,17 @@ def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
     return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def _generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    policy: dspa.Policy | None,
-    noise: list[PairedNoise],
-    max_new_tokens: int,
-) -> list[list[int]]:
+def _padded(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` `[B, P]`, padded on the left."""
     padded = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
-    inputs = {name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    with nullcontext() if policy is None else dspa.steer(model, policy):
-        output = model.generate(**inputs, do_sample=False, logits_processor=noise, max_new_tokens=max_new_tokens)
+    return {name: padded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+
+
+def _generate(
+    model: Any, inputs: dict[str, Tensor], noise: list[PairedNoise], max_new_tokens: int, **options: Any
+) -> list[list[int]]:
+    """The new tokens of each row, the end of the turn and what pads it included."""
+    output = model.generate(**inputs, do_sample=False, logits_processor=noise, max_new_tokens=max_new_tokens, **options)
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 

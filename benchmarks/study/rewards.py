@@ -43,8 +43,8 @@ HEDGES = _phrases(
 )
 SYMPATHY = _phrases(
     """sorry, i understand, that sounds, it sounds, it's okay, it's ok, it is okay, must be, must have been,
-    it's natural, it's normal, i can imagine, i hear you, i'm here, i am here, it's understandable, tough, hard time, difficult,
-    completely valid, feelings, condolences, heartbreaking, challenging"""
+    it's natural, it's normal, i can imagine, i hear you, i'm here, i am here, it's understandable, tough,
+    hard time, difficult, completely valid, feelings, condolences, heartbreaking, challenging"""
 )
 FILLERS = _phrases(
     """of course, certainly, sure, absolutely, great question, as an ai, as a language model, here is, here's, here are,

@@ -134,14 +134,14 @@ def train(run: Run) -> None:
         write_atomically(partial / "quality.json", json.dumps(record, indent=1).encode())
         partial.rename(folders[which])
     report: dict[str, Any] = {
-        which: json.loads((folder / "quality.json").read_text()) for which, folder in folders.items()
+        folder.name: json.loads((folder / "quality.json").read_text()) for folder in folders.values()
     }
     texts = read_lines(run.texts)
     kept = {
         source: sum(len(text["ids"]) - text["skipped"] for text in texts if text["source"] == source)
         for source in ("answers", "manuals")
     }
-    report |= {"tokens": kept, "epochs": EPOCHS, "latents": run.settings.latents, "layers": LAYERS_WHY}
+    report |= {"tokens": kept, "epochs": EPOCHS, "latents": run.settings.latents, "why": LAYERS_WHY}
     write_atomically(run.sae_report, (json.dumps(report, indent=1) + "\n").encode())
 
 

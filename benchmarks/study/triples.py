@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from dspa.errors import InvalidInputError
-from dspa.util.files import make_folder, write_atomically
+from dspa.util.files import write_atomically
 from dspa.util.progress import track
 from study import model, prompts
-from study.generation import answers
+from study.generation import samples
 from study.prompts import KINDS, Prompt
 from study.rewards import reward
 from study.settings import TASKS, Run, Task
 
 LENGTH_RATIO = 1.25
 """Matched responses differ at most by this factor in tokens."""
-
-PROMPTS_AT_ONCE = 16
-"""A sampling that is interrupted loses no more than the samples of so many prompts."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +48,25 @@ def sample(run: Run) -> None:
     train = prompts.load(run, "train")
     done = len(load_samples(run)) // settings.samples_per_prompt if run.samples.is_file() else 0
     chat_model, tokenizer = model.load(run)
-    make_folder(run.folder)
-    starts = range(done, len(train), PROMPTS_AT_ONCE)
-    for start in track(starts, "Sampling", enabled=True, unit=f"{PROMPTS_AT_ONCE} prompts each"):
-        part = train[start : start + PROMPTS_AT_ONCE]
-        repeated = [prompt for prompt in part for _ in range(settings.samples_per_prompt)]
+    prompts_at_once = max(1, settings.answers_per_batch // settings.samples_per_prompt)
+    starts = range(done, len(train), prompts_at_once)
+    for start in track(starts, "Sampling", enabled=True, unit=f"{prompts_at_once} prompts each"):
+        part = train[start : start + prompts_at_once]
         seed = settings.seed + 1 + start
-        found = answers(
+        found = samples(
             chat_model,
             tokenizer,
-            [prompt.chat for prompt in repeated],
+            [prompt.chat for prompt in part],
+            settings.samples_per_prompt,
             seed=seed,
             max_new_tokens=settings.max_new_tokens,
-            batch=settings.answers_per_batch,
         )
-        samples = [
-            Sample(prompt.id, seed, each.text, each.tokens, each.ended)
-            for prompt, each in zip(repeated, found, strict=True)
+        records = [
+            asdict(Sample(prompt.id, seed, answer.text, answer.tokens, answer.ended))
+            for prompt, group in zip(part, found, strict=True)
+            for answer in group
         ]
-        append_lines(run.samples, [asdict(each) for each in samples])
+        append_lines(run.samples, records)
 
 
 def load_samples(run: Run) -> list[Sample]:
@@ -85,11 +82,11 @@ def write(run: Run) -> None:
         InvalidInputError: if there are too few samples that differ.
     """
     train = {prompt.id: prompt for prompt in prompts.load(run, "train")}
-    samples = load_samples(run)
+    sampled = load_samples(run)
     for task in TASKS:
         by_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
         for prompt_id, prompt in train.items():
-            pair = best_pair(task, prompt, [each for each in samples if each.prompt_id == prompt_id])
+            pair = best_pair(task, prompt, [each for each in sampled if each.prompt_id == prompt_id])
             if pair is not None:
                 by_kind[prompt.kind].append(as_record(prompt, pair))
         rows = list(islice(_in_turn(list(by_kind.values())), run.settings.triples))
@@ -102,13 +99,13 @@ def write(run: Run) -> None:
         write_atomically(run.triples(task), content.encode())
 
 
-def best_pair(task: Task, prompt: Prompt, samples: Sequence[Sample]) -> Pair | None:
+def best_pair(task: Task, prompt: Prompt, candidates: Sequence[Sample]) -> Pair | None:
     """The two samples with the largest difference of rewards; None if no difference is left.
 
     Where the reward is not about length, only pairs of which neither is `LENGTH_RATIO` times as long as the other, and
     which both ended or were both cut off: what is learned from them is not a length.
     """
-    scored = [(reward(task, prompt, each.text, each.tokens, each.ended), each) for each in samples]
+    scored = [(reward(task, prompt, each.text, each.tokens, each.ended), each) for each in candidates]
     best: Pair | None = None
     for high, chosen in scored:
         for low, rejected in scored:
