@@ -151,6 +151,11 @@ class Run:
         return self.folder / "texts.jsonl"
 
     @property
+    def activations(self) -> Path:
+        """The residual stream on these texts, in parts."""
+        return self.folder / "activations"
+
+    @property
     def input_sae(self) -> Path:
         return self.folder / "input_sae"
 
