@@ -122,12 +122,13 @@ def align_flops(material: Material, name: str) -> float:
 
 
 def peak_mib(run: Run, name: str) -> float:
-    return peak_column(name, prepare, run, name, processes=run.settings.peak_processes).measured.value
+    threads, processes = torch.get_num_threads(), run.settings.peak_processes
+    return peak_column(name, prepare, run, name, threads, processes=processes).measured.value
 
 
-def prepare(run: Run, name: str) -> Callable[[], object]:
+def prepare(run: Run, name: str, threads: int) -> Callable[[], object]:
     """For `peak_column`: loads everything, and aligns on a few triples to warm up."""
-    torch.set_num_threads(run.settings.threads)
+    torch.set_num_threads(threads)
     material = Material.load(run, TASK)
     aligning(material, name, PAIRS_AT_ONCE)()
     return aligning(material, name, min(AT_ONCE[name], run.settings.triples // PAIRS_AT_ONCE * PAIRS_AT_ONCE))

@@ -120,7 +120,7 @@ def measure(
     scored: int = 0,
     questions: int = 0,
 ) -> Measurement:
-    """Answers to prompts at temperature 1, with the same noise under every setting.
+    """Sampled answers to prompts, with the same noise under every setting.
 
     Args:
         material: the model and what it is steered with.

@@ -35,7 +35,6 @@ class Settings:
         speed_tokens: tokens that a timed answer has.
         speed_rounds: how often every method is timed, in turn.
         peak_processes: processes in which the peak memory of a method is measured.
-        threads: of torch.
         seed: of prompts, sampling noise and training.
         dtype: of the model.
     """
@@ -62,7 +61,6 @@ class Settings:
     speed_tokens: int
     speed_rounds: int
     peak_processes: int
-    threads: int = 2
     seed: int = 0
     dtype: str = "float32"
 
@@ -99,11 +97,11 @@ FULL = Settings(
 
 QUICK = Settings(
     name="study-quick",
-    train_prompts=12,
-    validation_prompts=6,
-    heldout_prompts=12,
+    train_prompts=24,
+    validation_prompts=4,
+    heldout_prompts=6,
     samples_per_prompt=4,
-    max_new_tokens=12,
+    max_new_tokens=10,
     answers_per_batch=64,
     sae_tokens=4000,
     latents=256,
@@ -111,13 +109,13 @@ QUICK = Settings(
     input_layer=9,
     output_layer=20,
     triple_counts=(3, 6),
-    curve_prompts=6,
+    curve_prompts=4,
     tries=2,
-    pairs_per_training=8,
+    pairs_per_training=4,
     pairs_per_step=4,
-    fluency_prompts=6,
-    questions=4,
-    speed_tokens=8,
+    fluency_prompts=4,
+    questions=2,
+    speed_tokens=4,
     speed_rounds=1,
     peak_processes=1,
 )

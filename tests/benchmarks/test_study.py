@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,10 +117,13 @@ def test_held_out_prompts_are_not_read_with_other_settings(tmp_path: Path) -> No
 
 @pytest.mark.long
 def test_all_stages_after_the_saes(tmp_path: Path) -> None:
-    settings = replace(QUICK, input_layer=INPUT_LAYER, output_layer=OUTPUT_LAYER, latents=512, threads=1)
+    settings = replace(QUICK, input_layer=INPUT_LAYER, output_layer=OUTPUT_LAYER, latents=512)
     run = Run(settings, tmp_path)
-    for link, target in ((run.model, "model"), (run.input_sae, "input_sae"), (run.output_sae, "output_sae")):
+    for link, target in ((run.input_sae, "input_sae"), (run.output_sae, "output_sae")):
         link.symlink_to(DATA / target)
+    shutil.copytree(DATA / "model", run.model)
+    template = run.model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("('user', ", "('system', 'user', "))
     write(run)
     run.sae_report.write_text(json.dumps({"input_sae": {"l0": 16.0}, "output_sae": {"l0": 17.0}, "why": "shipped"}))
     triples = (DATA / "triples.jsonl").read_text()
