@@ -29,6 +29,7 @@ PROSE_TOKENS = 128  # of a piece of prose, without BOS
 TEXTS_AT_ONCE = 64
 TOKENS_PER_PART = 32_768
 HELD_BACK = 0.02  # the share of texts that no SAE is trained on; they measure it
+LEAST_HELD_BACK = 4  # texts
 BATCH_TOKENS = 2048
 EPOCHS = 3
 LEARNING_RATE = 1e-3
@@ -169,6 +170,7 @@ def train_sae(activations: Tensor, run: Run, layer: int) -> Any:
             d_in=d_model,
             d_sae=settings.latents,
             k=settings.target_l0,
+            topk_threshold_lr=min(1.0, max(0.01, 10 / steps)),  # a running mean that has to arrive in so many steps
             normalize_activations="expected_average_only_in",
             metadata=metadata,
         )
@@ -194,12 +196,12 @@ def train_sae(activations: Tensor, run: Run, layer: int) -> Any:
 
 @torch.no_grad()
 def measure(chat_model: Any, folder: Path, layer: int, texts: list[Text], seconds: float) -> SaeQuality:
-    """How good the SAE in a folder is, on texts it was not trained on, read as the study reads it."""
-    from dspa import SparseAutoencoder
+    """How good the SAE in a folder is, on texts it was not trained on, as sae-lens computes it."""
+    from sae_lens import SAE
 
-    sae = SparseAutoencoder.from_sae_lens(folder)
+    sae: Any = SAE.load_from_disk(folder)
     reader = ResidualReader(chat_model, (layer,))
-    active = torch.zeros(sae.d_sae, dtype=torch.bool)
+    active = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     states, error, l0, tokens = [], 0.0, 0, 0
     for batch in _batches(texts):
         stream = reader.read(batch)[0]
@@ -259,7 +261,7 @@ class ResidualReader:
 def load_texts(run: Run) -> tuple[list[Text], list[Text]]:
     """The texts that SAEs are trained on, and those that are held back."""
     texts = [Text(record["source"], tuple(record["ids"]), record["skipped"]) for record in read_lines(run.texts)]
-    held_back = max(1, round(HELD_BACK * len(texts)))
+    held_back = max(LEAST_HELD_BACK, round(HELD_BACK * len(texts)))
     return texts[held_back:], texts[:held_back]
 
 
