@@ -97,11 +97,11 @@ FULL = Settings(
 
 QUICK = Settings(
     name="study-quick",
-    train_prompts=24,
+    train_prompts=36,
     validation_prompts=4,
     heldout_prompts=6,
     samples_per_prompt=4,
-    max_new_tokens=10,
+    max_new_tokens=24,
     answers_per_batch=64,
     sae_tokens=4000,
     latents=256,
