@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import dspa
@@ -19,6 +20,9 @@ Chat = Sequence[dict[str, str]]
 
 TEMPERATURE = 0.7
 """At 1 a model this small writes little that holds together; its authors recommend 0.2."""
+
+TOP_K = 50
+"""Only so many of the likeliest tokens are sampled from, the default of transformers."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,25 @@ class Answer:
 
 
 class PairedNoise:
-    """A logits processor with which the likeliest token is a sample at `TEMPERATURE` (the Gumbel-max trick).
+    """A logits processor that leaves one token: a sample at `TEMPERATURE` among the `TOP_K` likeliest, by the
+    Gumbel-max trick. It serves one generate call.
 
-    The noise of a row depends on the seed, the row's number and the step alone: the same chat meets the same noise
-    under every policy, whatever batch it is in.
+    The noise of a token depends on the seed, the number of its row, the step and the token alone: the same chat meets
+    the same noise under every policy, whatever batch it is in.
     """
 
     def __init__(self, seed: int, rows: Sequence[int]) -> None:
-        self._generators = [np.random.Generator(np.random.SFC64([seed, row])) for row in rows]
+        self._row_keys = _mixed(_mixed(np.array([[seed]], dtype=np.uint64)) ^ np.array(rows, dtype=np.uint64)[:, None])
+        self._step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        width = scores.shape[-1]
-        draws = [each.standard_exponential(width, dtype=np.float32) for each in self._generators]
-        noise = torch.from_numpy(np.stack(draws)).clamp_(min=torch.finfo(torch.float32).tiny).log_()
-        return scores / TEMPERATURE - noise.to(scores.device)
+        likeliest = scores.topk(min(TOP_K, scores.shape[-1]), dim=-1)
+        keys = _mixed(self._row_keys ^ np.uint64(self._step)) ^ likeliest.indices.cpu().numpy().astype(np.uint64)
+        self._step += 1
+        uniform = ((_mixed(keys) >> np.uint64(11)) + 0.5) / 2**53
+        noise = torch.from_numpy(-np.log(-np.log(uniform))).to(scores)
+        best = (likeliest.values / TEMPERATURE + noise).argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, likeliest.indices.gather(-1, best), 0.0)
 
 
 def answers(
@@ -126,6 +135,14 @@ def samples(
 def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
     """The tokens of a chat, up to where the assistant's turn begins."""
     return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def _mixed(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A hash of each key (splitmix64, Steele, Lea and Flood 2014)."""
+    keys = keys + np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
 
 
 def _padded(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from study import model, prompts, sae_training, triples
-from study.generation import TEMPERATURE, PairedNoise, answers, samples
+from study.generation import TEMPERATURE, TOP_K, PairedNoise, answers, samples
 from study.prompts import KINDS, SPLITS, Prompt, make_prompts
 from study.rewards import FEATURES, LONGEST, PREFERENCES, reward
 from study.sae_training import ResidualReader, SaeQuality, Text
@@ -116,11 +116,15 @@ def tiny() -> tuple[Any, Any]:
     return tiny_models.tiny_model("llama"), tiny_models.tiny_tokenizer()
 
 
-def test_the_likeliest_token_under_the_noise_is_a_sample_at_the_temperature() -> None:
-    scores = torch.tensor([2.0, 1.0, 0.0, -30.0])
-    drawn = PairedNoise(0, range(20000))(torch.empty(0), scores.expand(20000, -1)).argmax(dim=1)
-    shares = torch.bincount(drawn, minlength=4) / 20000
-    torch.testing.assert_close(shares, (scores / TEMPERATURE).softmax(dim=0), atol=0.015, rtol=0)
+def test_what_the_noise_leaves_is_a_sample_at_the_temperature_of_the_likeliest() -> None:
+    scores = torch.cat([torch.tensor([2.0, 1.0, 0.0]), torch.full((2 * TOP_K,), -3.0)])
+    noise = PairedNoise(0, range(5000))
+    drawn = torch.cat([noise(torch.empty(0), scores.expand(5000, -1)).argmax(dim=1) for _ in range(4)])
+    shares = torch.bincount(drawn, minlength=len(scores)) / len(drawn)
+    kept = scores.topk(TOP_K).indices
+    expected = torch.zeros_like(scores).index_copy(0, kept, (scores[kept] / TEMPERATURE).softmax(dim=0))
+    torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
+    assert set(drawn.tolist()) <= set(kept.tolist())
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -273,6 +277,7 @@ def test_saes_are_trained_stored_and_measured(run: Run, monkeypatch: pytest.Monk
         lambda: [" ".join(f"w{5 + (7 * i * i + n) % 55}" for i in range(900)) for n in range(9)],
     )
     monkeypatch.setattr(sae_training, "TOKENS_PER_PART", 1000)
+    monkeypatch.setattr(sae_training, "EPOCHS", 40)
     triples.sample(run)
     sae_training.write_texts(run)
     sae_training.collect_activations(run)
