@@ -150,7 +150,7 @@ def measure(
                 model,
                 material.tokenizer,
                 [attempt.chat(question.text) for question in asked],
-                max_new_tokens=capability.MAX_NEW_TOKENS,
+                max_new_tokens=min(capability.MAX_NEW_TOKENS, settings.max_new_tokens),
                 sample=False,
                 progress="Questions",
                 **shared,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,10 +20,11 @@ from study.choice import chosen
 from study.evaluation import Measurement
 from study.evaluation import measure as measure_answers
 from study.fits import Material
-from study.methods import METHODS, Try, controls, file_name, tries
+from study.methods import METHODS, UNSTEERED, Try, controls, file_name, tries
 from study.prompts import Prompt, load
 from study.settings import TASKS, Run, Task
 
+STATIC = (UNSTEERED, "system prompt", "static list", "CAA", "RepE")
 WITH_LISTS = ("DSPA, published", "DSPA", "DSPA, ridge")
 
 
@@ -47,29 +49,23 @@ def open_heldout(run: Run) -> list[Prompt]:
     return load(run, "heldout")
 
 
-def measure(run: Run, task: Task) -> None:
-    """Every method at its chosen setting, the controls, and how alike edit lists are."""
+def measure_static(run: Run, task: Task) -> None:
+    """The methods that do the same for every prompt, at their chosen settings."""
     material = Material.load(run, task)
     prompts = open_heldout(run)
-    settings, folder = run.settings, run.heldout / task
+    for method in STATIC:
+        _keep(material, method, tries(material, method)[chosen(run, task, method).index], prompts)
 
-    def keep(method: str, attempt: Try) -> None:
-        file = folder / file_name(method)
-        if not file.is_file():
-            measure_answers(
-                material,
-                method,
-                attempt,
-                prompts,
-                seed=settings.seed,
-                scored=settings.fluency_prompts,
-                questions=0 if method.startswith("control") else settings.questions,
-            ).save(file)
 
+def measure(run: Run, task: Task) -> None:
+    """Every other method at its chosen setting, the controls, and how alike edit lists are."""
+    material = Material.load(run, task)
+    prompts = open_heldout(run)
+    folder = run.heldout / task
     overlaps = {}
     for method in METHODS:
         attempt = tries(material, method)[chosen(run, task, method).index]
-        keep(method, attempt)
+        _keep(material, method, attempt, prompts)
         if method in WITH_LISTS:
             assert isinstance(attempt.policy, SteeringPolicy)
             lists = material.edit_lists(attempt.policy, [attempt.chat(prompt.text) for prompt in prompts])
@@ -77,8 +73,23 @@ def measure(run: Run, task: Task) -> None:
             overlaps[method] = asdict(Overlap.from_sets(sets, [prompt.kind for prompt in prompts]))
         if method == "DSPA":
             for name, control in controls(material, attempt, prompts).items():
-                keep(name, control)
+                _keep(material, name, control, prompts)
     write_atomically(folder / "overlaps.json", json.dumps(overlaps).encode())
+
+
+def _keep(material: Material, method: str, attempt: Try, prompts: Sequence[Prompt]) -> None:
+    """Measures what was not measured yet."""
+    file, settings = material.run.heldout / material.task / file_name(method), material.run.settings
+    if not file.is_file():
+        measure_answers(
+            material,
+            method,
+            attempt,
+            prompts,
+            seed=settings.seed,
+            scored=settings.fluency_prompts,
+            questions=0 if method.startswith("control") else settings.questions,
+        ).save(file)
 
 
 def measurements(run: Run, task: Task) -> dict[str, Measurement]:

@@ -39,7 +39,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("model", "model:prepare", 1),
     Stage("prompts", "prompts:write", 1),
-    Stage("samples", "triples:sample", 25),
+    Stage("samples", "triples:sample", 12),
     Stage("triples", "triples:write", 1),
     Stage("texts", "sae_training:write_texts", 1),
     Stage("activations", "sae_training:collect_activations", 15),
@@ -50,11 +50,13 @@ STAGES: tuple[Stage, ...] = (
     Stage("dpo-concise", "fits:train_dpo", 20, "concise"),
     Stage("simpo-conditional", "fits:train_simpo", 16, "conditional"),
     Stage("simpo-concise", "fits:train_simpo", 16, "concise"),
-    Stage("choose-conditional", "choice:choose", 8, "conditional"),
-    Stage("choose-concise", "choice:choose", 8, "concise"),
-    Stage("heldout-conditional", "heldout:measure", 22, "conditional"),
-    Stage("heldout-concise", "heldout:measure", 22, "concise"),
-    Stage("curve", "curve:measure", 20),
+    Stage("choose-conditional", "choice:choose", 12, "conditional"),
+    Stage("choose-concise", "choice:choose", 12, "concise"),
+    Stage("heldout-static-conditional", "heldout:measure_static", 10, "conditional"),
+    Stage("heldout-static-concise", "heldout:measure_static", 10, "concise"),
+    Stage("heldout-conditional", "heldout:measure", 16, "conditional"),
+    Stage("heldout-concise", "heldout:measure", 16, "concise"),
+    Stage("curve", "curve:measure", 12),
     Stage("costs", "costs:measure", 5),
     Stage("report", "report:write", 1),
 )
@@ -67,10 +69,11 @@ def run_stages(run: Run, names: Sequence[str] = ()) -> None:
         if done.is_file() or (names and stage.name not in names):
             continue
         print(f"{time.strftime('%H:%M:%S')} {stage.name}", flush=True)
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), time.process_time()
         stage.run(run)
         found = {
             "seconds": time.perf_counter() - started,
+            "processor_seconds": time.process_time() - processor,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "provenance": asdict(Provenance.here()),
         }
