@@ -24,7 +24,7 @@ import dspa
 from dspa.kernels import EditList
 
 CHATS = [[{"role": "user", "content": text}] for text in ("w9 w8", "w7", "w6 w5 w20 w21 w22", "w30 w31 w32")]
-LIMITS = {"seed": 3, "max_new_tokens": 6}
+LIMITS: dict[str, Any] = {"seed": 3, "max_new_tokens": 6}
 
 
 def prompt_of(kind: str, number: int = 0) -> Prompt:
