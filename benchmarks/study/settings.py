@@ -33,7 +33,8 @@ class Settings:
         fluency_prompts: held-out prompts, of each task, whose answers the unsteered model scores.
         questions: questions with computed answers.
         speed_tokens: tokens that a timed answer has.
-        threads: of torch.
+        speed_rounds: how often every method is timed, in turn.
+        peak_processes: processes in which the peak memory of a method is measured.
         seed: of prompts, sampling noise and training.
         dtype: of the model.
     """
@@ -58,7 +59,8 @@ class Settings:
     fluency_prompts: int
     questions: int
     speed_tokens: int
-    threads: int = 2
+    speed_rounds: int
+    peak_processes: int
     seed: int = 0
     dtype: str = "float32"
 
@@ -89,15 +91,17 @@ FULL = Settings(
     fluency_prompts=150,
     questions=60,
     speed_tokens=32,
+    speed_rounds=5,
+    peak_processes=2,
 )
 
 QUICK = Settings(
     name="study-quick",
-    train_prompts=12,
-    validation_prompts=6,
-    heldout_prompts=12,
+    train_prompts=36,
+    validation_prompts=4,
+    heldout_prompts=6,
     samples_per_prompt=4,
-    max_new_tokens=12,
+    max_new_tokens=24,
     answers_per_batch=64,
     sae_tokens=4000,
     latents=256,
@@ -105,13 +109,15 @@ QUICK = Settings(
     input_layer=9,
     output_layer=20,
     triple_counts=(3, 6),
-    curve_prompts=6,
+    curve_prompts=4,
     tries=2,
-    pairs_per_training=8,
+    pairs_per_training=4,
     pairs_per_step=4,
-    fluency_prompts=6,
-    questions=4,
-    speed_tokens=8,
+    fluency_prompts=4,
+    questions=2,
+    speed_tokens=4,
+    speed_rounds=1,
+    peak_processes=1,
 )
 
 

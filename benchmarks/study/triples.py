@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def load_samples(run: Run) -> list[Sample]:
 
 
 def write(run: Run) -> None:
-    """Writes the triples of both tasks: the best pairs by margin, as many of each kind as of any other, in turn.
+    """Writes the triples of both tasks: the kinds in turn, as long as they have pairs that differ.
 
     Raises:
         InvalidInputError: if there are too few samples that differ.
@@ -146,6 +146,6 @@ def _matched(one: Sample, other: Sample) -> bool:
 
 
 def _in_turn(groups: Sequence[Sequence[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """One of each group in turn, until one group has no more."""
-    for turn in zip(*groups, strict=False):
-        yield from turn
+    """One of each group in turn; groups that have no more are passed over."""
+    for turn in zip_longest(*groups):
+        yield from (each for each in turn if each is not None)
