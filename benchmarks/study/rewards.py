@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from study.prompts import KINDS, Prompt
 from study.settings import Task
 
-LONGEST = 48  # tokens; a concise answer of so many has no reward for its length
+LONGEST = 64  # tokens; an answer of so many has no reward for its length
+LONGEST_SENTENCE = 30  # words, likewise
 LEAST_WORDS = 4  # of an answer that counts as one
 
 _WORD = re.compile(r"[a-z']+")
@@ -81,6 +82,12 @@ def first_sentence(text: str) -> str:
     return _SENTENCE_END.split(text.strip(), maxsplit=1)[0]
 
 
+def words_per_sentence(text: str) -> float:
+    """The mean, over the sentences and lines that have words."""
+    lengths = [len(words) for sentence in _SENTENCE_END.split(text) if (words := _words(sentence))]
+    return sum(lengths) / len(lengths) if lengths else 0.0
+
+
 FEATURES: Mapping[str, Feature] = {
     "list": lambda text: min(1.0, len(_ITEM.findall(text)) / 2),
     "first person": _share_of_words(FIRST_PERSON, 0.1),
@@ -109,9 +116,9 @@ PREFERENCES: Mapping[str, Mapping[str, float]] = {
 def reward(task: Task, prompt: Prompt, text: str, tokens: int, ended: bool) -> float:
     """How much an answer is what the task prefers.
 
-    Conditional: the weighted features, between -1 and 1. Concise: 1 minus the share of `LONGEST` that the answer
-    takes, minus a quarter for each filler, minus a quarter where it was cut off; between -1 and 1. An answer of fewer
-    than `LEAST_WORDS` words has -1 in both, so that saying nothing does not pay.
+    Conditional: the weighted features, between -1 and 1. Concise: half for few tokens, half for short sentences, a
+    quarter less for each filler and where the answer was cut off; between -1 and 1. An answer of fewer than
+    `LEAST_WORDS` words has -1 in both, so that saying nothing does not pay.
     """
     if len(_words(text)) < LEAST_WORDS:
         return -1.0
@@ -122,7 +129,8 @@ def parts(task: Task, prompt: Prompt, text: str, tokens: int, ended: bool) -> di
     """What the reward of an answer of at least `LEAST_WORDS` words is the sum of."""
     if task == "concise":
         return {
-            "length": 1 - tokens / LONGEST,
+            "length": 0.5 * max(0.0, 1 - tokens / LONGEST),
+            "short sentences": 0.5 * max(0.0, 1 - words_per_sentence(text) / LONGEST_SENTENCE),
             "fillers": -0.25 * occurrences(FILLERS, text),
             "cut off": -0.25 * (not ended),
         }

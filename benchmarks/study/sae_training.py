@@ -305,7 +305,7 @@ def _manuals() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     yield from (text for _, text in sorted(topics.items()))
-    packages = {each.metadata["Name"]: each.metadata for each in distributions()}
+    packages: dict[str, Any] = {each.metadata["Name"]: each.metadata for each in distributions()}
     for _, metadata in sorted(packages.items()):
         description = metadata.get("Description") or metadata.get_payload()
         if isinstance(description, str):

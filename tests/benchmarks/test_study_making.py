@@ -24,7 +24,7 @@ import dspa
 from dspa.kernels import EditList
 
 CHATS = [[{"role": "user", "content": text}] for text in ("w9 w8", "w7", "w6 w5 w20 w21 w22", "w30 w31 w32")]
-LIMITS = {"seed": 3, "max_new_tokens": 6}
+LIMITS: dict[str, Any] = {"seed": 3, "max_new_tokens": 6}
 
 
 def prompt_of(kind: str, number: int = 0) -> Prompt:
@@ -89,10 +89,11 @@ def test_what_one_kind_prefers_another_disprefers() -> None:
 @pytest.mark.parametrize(
     ("text", "tokens", "ended", "expected"),
     [
-        ("Honey is made by bees.", LONGEST // 4, True, 0.75),
-        ("Honey is made by bees.", LONGEST // 2, True, 0.5),
-        ("Honey is made by bees and", LONGEST // 2, False, 0.25),
-        ("Of course! Here is what I know: bees make it.", LONGEST // 2, True, 0.0),  # two fillers
+        ("Bees make most of all honey.", LONGEST // 4, True, 0.375 + 0.4),
+        ("Bees make most of all honey.", LONGEST, True, 0.4),
+        ("Bees make most of all honey.", LONGEST, False, 0.15),  # cut off
+        ("Bees make it. Flowers give most of the nectar.", LONGEST // 2, True, 0.25 + 0.5 * (1 - 4.5 / 30)),
+        ("Of course, here is what I know: bees.", LONGEST, True, 0.5 * (1 - 4 / 30) - 0.5),  # two fillers
         ("Certainly, of course, sure! Absolutely! Overall, remember it.", LONGEST, False, -1.0),  # no less than -1
         ("Bees.", 2, True, -1.0),  # says nothing
         ("", 0, True, -1.0),
