@@ -40,7 +40,7 @@ def losses(model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence
     found = [0.0] * len(rows)
     order = sorted((row for row in range(len(rows)) if rows[row][1]), key=lambda row: len(rows[row][0] + rows[row][1]))
     starts = range(0, len(order), ROWS_AT_ONCE)
-    for start in track(starts, "Scoring answers", enabled=True, unit="batches"):
+    for start in track(starts, "Scoring answers", enabled=bool(order), unit="batches"):
         batch = order[start : start + ROWS_AT_ONCE]
         width = max(len(rows[row][0] + rows[row][1]) for row in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
