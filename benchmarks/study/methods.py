@@ -122,7 +122,8 @@ def unsteered_tries(material: Material) -> list[Try]:
 
 
 def instruction_tries(material: Material) -> list[Try]:
-    return [Try(text, instruction=f"{SYSTEM} {text}") for text in INSTRUCTIONS[material.task]]
+    texts = INSTRUCTIONS[material.task]
+    return [Try(f"instruction {place + 1}", instruction=f"{SYSTEM} {text}") for place, text in enumerate(texts)]
 
 
 def static_list_tries(material: Material) -> list[Try]:

@@ -35,10 +35,10 @@ def write(run: Run) -> None:
     tables = [table.to_markdown() for table in all_tables(report)]
     write_atomically(run.folder / "tables.md", "\n".join([*tables, *examples_text(report)]).encode())
     for name, draw in FIGURES.items():
-        figure = new_figure((9, 4.2))
+        figure = new_figure((10, 4.2))
         for place, task in enumerate(TASKS):
             axes: Any = figure.add_subplot(1, len(TASKS), place + 1)
-            axes.set_title(f"{task}: {LEGENDS[task]}", fontsize=9)
+            axes.set_title(task, fontsize=10)
             draw(report["tasks"][task], axes)
         write_atomically(run.folder / f"{name}.png", png_bytes(figure))
 
