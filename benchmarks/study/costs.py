@@ -33,9 +33,9 @@ from study.choice import chosen
 from study.fits import FSRL_POSITIONS, LEARNING_RATES, PAIRS_AT_ONCE, Material, fsrl_options, lora_options
 from study.methods import METHODS, PUBLISHED, Try, tries
 from study.prompts import load
-from study.settings import Run
+from study.settings import Run, Task
 
-TASK = "conditional"
+TASK: Task = "conditional"
 COUNTED = 8  # triples whose FLOPs are counted
 AT_ONCE = {"densities": 64, "means": 16, "fsrl": 8, "dpo": 8, "simpo": 8}  # triples whose peak memory is measured
 ANSWERS = 16  # in a timed batch
@@ -82,7 +82,7 @@ def aligning(material: Material, name: str, count: int) -> Callable[[], object]:
     """What aligning on the first triples runs; of trainings one step with all of them."""
     run, model = material.run, material.model
     triples = material.triples[:count]
-    layers = {"input_layer": run.settings.input_layer, "output_layer": run.settings.output_layer}
+    layers: dict[str, Any] = {"input_layer": run.settings.input_layer, "output_layer": run.settings.output_layer}
     if name == "means":
         return lambda: response_means(model, triples, run.settings.output_layer)
     if name == "fsrl":
@@ -92,7 +92,7 @@ def aligning(material: Material, name: str, count: int) -> Callable[[], object]:
     def in_folder() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if name == "densities":
-                saes = {"input_sae": material.input_sae, "output_sae": material.output_sae}
+                saes: dict[str, Any] = {"input_sae": material.input_sae, "output_sae": material.output_sae}
                 dspa.collect(model, material.tokenizer, triples, **saes, **layers, out=folder)
             else:
                 options = replace(
