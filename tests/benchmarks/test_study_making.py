@@ -200,7 +200,6 @@ def run(tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) 
         input_layer=1,
         output_layer=2,
         triple_counts=(6,),
-        threads=1,
     )
     monkeypatch.setattr(model, "load", lambda run: tiny)
     monkeypatch.setattr(model, "load_tokenizer", lambda run: tiny[1])
