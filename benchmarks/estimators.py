@@ -26,6 +26,7 @@ import typer
 from dspa.kernels import EditList
 from dspa.methods.agreement import cross_validated_agreement
 from dspa.methods.conditional_map import ConditionalDifferenceMap
+from dspa.methods.controls import lists_of_other_prompts
 from dspa.methods.static_policy import StaticPolicy
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.density_subset import DensitySubset
@@ -35,7 +36,6 @@ from dspa.organism.evaluation import (
     Estimate,
     Measurement,
     Setting,
-    lists_of_other_prompts,
     measure,
     prompt_densities,
     true_kind_lists,
@@ -139,7 +139,8 @@ def best_on_validation(study: Study, tries: dict[str, SteeringPolicy]) -> str:
 def control(study: Study, policy: SteeringPolicy) -> StaticPolicy:
     """Every prompt with the list of one of another kind."""
     densities = prompt_densities(study.organism.model, study.organism.tokenizer, study.heldout, policy)
-    return StaticPolicy.with_edits(policy, lists_of_other_prompts(policy.select(densities), study.heldout, study.seed))
+    kinds = [prompt.kind for prompt in study.heldout]
+    return StaticPolicy.with_edits(policy, lists_of_other_prompts(policy.select(densities), kinds, study.seed))
 
 
 def ceilings(study: Study) -> dict[str, dict[str, float]]:

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from validation_choice import best_within
 
 import dspa
 from dspa.kernels import EditList
 from dspa.methods.conditional_map import ConditionalDifferenceMap
-from dspa.methods.controls import random_latents, response_density, with_permuted_latents
+from dspa.methods.controls import lists_of_other_prompts, random_latents, response_density, with_permuted_latents
 from dspa.methods.fsrl.policy import FsrlPolicy
 from dspa.methods.fsrl.training import TrainingOptions, TrainingResult, train
 from dspa.methods.mean_vectors import (
@@ -40,7 +41,7 @@ from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.preferences import PreferenceTriples, load_preferences
 from dspa.organism import INPUT_LAYER, OUTPUT_LAYER, load_model, sae_folder
 from dspa.organism.demo import CANDIDATES, MALFORMED_ALLOWANCE, Candidate
-from dspa.organism.evaluation import Measurement, Setting, lists_of_other_prompts, measure, prompt_densities
+from dspa.organism.evaluation import Measurement, Setting, measure, prompt_densities
 from dspa.organism.language import KINDS, MOVES, Prompt, Triple, draw_prompts, draw_triples, parse
 from dspa.util.files import write_atomically
 from dspa.util.machine import processor_name
@@ -83,8 +84,9 @@ class Bench:
             self.cached[name, count] = (value, time.perf_counter() - started)
         return self.cached[name, count]
 
-    def triples(self, count: int) -> PreferenceTriples:
-        rows = [
+    def rows(self, count: int) -> list[dict[str, Any]]:
+        """The first triples as messages."""
+        return [
             {
                 "prompt": [{"role": "user", "content": triple.prompt.text}],
                 "chosen": [{"role": "assistant", "content": triple.chosen.text}],
@@ -92,7 +94,9 @@ class Bench:
             }
             for triple in self.drawn[:count]
         ]
-        return load_preferences(rows, self.tokenizer)
+
+    def triples(self, count: int) -> PreferenceTriples:
+        return load_preferences(self.rows(count), self.tokenizer)
 
     def prompts(self) -> list[Prompt]:
         return draw_prompts(np.random.default_rng(self.settings.seed), "heldout", self.settings.prompts)
@@ -276,19 +280,19 @@ def prompt_tries(bench: Bench, count: int) -> list[Try]:
 
 def lora_tries(objective: str) -> Method:
     def tries(bench: Bench, count: int) -> list[Try]:
-        from lora_baselines import lora_model, merge_into_copy
+        from lora_baselines import LoraOptions, merge_into_copy, train_lora
 
         found = []
         for learning_rate in (1e-4, 1e-3):
             started = time.perf_counter()
-            adapters, parameters, history = lora_model(
-                bench.model, bench.tokenizer, bench.drawn[:count], objective, learning_rate, TRAINING_STEPS
-            )
+            folder = bench.folder / f"{objective}-{count}-{learning_rate}"
+            options = LoraOptions(objective, learning_rate, TRAINING_STEPS)
+            training = train_lora(bench.model, bench.tokenizer, bench.rows(count), options, folder)
             seconds = time.perf_counter() - started
             for scale in (0.5, 1.0):
-                merged = merge_into_copy(bench.model, adapters, scale)
+                merged = merge_into_copy(bench.model, folder, scale)
                 name = f"learning rate {learning_rate}, scale {scale}"
-                found.append(Try(name, None, seconds, parameters, history=history, model=merged))
+                found.append(Try(name, None, seconds, training.parameters, history=training.history, model=merged))
         return found
 
     return tries
@@ -314,9 +318,10 @@ def controls(bench: Bench, count: int, method: str, chosen: Try) -> dict[str, Po
         return {"control: FSRL on random latents": with_permuted_latents(chosen.policy, bench.settings.seed)}
     if not isinstance(chosen.policy, SteeringPolicy):
         return {}
-    densities = prompt_densities(bench.model, bench.tokenizer, bench.prompts(), chosen.policy)
+    prompts = bench.prompts()
+    densities = prompt_densities(bench.model, bench.tokenizer, prompts, chosen.policy)
     lists: EditList = chosen.policy.select(densities)
-    others = lists_of_other_prompts(lists, bench.prompts(), bench.settings.seed)
+    others = lists_of_other_prompts(lists, [prompt.kind for prompt in prompts], bench.settings.seed)
     random = random_latents(lists, response_density(collected(bench, count)[0]), bench.settings.seed)
     return {
         "control: DSPA, lists of other prompts": StaticPolicy.with_edits(chosen.policy, others),
@@ -355,10 +360,7 @@ def choose(bench: Bench, tries: Sequence[Try], unsteered: Measurement) -> tuple[
             {"setting": each.name, "reward": float(found.rewards.mean()), "malformed": float(found.malformed.mean())}
         )
     allowed = float(unsteered.malformed.mean()) + MALFORMED_ALLOWANCE
-    sound = [index for index, note in enumerate(notes) if note["malformed"] <= allowed]
-    if not sound:
-        return min(range(len(notes)), key=lambda index: notes[index]["malformed"]), notes
-    return max(sound, key=lambda index: notes[index]["reward"]), notes
+    return best_within(notes, allowed), notes
 
 
 def run(bench: Bench, out: Path, counts: Sequence[int], methods: Sequence[str]) -> None:

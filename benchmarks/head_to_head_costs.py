@@ -81,9 +81,10 @@ def aligning(bench: Bench, method: str, triples: int, *, epochs: int = 1, steps:
         pairs = bench.triples(triples)
         options = replace(training_options(bench, triples, **TRAINED[method]), epochs=epochs)
         return lambda: train(bench.model, pairs, bench.output_sae, OUTPUT_LAYER, options)
-    from lora_baselines import lora_model
+    from lora_baselines import LoraOptions, train_lora
 
-    return lambda: lora_model(bench.model, bench.tokenizer, bench.drawn[:triples], LORA[method], 1e-3, steps)
+    options = LoraOptions(LORA[method], 1e-3, steps)
+    return lambda: train_lora(bench.model, bench.tokenizer, bench.rows(triples), options, bench.folder / "lora")
 
 
 def prepare(method: str, triples: int) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""DPO and SimPO with LoRA on the organism, by trl and peft: `pip install 'dspa[baselines]'`."""
+"""DPO and SimPO with LoRA, by trl and peft: `pip install 'dspa[baselines]'`."""
 
 from __future__ import annotations
 
@@ -6,74 +6,90 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from dspa.organism.language import Triple
 
 RANK, ALPHA = 8, 16
-PAIRS_PER_STEP, PAIRS_AT_ONCE = 32, 8
 BETA_DPO = 0.1  # as published
 BETA_SIMPO, GAMMA_SIMPO = 10.0, 5.0  # as FSRL
 
 
-def lora_model(
-    model: Any, tokenizer: Any, triples: Sequence[Triple], objective: str, learning_rate: float, steps: int
-) -> tuple[dict[str, Tensor], int, list[dict[str, Any]]]:
-    """Trains LoRA on all linear layers of a copy.
+@dataclass(frozen=True)
+class LoraOptions:
+    """How LoRA is trained.
 
-    Args:
-        model, tokenizer: the organism.
-        triples: what it is trained on.
+    Attributes:
         objective: "dpo" or "simpo".
         learning_rate: of AdamW, constant after a short warm-up.
-        steps: of 32 pairs.
+        steps: of the optimiser.
+        pairs_per_step, pairs_at_once: pairs in a step, and those that run together.
+        seed: of the order of pairs and of the adapters.
+        progress: whether to draw a progress bar.
+    """
 
-    Returns:
-        What is to be added to each weight, the number of trained parameters, and the trainer's log.
+    objective: str
+    learning_rate: float
+    steps: int
+    pairs_per_step: int = 32
+    pairs_at_once: int = 8
+    seed: int = 42
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class LoraTraining:
+    """The number of trained parameters, and the trainer's log."""
+
+    parameters: int
+    history: list[dict[str, Any]]
+
+
+def train_lora(
+    model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], options: LoraOptions, out: Path
+) -> LoraTraining:
+    """Trains LoRA on all linear layers of a copy, and writes the adapters to a folder.
+
+    Args:
+        model, tokenizer: a chat model.
+        rows: prompt, chosen and rejected as lists of messages.
+        options: how.
+        out: the folder.
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from datasets import Dataset
     from peft import LoraConfig
 
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": triple.prompt.text}],
-            "chosen": [{"role": "assistant", "content": triple.chosen.text}],
-            "rejected": [{"role": "assistant", "content": triple.rejected.text}],
-        }
-        for triple in triples
-    ]
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
         shared: dict[str, Any] = {
             "output_dir": folder,
-            "learning_rate": learning_rate,
-            "max_steps": steps,
-            "per_device_train_batch_size": PAIRS_AT_ONCE,
-            "gradient_accumulation_steps": PAIRS_PER_STEP // PAIRS_AT_ONCE,
+            "learning_rate": options.learning_rate,
+            "max_steps": options.steps,
+            "per_device_train_batch_size": options.pairs_at_once,
+            "gradient_accumulation_steps": options.pairs_per_step // options.pairs_at_once,
             "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": max(1, steps // 100),
+            "warmup_steps": max(1, options.steps // 100),
             "gradient_checkpointing": False,
             "bf16": False,
             "use_cpu": True,
             "save_strategy": "no",
             "report_to": "none",
             "logging_steps": 8,
-            "disable_tqdm": True,
+            "disable_tqdm": not options.progress,
             "max_length": 512,
+            "seed": options.seed,
         }
-        copied = copy.deepcopy(model)
         arguments: dict[str, Any] = {
-            "model": copied,
-            "train_dataset": Dataset.from_list(rows),
+            "model": copy.deepcopy(model),
+            "train_dataset": Dataset.from_list([dict(row) for row in rows]),
             "processing_class": copy.deepcopy(tokenizer),
             "peft_config": lora,
         }
         trainer: Any
-        if objective == "dpo":
+        if options.objective == "dpo":
             from trl.trainer.dpo_config import DPOConfig
             from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -83,20 +99,18 @@ def lora_model(
 
             simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": BETA_SIMPO, "simpo_gamma": GAMMA_SIMPO}
             trainer = CPOTrainer(args=CPOConfig(**simpo, **shared), **arguments)
-        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()
-        merged = trainer.model.merge_and_unload()
-    before = model.state_dict()
-    added = {name: value - before[name] for name, value in merged.state_dict().items() if name in before}
+    trainer.model.save_pretrained(out)
     log = [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history]
-    return {name: value for name, value in added.items() if bool(value.any())}, trained, log
+    return LoraTraining(parameters, log)
 
 
-def merge_into_copy(model: Any, added: Mapping[str, Tensor], scale: float) -> Any:
+def merge_into_copy(model: Any, adapters: Path, scale: float) -> Any:
     """A copy of the model with `scale` times what training added to its weights."""
-    merged = copy.deepcopy(model)
+    from peft import PeftConfig, PeftModel
+
+    config: Any = PeftConfig.from_pretrained(adapters)
+    config.lora_alpha = ALPHA * scale
     with torch.no_grad():
-        for name, parameter in merged.named_parameters():
-            if name in added:
-                parameter.add_(scale * added[name])
-    return merged.eval()
+        return PeftModel.from_pretrained(copy.deepcopy(model), adapters, config=config).merge_and_unload().eval()

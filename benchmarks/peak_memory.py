@@ -21,21 +21,24 @@ IMPORTED = (
 """What the server of processes imports once; each process would take seconds for it."""
 
 
-def peak_column(name: str, prepare: Callable[..., Callable[[], object]], *arguments: Any) -> Column:
+def peak_column(
+    name: str, prepare: Callable[..., Callable[[], object]], *arguments: Any, processes: int = PROCESSES
+) -> Column:
     """MiB of resident memory at the peak of what `prepare(*arguments)` returns, above those at its start. The interval
     is the range of the processes.
 
     Args:
         name: of the column.
         prepare: a function of a module; it loads what is needed, warms it up, and returns what is measured.
+        processes: how many.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     peaks = []
-    for _ in range(PROCESSES):
+    for _ in range(processes):
         with context.Pool(1) as pool:
             peaks.append(pool.apply(_measure, (prepare, arguments)) / 2**20)
-    return Column(name, "MiB", Interval.around_median(peaks), rounds=PROCESSES)
+    return Column(name, "MiB", Interval.around_median(peaks), rounds=processes)
 
 
 def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> int:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
 from dspa.methods.fsrl.policy import FsrlPolicy
 from dspa.offline.density_store import DensityStore
 from dspa.offline.density_subset import DensitySubset
 
 ALIKE = 16  # at least so many latents, next to each other by density, are exchanged
+
+
+def lists_of_other_prompts(lists: EditList, kinds: Sequence[str], seed: int) -> EditList:
+    """Each prompt with the list of a prompt of another kind, drawn at random.
+
+    Args:
+        lists: one for each prompt.
+        kinds: of the prompts.
+        seed: of the draw.
+
+    Raises:
+        InvalidInputError: if all prompts are of one kind.
+    """
+    if len(set(kinds)) < 2:
+        raise InvalidInputError("all prompts are of one kind; expected two kinds, to exchange their lists")
+    generator, kind_of = np.random.default_rng(seed), np.array(kinds)
+    others = [generator.choice(np.flatnonzero(kind_of != kind)) for kind in kind_of]
+    return lists.rows(torch.tensor(others, device=lists.latents.device))
 
 
 def random_latents(lists: EditList, density: Tensor, seed: int) -> EditList:

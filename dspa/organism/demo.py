@@ -14,6 +14,8 @@ import numpy as np
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditKind
 from dspa.methods.conditional_map import ConditionalDifferenceMap, GateRule
+from dspa.methods.controls import lists_of_other_prompts
+from dspa.methods.list_overlap import Overlap, list_sets
 from dspa.methods.static_policy import StaticPolicy
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.collection import collect
@@ -22,10 +24,7 @@ from dspa.offline.preferences import load_preferences
 from dspa.organism import DATA, INPUT_LAYER, OUTPUT_LAYER, load_model, sae_folder, triples_file
 from dspa.organism.evaluation import (
     Estimate,
-    Overlap,
     Setting,
-    list_sets,
-    lists_of_other_prompts,
     measure,
     prompt_densities,
     prompt_sets,
@@ -215,7 +214,8 @@ def _measure(
     densities = prompt_densities(organism.model, organism.tokenizer, prompts, published)
     lists = {PUBLISHED_50: median.select(densities), PUBLISHED_90: published.select(densities)}
     ceiling = true_kind_lists(organism.store, organism.triple_kinds, prompts, published)
-    others = lists_of_other_prompts(lists[PUBLISHED_90], prompts, options.seed)
+    kinds = [prompt.kind for prompt in prompts]
+    others = lists_of_other_prompts(lists[PUBLISHED_90], kinds, options.seed)
     settings = [
         Setting(UNSTEERED, None),
         Setting(STATIC, StaticPolicy.from_mean_difference(published)),
@@ -229,7 +229,7 @@ def _measure(
     by_name = {measurement.setting: measurement for measurement in measured}
     unsteered = by_name[UNSTEERED]
     gains = {name: by_name[name].rewards - unsteered.rewards for name in by_name}
-    kind_of = np.array([prompt.kind for prompt in prompts])
+    kind_of = np.array(kinds)
     d_sae = organism.output_sae.d_sae
     return DemoReport(
         triples=options.triples,
@@ -237,9 +237,9 @@ def _measure(
         chosen=chosen_name,
         rows=tuple(Row.from_measurement(measurement, unsteered) for measurement in measured),
         overlaps=(
-            OverlapRow("S_prompt", Overlap.from_sets(prompt_sets(densities, published.k_prompt), prompts)),
+            OverlapRow("S_prompt", Overlap.from_sets(prompt_sets(densities, published.k_prompt), kinds)),
             *(
-                OverlapRow(f"edit lists, {name}", Overlap.from_sets(list_sets(edits, d_sae), prompts))
+                OverlapRow(f"edit lists, {name}", Overlap.from_sets(list_sets(edits, d_sae), kinds))
                 for name, edits in lists.items()
             ),
         ),

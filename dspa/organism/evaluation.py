@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
 from dspa.kernels.lookup import top
 from dspa.methods.conditional_map import differences
@@ -208,53 +207,11 @@ def true_kind_lists(
     return EditList.from_lists(up, down).rows(torch.tensor([KINDS.index(prompt.kind) for prompt in prompts]))
 
 
-def lists_of_other_prompts(lists: EditList, prompts: Sequence[Prompt], seed: int) -> EditList:
-    """The control: each prompt gets the list of one of another kind, drawn at random.
-
-    Raises:
-        InvalidInputError: if all prompts are of one kind.
-    """
-    generator = np.random.default_rng(seed)
-    kinds = np.array([prompt.kind for prompt in prompts])
-    if len(set(kinds.tolist())) < 2:
-        raise InvalidInputError("all prompts are of one kind; expected two kinds, to exchange their lists")
-    others = [generator.choice(np.flatnonzero(kinds != kind)) for kind in kinds]
-    return lists.rows(torch.tensor(others))
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Mean Jaccard overlap of sets that belong to prompts: of pairs of one kind, and of pairs of two kinds."""
-
-    within_kind: float
-    across_kinds: float
-
-    @classmethod
-    def from_sets(cls, sets: Tensor, prompts: Sequence[Prompt]) -> Overlap:
-        """From sets as rows of `[prompts, d]` bool."""
-        member = sets.double()
-        shared = member @ member.T
-        sizes = member.sum(dim=1)
-        jaccard = shared / (sizes[:, None] + sizes[None, :] - shared).clamp(min=1)
-        kind = torch.tensor([KINDS.index(prompt.kind) for prompt in prompts])
-        same = kind[:, None] == kind[None, :]
-        other_prompt = ~torch.eye(len(kind), dtype=torch.bool)
-        return cls(float(jaccard[same & other_prompt].mean()), float(jaccard[~same].mean()))
-
-
 def prompt_sets(densities: Tensor, k_prompt: int) -> Tensor:
     """`S_prompt` of each row of densities, as rows of `[prompts, d_sae_in]` bool."""
     sets = torch.zeros_like(densities, dtype=torch.bool)
     for row, density in zip(sets, densities, strict=True):
         row[top(density, k_prompt, largest=True)] = True
-    return sets
-
-
-def list_sets(edits: EditList, d_sae: int) -> Tensor:
-    """Edit lists as rows of `[prompts, d_sae]` bool."""
-    sets = torch.zeros(edits.batch, d_sae, dtype=torch.bool)
-    row, entry = edits.valid().nonzero(as_tuple=True)
-    sets[row, edits.latents[row, entry].long()] = True
     return sets
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspa.errors import InvalidInputError
-from dspa.organism.evaluation import Estimate, Measurement, Overlap
+from dspa.methods.list_overlap import Overlap
+from dspa.organism.evaluation import Estimate, Measurement
 from dspa.organism.language import KINDS
 
 if TYPE_CHECKING:

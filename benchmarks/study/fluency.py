@@ -1,0 +1,57 @@
+"""Whether a text is whole: what it repeats, how it ends, and how likely the unsteered model finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dspa.util.progress import track
+from study.generation import prompt_ids
+
+GRAM = 4
+MOST_REPEATED = 0.3  # an answer that repeats more than this share of its 4-grams is broken
+ENDS = frozenset(".!?:;)]}\"'`*’”…")
+ROWS_AT_ONCE = 8
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """The share of runs of four tokens that occurred before in the same answer."""
+    grams = [tuple(ids[place : place + GRAM]) for place in range(len(ids) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def is_malformed(text: str, ended: bool) -> bool:
+    """Whether nothing was said, or undecodable bytes, or the answer ended where no sentence, list item or bare word
+    ends. An answer that was cut off at the longest length is not malformed for that."""
+    stripped = text.strip()
+    if not stripped or "\ufffd" in stripped:
+        return True
+    return ended and stripped[-1] not in ENDS and not stripped[-1].isalnum()
+
+
+@torch.no_grad()
+def losses(model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> list[float]:
+    """Mean cross-entropy in nats per token of answers to prompts, under a model that is not steered; 0 for an answer
+    without a token."""
+    asked = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    rows = [(before, list(answer)) for before, answer in zip(asked, answers, strict=True)]
+    found = [0.0] * len(rows)
+    order = sorted((row for row in range(len(rows)) if rows[row][1]), key=lambda row: len(rows[row][0] + rows[row][1]))
+    starts = range(0, len(order), ROWS_AT_ONCE)
+    for start in track(starts, "Scoring answers", enabled=bool(order), unit="batches"):
+        batch = order[start : start + ROWS_AT_ONCE]
+        width = max(len(rows[row][0] + rows[row][1]) for row in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(batch):
+            whole = rows[row][0] + rows[row][1]
+            ids[place, : len(whole)] = torch.tensor(whole)
+            mask[place, : len(whole)] = 1
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for place, row in enumerate(batch):
+            before, answer = rows[row]
+            scores = logits[place, len(before) - 1 : len(before) + len(answer) - 1].float()
+            found[row] = float(torch.nn.functional.cross_entropy(scores, torch.tensor(answer)))
+    return found

@@ -1,0 +1,153 @@
+"""The study's parts by hand, and all of its stages after the SAEs on the organism, which answers in no time."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from study import capability, fluency
+from study.choice import chosen
+from study.evaluation import Answered, Measurement
+from study.heldout import measurements, open_heldout
+from study.methods import CONTROLS, METHODS, UNSTEERED, file_name
+from study.prompts import load, write
+from study.settings import QUICK, TASKS, Run
+from study.stages import STAGES, run_stages
+
+from dspa.organism import DATA, INPUT_LAYER, OUTPUT_LAYER
+
+STUDY = Path(capability.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "reply", "right"),
+    [
+        ("What is 2 + 3?", "5", "2 + 3 = 5", True),
+        ("What is 2 + 3?", "5", "The sum is 6. No, 5.", False),
+        ("What is 2 + 3?", "5", "I do not know.", False),
+        ("Which day comes after Monday?", "Tuesday", "The day after Monday is Tuesday.", True),
+        ("Which day comes after Monday?", "Tuesday", "Wednesday", False),
+        ("How many days does April have?", "30", "April has 30 days.", True),
+    ],
+)
+def test_a_question_is_answered_by_the_first_new_thing_of_its_sort(
+    text: str, answer: str, reply: str, right: bool
+) -> None:
+    assert capability.Question(text, answer).is_answered_by(reply) is right
+
+
+def test_computed_answers_are_right_and_not_in_the_question() -> None:
+    questions = capability.questions(120, seed=1)
+    assert questions == capability.questions(120, seed=1)
+    for question in questions:
+        assert question.is_answered_by(f"{question.text} {question.answer}.")
+        if "+" in question.text or " - " in question.text:
+            assert eval(question.text.removeprefix("What is ").removesuffix("?")) == int(question.answer)
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"), [((1, 2, 3), 0), ((1, 2, 3, 4, 5), 0), ((1, 1, 1, 1, 1), 0.5), ((1, 2, 1, 2, 1, 2, 1), 0.5)]
+)
+def test_repetition_is_the_share_of_runs_that_occurred_before(ids: tuple[int, ...], share: float) -> None:
+    assert fluency.repetition(ids) == share
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "malformed"),
+    [
+        ("Rome.", True, False),
+        ("Rome", True, False),
+        ("It is,", True, True),
+        ("It is,", False, False),
+        (" ", True, True),
+    ],
+)
+def test_an_answer_is_malformed_where_it_ends_in_the_middle(text: str, ended: bool, malformed: bool) -> None:
+    assert fluency.is_malformed(text, ended) is malformed
+
+
+def answered(reward: float, *, repetition: float = 0, malformed: bool = False, loss: float | None = 1) -> Answered:
+    return Answered("id", "fact", "text", 4, True, reward, repetition, malformed, loss)
+
+
+def test_gains_are_paired_and_broken_answers_counted_once(tmp_path: Path) -> None:
+    unsteered = Measurement("unsteered", "-", (), (answered(0), answered(1), answered(2)))
+    rows = (answered(1, repetition=0.5, malformed=True), answered(2, loss=3), answered(3, loss=None))
+    found = Measurement("DSPA", "setting", ("densities",), rows, (True, False), ("5", "6"))
+    assert (found.gain(unsteered).mean, found.gain(unsteered).half_width) == (1, 0)
+    assert (found.broken(), found.broken(2.0)) == (1 / 3, 2 / 3)
+    assert found.losses.tolist() == [1, 3]
+    found.save(tmp_path / "folder" / "found.json")
+    assert Measurement.read(tmp_path / "folder" / "found.json") == found
+
+
+def test_held_out_prompts_are_read_in_one_place() -> None:
+    def reads(file: Path) -> bool:
+        return any(
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "load"
+            and any(isinstance(part, ast.Constant) and part.value == "heldout" for part in node.args)
+            for node in ast.walk(ast.parse(file.read_text()))
+        )
+
+    assert [file.name for file in STUDY.glob("*.py") if reads(file)] == ["heldout.py"]
+
+
+def test_held_out_prompts_are_not_read_with_other_settings(tmp_path: Path) -> None:
+    run = Run(QUICK, tmp_path)
+    write(run)
+    record = {"index": 0, "setting": "first", "notes": []}
+    for task in TASKS:
+        (run.tries / task).mkdir(parents=True)
+        for method in METHODS:
+            (run.tries / task / file_name(method)).write_text(json.dumps(record))
+    assert open_heldout(run) == load(run, "heldout") == open_heldout(run)
+    (run.tries / "concise" / file_name("DSPA")).write_text(json.dumps({**record, "setting": "second"}))
+    with pytest.raises(SystemExit, match="used once"):
+        open_heldout(run)
+    with pytest.raises(SystemExit, match="used once"):
+        open_heldout(Run(replace(QUICK, seed=1), tmp_path))
+
+
+@pytest.mark.long
+def test_all_stages_after_the_saes(tmp_path: Path) -> None:
+    settings = replace(QUICK, input_layer=INPUT_LAYER, output_layer=OUTPUT_LAYER, latents=512)
+    run = Run(settings, tmp_path)
+    for link, target in ((run.input_sae, "input_sae"), (run.output_sae, "output_sae")):
+        link.symlink_to(DATA / target)
+    shutil.copytree(DATA / "model", run.model)
+    template = run.model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("('user', ", "('system', 'user', "))
+    write(run)
+    run.sae_report.write_text(json.dumps({"input_sae": {"l0": 16.0}, "output_sae": {"l0": 17.0}, "why": "shipped"}))
+    triples = (DATA / "triples.jsonl").read_text()
+    for task in TASKS:
+        run.triples(task).write_text(triples)
+    names = [stage.name for stage in STAGES]
+    later = names[names.index("fit-conditional") :]
+    run_stages(run, later)
+    report = json.loads(run.report.read_text())
+    for task in TASKS:
+        rows = report["tasks"][task]["rows"]
+        assert list(rows) == [*METHODS, *CONTROLS]
+        assert rows[UNSTEERED]["gain"] == [0, 0]
+        assert all(row["prompts"] == settings.heldout_prompts for row in rows.values())
+        assert all(len(chosen(run, task, method).notes) <= settings.tries for method in METHODS)
+        assert [point["triples"] for point in report["tasks"][task]["curve"]["DSPA"]] == list(settings.triple_counts)
+        found = measurements(run, task)["DSPA"]
+        assert np.isclose(rows["DSPA"]["reward"][0], found.rewards.mean())
+    assert set(report["costs"]["align_flops"]) == {"densities", "means", "fsrl", "dpo", "simpo"}
+    assert all(value > 0 for value in report["costs"]["align_flops"].values())
+    tables = (tmp_path / "tables.md").read_text()
+    assert all(f"| {method} |" in tables for method in METHODS)
+    for name in ("gains", "curve", "fluency"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    done = run.report.stat().st_mtime_ns
+    run_stages(run, later)
+    assert run.report.stat().st_mtime_ns == done
