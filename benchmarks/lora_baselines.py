@@ -110,7 +110,7 @@ def merge_into_copy(model: Any, adapters: Path, scale: float) -> Any:
     """A copy of the model with `scale` times what training added to its weights."""
     from peft import PeftConfig, PeftModel
 
-    config: Any = PeftConfig.from_pretrained(adapters)
+    config: Any = PeftConfig.from_pretrained(str(adapters))
     config.lora_alpha = ALPHA * scale
     with torch.no_grad():
-        return PeftModel.from_pretrained(copy.deepcopy(model), adapters, config=config).merge_and_unload().eval()
+        return PeftModel.from_pretrained(copy.deepcopy(model), str(adapters), config=config).merge_and_unload().eval()

@@ -107,7 +107,8 @@ class Measurement:
     def read(cls, file: Path) -> Measurement:
         record = json.loads(file.read_text())
         record["answers"] = tuple(Answered(**each) for each in record["answers"])
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in record.items()}
+        return cls(**fields)
 
 
 def measure(
