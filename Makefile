@@ -41,7 +41,7 @@ test: $(READY)
 test-all: test
 	$(PYTEST) --remaining-cases --ignore tests/kernels/test_cuda_kernels.py
 
-# The GPU kernels, compiled for GPUs that are not here and under sanitizers, and all tests of the CUDA kernels on threads:
+# The GPU kernels, compiled for GPUs that are not here and under sanitizers, and the tests of the CUDA kernels on threads (every pair):
 # minutes. Tests of one file share what is compiled.
 test-compilers: $(READY)
 	$(PYTEST) --dist loadfile --timeout 1200 -m 'compilers and not slow'
