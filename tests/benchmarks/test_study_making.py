@@ -124,6 +124,7 @@ def test_what_the_noise_leaves_is_a_sample_at_the_temperature_of_the_likeliest()
     shares = torch.bincount(drawn, minlength=len(scores)) / len(drawn)
     kept = scores.topk(TOP_K).indices
     expected = torch.zeros_like(scores).index_copy(0, kept, (scores[kept] / TEMPERATURE).softmax(dim=0))
+    # The noise is a hash, the same everywhere; a share of 20,000 draws has a standard deviation of at most 0.0036.
     torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
     assert set(drawn.tolist()) <= set(kept.tolist())
 

@@ -128,7 +128,7 @@ def test_random_tokens(kind: Kind, dtype: torch.dtype, massive: float) -> None:
     [pytest.param(seed, marks=pytest.mark.long if seed in (0, 5, 11, 14) else pytest.mark.slow) for seed in range(36)],
 )
 def test_ten_thousand_tokens(seed: int) -> None:
-    """Prompts of 256 tokens, for each of four kinds, two dtypes and massive channels or none. It takes half an hour:
+    """Prompts of 256 tokens, for each of four kinds, two dtypes and massive channels or none. It takes minutes:
     `make test-all` runs four of them, each kind once, `make test-slow` the others."""
     kind = (Kind(), Kind("gated", subtract_b_dec=True), Kind("batchtopk", rescaled=True), Kind("relu"))[seed % 4]
     dtype, massive = (torch.bfloat16, torch.float32)[seed // 4 % 2], (1.0, 100.0)[seed // 8 % 2]
