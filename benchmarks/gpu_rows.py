@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_read import reading
 from gpu_timing import Sampler
 from launch_shapes import LaunchShape, of_token_step
 from random_model import random_model
@@ -20,6 +21,7 @@ from dspa.bench.density_check import check_counts
 from dspa.bench.eager import PlainSae, as_delta, with_error_term
 from dspa.bench.generation import step_milliseconds, worst_case_policy
 from dspa.bench.measurements import Column, Interval, Row
+from dspa.bench.operations import READ
 from dspa.bench.timing import Way, time_column
 from dspa.kernels import SaeWeights, StepMode, encode_density
 from dspa.kernels.token_step.prepared import PreparedStep
@@ -228,6 +230,7 @@ class Rows:
         ways = [
             Way(EAGER, lambda: with_error_term(plain, hidden, latents)),
             Way(DELTA, lambda: as_delta(plain, hidden, latents)),
+            Way(READ, reading(case.sae.W_enc), case.sae.W_enc.nbytes),
         ]
         if compiled and case.shape.batch == 1:
             torch.compiler.reset()

@@ -1,5 +1,6 @@
 """A model of the Triton `token_step` launch: its time from bytes, chains of dependent loads, and programs per
-multiprocessor, to be held against the floor, the time to read `W_enc` once, and against what was measured.
+multiprocessor, to be held against the floor, a launch that does nothing but read `W_enc` once, and against what was
+measured.
 
 It knows no GPU but the one whose constants it is given. It answers which part of a launch keeps it from the floor; it
 does not replace a measurement.
@@ -11,8 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dspa.kernels.token_step.triton_kernel.structures import SLICE
-from dspa.kernels.triton_common.rows import LISTED, ROW
+from dspa.kernels.token_step.triton_kernel.structures import FINISHING, SLICE
+from dspa.kernels.triton_common.rows import IN_FLIGHT, LISTED, ROW
 from dspa.kernels.triton_common.table import Tile, blocks, for_batch, tile_of
 
 Mode = Literal["dense", "lazy"]
@@ -29,6 +30,8 @@ class Gpu:
         load_us: a load from memory that nothing else waits for.
         atomic_us: an atomic operation in L2 and the barrier of a program around it.
         launch_us: an empty launch out of a graph, between two events.
+        registers_us: what a launch of programs with this much shared memory and as many registers takes longer to
+            begin and to end than an empty one.
         shared_bytes: shared memory of a multiprocessor.
     """
 
@@ -38,13 +41,14 @@ class Gpu:
     load_us: float
     atomic_us: float
     launch_us: float
+    registers_us: float
     shared_bytes: int
 
 
 # Multiprocessors and shared memory: NVIDIA, H100 Tensor Core GPU Architecture (SXM5). The rate of reading:
-# benchmarks/results/20261126-1010-152ff9b-gpu.md. Latencies: of the order that microbenchmarks of Hopper find (a load
-# from memory 500 to 800 ns, one from L2 200 to 300 ns); an empty launch takes about 2 us.
-H100 = Gpu("sm_90", 132, 3.113e6, 0.7, 0.6, 2.0, 228 << 10)
+# benchmarks/results/20261126-1010-152ff9b-gpu.md. The others were read off clocks inside a launch, and off launches
+# that do nothing (3.4 us), only read (28.7 us for 2304 x 16384 in bfloat16) or only multiply (30.1 us).
+H100 = Gpu("sm_90", 132, 3.113e6, 0.8, 0.6, 3.4, 1.4, 228 << 10)
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Prediction:
     """Times in us.
 
     Attributes:
-        floor: to read `W_enc` once.
-        launch: an empty launch.
+        floor: to read `W_enc` once, in a launch of its own.
+        launch: one that does nothing.
         before, reading, after: preparing what the pass waits for, the pass, and the edit behind it.
     """
 
@@ -79,18 +83,24 @@ def predict(gpu: Gpu, d_model: int, d_sae: int, batch: int, mode: Mode, *, liste
         listed: entries of each row's list.
     """
     tile = for_batch(tile_of("token_step", gpu.architecture, d_model, d_sae, False), batch)
-    floor = 2 * d_model * d_sae / gpu.read_bytes_per_us
-    # The lists are prepared beside the pass; only lazy waits for them, with its first columns on the way.
+    floor = gpu.launch_us + gpu.load_us + 2 * d_model * d_sae / gpu.read_bytes_per_us
+    # The lists are prepared beside the pass; only lazy waits for them: for a list, the numbers of its latents and their
+    # rows of W_enc, sums over these, a count that others see, and what a program of the pass then looks at.
     lists = blocks(max(listed, 1), LISTED.value)
-    prepare = lists * gpu.load_us * (3 + math.ceil(d_model / ROW.value / 3)) + 2 * gpu.atomic_us
-    leaders = gpu.load_us * (1 + math.ceil(d_model / ROW.value / 3))
-    before = gpu.atomic_us + (prepare + leaders if mode == "lazy" else 0.0)
+    rows_of_weights = math.ceil(d_model / ROW.value / (2 * IN_FLIGHT.value - 1)) + 1
+    prepare = lists * gpu.load_us * (1 + rows_of_weights) + 3 * gpu.atomic_us
+    looking = gpu.atomic_us + gpu.load_us / 2
+    before = gpu.atomic_us + (prepare + looking if mode == "lazy" else 0.0)
     reading = reading_us(gpu, tile, d_model, d_sae, batch)
-    # The finish has loaded what it needs by then: a wait, the maximum, a sum over the list, a store and a last count.
-    slices = batch * blocks(d_model, SLICE.value)
-    rounds = blocks(slices, gpu.multiprocessors * resident(gpu, tile))
-    after = rounds * (2 * gpu.atomic_us + 2 * gpu.load_us) + (lists - 1) * 2 * gpu.load_us
-    return Prediction(floor, gpu.launch_us, before, reading, after)
+    # The finish has loaded what it needs by then: the maximum and the count behind it, which others see, a sum over the
+    # list, and a store.
+    slices = blocks(d_model, SLICE.value)
+    each = min(slices, blocks(batch * slices, FINISHING.value))
+    after = 3 * gpu.atomic_us + (each + lists - 1) * 1.5 * gpu.load_us
+    programs = batch + blocks(d_sae, tile.latents) + batch * blocks(slices, each)
+    waves = blocks(programs, gpu.multiprocessors * resident(gpu, tile)) if batch > 1 else 1
+    after += (waves - 1) * (2 * gpu.atomic_us + gpu.load_us)
+    return Prediction(floor, gpu.launch_us + gpu.registers_us, before, reading, after)
 
 
 def resident(gpu: Gpu, tile: Tile) -> int:
@@ -100,13 +110,15 @@ def resident(gpu: Gpu, tile: Tile) -> int:
 
 
 def reading_us(gpu: Gpu, tile: Tile, d_model: int, d_sae: int, batch: int) -> float:
-    """The pass: limited by the memory, by the bytes that its programs have asked for at a time, and by the last ones
-    of them, which leave other multiprocessors without work."""
-    groups = blocks(batch, tile.tokens)
-    programs = blocks(d_sae, tile.latents) * groups
-    on_each = resident(gpu, tile)
-    in_flight = gpu.multiprocessors * on_each * (tile.stages - 1) * 2 * tile.model * tile.latents
-    rate = min(gpu.read_bytes_per_us, in_flight / gpu.load_us)
-    most = blocks(programs, gpu.multiprocessors)  # programs that the busiest multiprocessor runs
-    bytes_of_tile = 2 * d_model * tile.latents / groups  # a tile is read from memory once, by the first of its groups
-    return gpu.load_us + most * gpu.multiprocessors * bytes_of_tile / rate
+    """The pass: limited by the memory, or by the bytes that its programs have asked for at a time. Programs that run
+    beside each other share the memory, so that the last of them only take longer if they are too few."""
+    programs = blocks(d_sae, tile.latents) * blocks(batch, tile.tokens)
+    at_a_time = gpu.multiprocessors * resident(gpu, tile)
+    last = programs % at_a_time or at_a_time
+    bytes_of_program = 2 * d_model * d_sae / programs  # a tile is read from memory once, by the first of its groups
+
+    def time(count: int, beside: int) -> float:
+        in_flight = beside * (tile.stages - 1) * 2 * tile.model * tile.latents
+        return count * bytes_of_program / min(gpu.read_bytes_per_us, in_flight / gpu.load_us)
+
+    return gpu.load_us + time(programs - last, at_a_time) + time(last, last)

@@ -23,7 +23,8 @@ SHAPES = [(2304, 16384), (3584, 16384), (4096, 65536), (3584, 131072)]
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 def test_a_launch_takes_longer_than_its_floor(shape: tuple[int, int], batch: int, mode: Mode) -> None:
     predicted = predict(H100, *shape, batch, mode)
-    assert predicted.floor < predicted.reading < predicted.total
+    assert 0 < predicted.reading < predicted.total
+    assert predicted.floor < predicted.total
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,19 +45,18 @@ def test_the_programs_of_the_table_keep_the_memory_busy(shape: tuple[int, int]) 
 
 
 @pytest.mark.parametrize(
-    ("shape", "least"), [((2304, 16384), 0.75), ((4096, 65536), 0.9), ((3584, 131072), 0.92)], ids=str
+    ("shape", "least"), [((2304, 16384), 0.85), ((4096, 65536), 0.92), ((3584, 131072), 0.92)], ids=str
 )
 def test_dense_is_near_its_floor(shape: tuple[int, int], least: float) -> None:
-    """The goal at 2304 x 16384 is 0.85: an empty launch, a wave of programs that ends at two times and the edit cost
-    7 us where the floor is 24."""
     assert predict(H100, *shape, 1, "dense").share_of_floor >= least
 
 
 @pytest.mark.parametrize(
-    ("shape", "most"), [((2304, 16384), 1.3), ((4096, 65536), 1.1), ((3584, 131072), 1.1)], ids=str
+    ("shape", "most"), [((2304, 16384), 1.2), ((4096, 65536), 1.1), ((3584, 131072), 1.1)], ids=str
 )
 def test_lazy_that_needs_the_maximum_is_near_dense(shape: tuple[int, int], most: float) -> None:
-    """The goal is 1.1; at 2304 x 16384 the 9 us of the preparation are more than that."""
+    """The goal is 1.1; at 2304 x 16384 the 6 us of the preparation are more than that. To read meanwhile makes a token
+    that needs the maximum faster, and those that do not, which are more, slower by as much (docs/kernels.md)."""
     assert predict(H100, *shape, 1, "lazy").total <= most * predict(H100, *shape, 1, "dense").total
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,6 +265,30 @@ def test_compiles_without_a_graph_break(gpu: Backend) -> None:
 
     compiled = torch.compile(edited, fullgraph=True)  # by inductor, in a dry run as well
     assert same_bits(compiled(hidden), edited(hidden))
+
+
+@ON_A_GPU
+def test_steps_of_a_static_cache_are_compiled_and_captured(gpu: Backend) -> None:
+    """transformers does both, in a trial run and a capture during which nothing may be made that stays."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import dspa
+    from dspa.bench.generation import worst_case_policy
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512}
+    model: Any = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    model.eval().to(DEVICE)
+    policy = worst_case_policy(model, 1, 1024, DEVICE)
+    prompt, new = torch.arange(2, 34, device=DEVICE)[None], 8
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    found = []
+    for cache in ({}, {"cache_implementation": "static"}, {"cache_implementation": "static"}):
+        torch.compiler.reset()
+        with dspa.steer(model, policy, backend=gpu.name) as steering:
+            found.append(model.generate(prompt, **options, **cache))
+        assert steering.summary().tokens_edited == new
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @ON_A_GPU

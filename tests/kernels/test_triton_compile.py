@@ -67,7 +67,7 @@ def test_the_loops_of_a_token_step_load_ahead(spanning: list[dict[str, object]])
     steps = [k for k in spanning if k["kernel"] == "token_step_kernel" and str(k["architecture"]).startswith("sm_")]
     assert steps
     for step in steps:
-        assert {"pass_tile", "products_of"} <= set(step["copying_ahead"]), step  # pyright: ignore[reportArgumentType]
+        assert {"tile_products", "products_of"} <= set(step["copying_ahead"]), step  # pyright: ignore[reportArgumentType]
     plain = [k for k in steps if k["architecture"] == "sm_90" and k["is_plain"]]
     assert plain
     assert all(k["multiplying_ahead"] for k in plain)

@@ -324,7 +324,8 @@ def test_others_wait_for_a_program_that_is_late() -> None:
     run(sae, rows, edits, "screened")
     codes = codes_of(sae, rows)
     assert codes is not None
-    for late in (0, 1, 2, 4, 5, 7, 8, 9):  # prepare, screen, pass and finish: the first and the last of each
+    # Prepare, bound, screen, pass, finish and clear: the first and the last of each.
+    for late in (0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12):
         scratch = screen_scratch_of(sae, codes, 2)
         for numbers in (scratch.uppers, scratch.norms, scratch.exact_inputs):
             numbers.fill_(torch.nan)

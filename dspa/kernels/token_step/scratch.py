@@ -12,7 +12,8 @@ from dspa.kernels.operands import is_being_captured
 from dspa.sae.weights import SaeWeights
 
 LEAST_ROWS = 256
-OF_COMPILED_CODE, SPARE = -1, -2  # in place of a stream
+DEFAULT_STREAM, OF_COMPILED_CODE = 0, -1
+SPARES = (-2, -3)  # in place of a stream
 
 Key = tuple[int, int, int]  # stream, rows, entries of a list
 Scratch = TypeVar("Scratch")
@@ -34,9 +35,10 @@ def kept(
     """The scratch of an SAE for some size on the current stream, made at its first use and kept as long as the SAE.
 
     Steps on different streams may run at the same time, so each stream has its own. A captured graph keeps that of the
-    stream it was captured on. As nothing can be made during a capture, and compiled code does not see the stream, the
-    first step on a GPU makes two more: one for code that `torch.compile` compiles, and a spare for the next stream on
-    which a graph is captured. Without a spare a graph makes its own, anew at every replay, which is not kept.
+    stream it was captured on. Nothing that is kept may be made during a capture, nor in the run before one by which
+    `torch.compile` finds out what a graph takes, and compiled code does not see the stream. So the first step on a GPU
+    makes more: one for code that is compiled, and spares for other streams, which steps on the default stream replace.
+    Without a spare a graph makes its own, anew at every replay, which is not kept.
     """
     of_sae = of_all.get(sae)
     if of_sae is None:
@@ -50,21 +52,36 @@ def kept(
         return scratch
     key = (stream_of(sae.device) if has_streams else 0, rows, entries)
     scratch = of_sae.get(key)
-    if scratch is not None:
+    if not has_streams:
+        if scratch is None:
+            scratch = of_sae[key] = outside_of_inference(make)
         return scratch
-    spare = (SPARE, rows, entries)
-    if has_streams and is_being_captured(sae.device):
-        if spare not in of_sae:
+    is_default = key[0] == DEFAULT_STREAM
+    if scratch is not None and (
+        not is_default or (SPARES[-1], rows, entries) in of_sae or is_being_captured(sae.device)
+    ):
+        return scratch
+    spares = [(spare, rows, entries) for spare in SPARES]
+    is_captured = is_being_captured(sae.device)
+    if not is_default or is_captured:
+        spare = next((spare for spare in spares if spare in of_sae), None)
+        if spare is not None:
+            scratch = of_sae[key] = of_sae.pop(spare)
+            return scratch
+        if is_captured:
             return make()
-        scratch = of_sae[key] = of_sae.pop(spare)
-        return scratch
-    with torch.inference_mode(False):  # tensors of that mode could not be written outside of it
-        for each in (key, (OF_COMPILED_CODE, rows, entries), spare) if has_streams else (key,):
-            if each not in of_sae:
-                of_sae[each] = make()
-    if has_streams and torch.cuda.is_initialized():  # the spare is used on another stream first
+    for each in (key, (OF_COMPILED_CODE, rows, entries), *spares):
+        if each not in of_sae:
+            of_sae[each] = outside_of_inference(make)
+    if torch.cuda.is_initialized():  # spares are used on another stream first
         torch.cuda.current_stream(sae.device).synchronize()
     return of_sae[key]
+
+
+def outside_of_inference(make: Callable[[], Scratch]) -> Scratch:
+    """Made so that it can be written outside of inference mode too."""
+    with torch.inference_mode(False):
+        return make()
 
 
 def runs_on_streams(device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from dspa.kernels.token_step.scratch import Key, kept, rows_for
 from dspa.kernels.token_step.triton_kernel.kernel import token_step_kernel
 from dspa.kernels.token_step.triton_kernel.screening import EXACT, NORMS, Screen
 from dspa.kernels.token_step.triton_kernel.structures import (
+    FINISHING,
     NUMBERS,
     RECENT,
     SLICE,
@@ -40,7 +41,7 @@ from dspa.kernels.triton_common.launch import (
     with_aligned_rows,
 )
 from dspa.kernels.triton_common.rows import Decoder, Hidden
-from dspa.kernels.triton_common.table import blocks, for_batch
+from dspa.kernels.triton_common.table import Tile, blocks, for_batch
 from dspa.kernels.triton_common.tiles import Encoder
 from dspa.kernels.types import CsrMap, EditKind, EditList, TokenStats
 from dspa.sae.weights import SaeWeights
@@ -54,7 +55,7 @@ class StepScratch:
     """The tensors of `Scratch`, for one SAE and one stream. Two steps that use it must not run at the same time."""
 
     counters: Tensor
-    states: Tensor
+    bars: Tensor
     numbers: Tensor
     maxima: Tensor
     listed: Tensor
@@ -68,7 +69,7 @@ class StepScratch:
 
         return cls(
             counters=zeros(4),
-            states=zeros(batch),
+            bars=zeros(batch, dtype=torch.float32),
             numbers=zeros(batch, NUMBERS.value, dtype=torch.float32),
             maxima=zeros(batch, dtype=torch.int64),
             listed=zeros(batch, k, dtype=torch.float32),
@@ -78,7 +79,7 @@ class StepScratch:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order of the fields of `Scratch`."""
-        return (self.counters, self.states, self.numbers, self.maxima, self.listed, self.ranks, self.recent_argmax)
+        return (self.counters, self.bars, self.numbers, self.maxima, self.listed, self.ranks, self.recent_argmax)
 
     def reset(self) -> None:
         """As it has to be found by a launch, whatever one before has left."""
@@ -142,11 +143,20 @@ def screen_arguments(hidden: Tensor, sae: SaeWeights, mode: StepMode | None) -> 
 
 
 def columns_ahead(W_enc: Tensor) -> int:
-    """How many columns of `W_enc` a program asks for before it knows whether they are needed: at most an eighth of the
-    pass, so that a token that does without it hardly notices. On NVIDIA GPUs only."""
+    """How many columns of `W_enc`, or of its codes, the first programs ask for before they know whether they are
+    needed: at most an eighth of a row. On NVIDIA GPUs only."""
     columns = BYTES_AHEAD // W_enc.element_size()
     is_nvidia = launching.architecture(W_enc.device).startswith("sm_")
     return columns if is_nvidia and W_enc.shape[1] >= 8 * columns else 0
+
+
+def programs_of(batch: int, d_model: int, d_sae: int, tile: Tile, activation: str, mode: StepMode) -> int:
+    """How many programs a launch has: see `triton_kernel/kernel.py`."""
+    preparing = batch if mode == "dense" or activation == "topk" else 2 * batch
+    passing = blocks(d_sae, tile.latents) * blocks(batch, tile.tokens) * (2 if mode == "screened" else 1)
+    slices = blocks(d_model, SLICE.value)
+    each = min(slices, blocks(batch * slices, FINISHING.value))  # as `slices_each`
+    return preparing + passing + batch * blocks(slices, each) + 1
 
 
 def step_launch(
@@ -177,7 +187,7 @@ def step_launch(
     maximum_known: Tensor | None,
     latent_edits: Tensor | None,
     counters: Tensor,
-    states: Tensor,
+    bars: Tensor,
     numbers: Tensor,
     maxima: Tensor,
     listed: Tensor,
@@ -229,10 +239,10 @@ def step_launch(
             codes, factors, exact, exact_columns, is_exact, exact_inputs, norms, floors, uppers, screened,  # pyright: ignore[reportArgumentType]
             latents_of_codes, width,
         )  # fmt: skip
-    passes = blocks(d_sae, tile.latents) * blocks(batch, tile.tokens)
+    mode = "screened" if screen is not None else "lazy" if lazy else "dense"
     return launch_of(
         token_step_kernel,
-        batch + passes * (1 if screen is None else 2) + batch * blocks(d_model, SLICE.value),
+        programs_of(batch, d_model, d_sae, tile, activation, mode),
         {
             "hidden": Hidden(hidden, row_stride_of(hidden), hidden.stride(1)),
             "encoder": Encoder(W_enc, b_enc, threshold, b_dec, decoder_norm, magnitude_scale, magnitude_bias),
@@ -240,7 +250,7 @@ def step_launch(
             "edits": Edits(latents, signs, counts, latents.shape[1]),
             "strength": Strength(float(alpha), aligned(alpha_of_row), aligned(enabled)),
             "stats": stats,
-            "scratch": Scratch(counters, states, numbers, maxima, listed, ranks, recent_argmax),
+            "scratch": Scratch(counters, bars, numbers, maxima, listed, ranks, recent_argmax),
             "prompt": prompt,
             "screen": screen,
             "batch": batch,
@@ -257,6 +267,8 @@ def step_launch(
             "TOKENS": tile.tokens,
             "MODEL": tile.model,
             "AHEAD": columns_ahead(W_enc),
+            # What is selected by rank is read anyway, and the ranks come after the products.
+            "EARLY": x_parts == 0 and activation == "topk" and not lazy,
         },
         tile,
         hidden.device,
@@ -275,7 +287,7 @@ run.__signature__ = inspect.signature(step_launch).replace(return_annotation=Non
 
 _WRITTEN = (
     "hidden", "seen", "edited", "nonfinite", "maximum", "maximum_sum", "maximum_known", "latent_edits",
-    "counters", "states", "numbers", "maxima", "listed", "ranks", "recent_argmax",
+    "counters", "bars", "numbers", "maxima", "listed", "ranks", "recent_argmax",
     "exact_inputs", "norms", "floors", "uppers", "screened",
 )  # fmt: skip
 

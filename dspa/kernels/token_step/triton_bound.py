@@ -65,6 +65,7 @@ class BoundTritonStep:
         self._batch = batch = hidden.shape[0]
         self._row_stride = row_stride_of(self._hidden[:1])
         self._every_row, self._uncounted = unread_of(sae, batch, self._device)
+        self._no_row = torch.zeros_like(self._every_row)
         strengths = [alpha] if isinstance(alpha, Tensor) else []
         self._watched = [*sae.tensors().values(), edits.latents, edits.signs, edits.counts, *strengths]
         self._addresses = [*map(_address, self._watched)]
@@ -104,15 +105,14 @@ class BoundTritonStep:
 
     def lay_out(self) -> Any:
         """Adds the launch for the current stream, and returns the compiled kernel. It is made once in the ordinary way,
-        on no enabled row.
+        on no enabled row. Allocates nothing that stays, as a graph may be about to be captured on the stream.
 
         Raises:
             AttributeError: if this Triton is put together in another way than those that are known.
         """
         lists = (self._edits.latents, self._edits.signs, self._edits.counts)
-        no_row = torch.zeros_like(self._every_row)
         launch = step_launch(
-            *step_arguments(self._hidden, self._sae, lists, self._alpha, no_row, self._uncounted, self._mode)
+            *step_arguments(self._hidden, self._sae, lists, self._alpha, self._no_row, self._uncounted, self._mode)
         )
         compiled = launch.run()
         self._launches[driver.active.get_current_stream(self._device.index)] = DirectLaunch(launch, compiled, VARYING)

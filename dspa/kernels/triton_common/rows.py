@@ -54,7 +54,9 @@ def products_of(
     product = tl.zeros([latents.shape[0], ROW], tl.float32)
     magnitude = tl.zeros([latents.shape[0], ROW], tl.float32)
     dirty = tl.zeros([ROW], tl.int32)
-    for first in tl.range(0, d_model, ROW, num_stages=IN_FLIGHT):
+    # As many bytes of 16-bit weights as of 32-bit ones: most of a row of a small model at once.
+    STAGES: tl.constexpr = IN_FLIGHT * 32 // encoder.W_enc.dtype.element_ty.primitive_bitwidth
+    for first in tl.range(0, d_model, ROW, num_stages=STAGES):
         at = first + columns
         inside = at < d_model
         h = tl.load(begin + at * column_stride, mask=inside, other=0.0)

@@ -20,6 +20,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 FETCHED = tl.constexpr(256)  # columns of a row that are asked for at a time
+SECTOR = tl.constexpr(32)  # bytes that come for each that is asked for; a line of the cache has four
 
 
 class Encoder(NamedTuple):
@@ -295,11 +296,11 @@ def fetch_ahead(begin, columns: tl.constexpr):
 
     Args:
         begin: `[rows]`, where each row begins.
-        columns: how many of a row; a power of 2, at least a line of the cache, 128 bytes.
+        columns: how many of a row; a power of 2, at least a sector of the cache.
     """
-    line: tl.constexpr = 1024 // begin.dtype.element_ty.primitive_bitwidth
-    lines: tl.constexpr = columns // line
-    at = begin[:, None] + (tl.arange(0, lines) * line)[None, :]
+    sector: tl.constexpr = 8 * SECTOR // begin.dtype.element_ty.primitive_bitwidth
+    sectors: tl.constexpr = columns // sector
+    at = begin[:, None] + (tl.arange(0, sectors) * sector)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -325,6 +326,13 @@ def announce(counter):
     """Adds 1 to a counter. Programs that wait for it see all earlier writes of this one."""
     tl.debug_barrier()  # a release covers what the other threads of this program wrote only behind a barrier
     return tl.atomic_add(counter, 1, sem="acq_rel")
+
+
+@triton.jit
+def take_leave(counter):
+    """Adds 1 to a counter, by a program that has only read what others may now overwrite."""
+    tl.debug_barrier()  # all its threads have
+    tl.atomic_add(counter, 1, sem="relaxed")
 
 
 @triton.jit

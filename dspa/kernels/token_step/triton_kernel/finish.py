@@ -1,4 +1,4 @@
-"""The last part: the edit of a row, its counters, and the scratch cleared for the next launch."""
+"""The last parts: the edit of a row, its counters, and the scratch cleared for the next launch."""
 # Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
 # pyright: reportGeneralTypeIssues=false
 
@@ -7,13 +7,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dspa.kernels.token_step.triton_kernel.rows import alpha_of, count_of, entries_of, packed_latent, packed_value
+from dspa.kernels.token_step.triton_kernel.encoder_pass import agreed, any_unsettled
+from dspa.kernels.token_step.triton_kernel.rows import (
+    alpha_of,
+    count_of,
+    entries_of,
+    packed_latent,
+    packed_value,
+    preparing,
+)
 from dspa.kernels.token_step.triton_kernel.structures import (
     DISABLED,
     FINISHED,
     LARGEST,
     NUMBERS,
-    OPEN,
     PASSED,
     PREPARED,
     RECENT,
@@ -22,7 +29,7 @@ from dspa.kernels.token_step.triton_kernel.structures import (
     SLICE,
 )
 from dspa.kernels.triton_common.rows import LISTED
-from dspa.kernels.triton_common.tiles import announce, is_finite, narrow, wait_for, widen
+from dspa.kernels.triton_common.tiles import is_finite, narrow, take_leave, wait_for, widen
 
 CLEARED = tl.constexpr(256)  # elements cleared at a time
 
@@ -103,10 +110,11 @@ def remember(recent_argmax, best):
 
 
 @triton.jit
-def clear(passes, batch, edits, scratch, ACTIVATION: tl.constexpr):
-    """Leaves the scratch as a launch has to find it. No other program uses it any more, once all passes are over,
-    including those that no row waited for."""
+def clear(finishes, passes, batch, edits, scratch, ACTIVATION: tl.constexpr):
+    """Leaves the scratch as a launch has to find it, once no other program uses it any more: all passes are over,
+    including those that no row waited for, and those who finish have read what is cleared."""
     wait_for(scratch.counters + PASSED, passes)
+    wait_for(scratch.counters + FINISHED, finishes)
     for first in range(0, batch, CLEARED):
         rows = first + tl.arange(0, CLEARED)
         tl.store(scratch.maxima + rows, tl.zeros([CLEARED], tl.int64), mask=rows < batch)
@@ -119,21 +127,21 @@ def clear(passes, batch, edits, scratch, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def finish(
-    row, piece, slices, passes, hidden, encoder, decoder, edits, strength, stats, scratch, batch, d_model, k,
+    row, piece, each, passes, hidden, encoder, decoder, edits, strength, stats, scratch, batch, d_model, k,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
-    """Writes the edit of a row to a slice of its columns. The first program of a row counts it as well, and the last
-    one of the launch clears the scratch."""
-    columns = piece * SLICE + tl.arange(0, SLICE)
+    """Writes the edit of a row to some slices of its columns. The first program of a row counts it as well."""
+    begin = hidden.rows + row.to(tl.int64) * hidden.row_stride
+    first_column = piece * each * SLICE
+    columns = first_column + tl.arange(0, SLICE)
     inside = columns < d_model
-    at = hidden.rows + row.to(tl.int64) * hidden.row_stride + columns * hidden.column_stride
     numbers = scratch.numbers + row * NUMBERS
     alpha = alpha_of(strength, row, True)
-    wait_for(scratch.counters + PREPARED, batch)
-    state = tl.load(scratch.states + row, cache_modifier=".cg")
+    wait_for(scratch.counters + PREPARED, preparing(batch, ACTIVATION, LAZY))
+    bar = tl.load(scratch.bars + row, cache_modifier=".cg")
     largest = tl.load(numbers + LARGEST, cache_modifier=".cg")
     scale = tl.load(numbers + SCALE, cache_modifier=".cg")
-    finite = (state == OPEN) | (state == SETTLED)
+    finite = ~(bar < 0.0) | (bar == SETTLED)
     count = count_of(edits, row)
     if ~finite | (largest == 0.0):  # no listed latent is active
         count = 0
@@ -142,14 +150,19 @@ def finish(
     latents, signs, listed = entries_of(edits, row, 0, count)
     score = listed_scores(row, 0, listed, edits, scratch)
     w = decoder_weights(latents, score > 0.0, columns, inside, decoder, d_model)
-    h = tl.load(at, mask=inside & (count > 0), other=0.0)
+    h = tl.load(begin + columns * hidden.column_stride, mask=inside & (count > 0), other=0.0)
 
+    is_open = ~(bar < 0.0)
+    best = tl.cast(0, tl.int64)
     if LAZY:
-        if state == OPEN:
-            wait_for(scratch.counters + PASSED, passes)
-    else:
+        zeros = tl.zeros([LISTED], tl.int32)
+        was_open = is_open
+        is_open = any_unsettled(bar + zeros, row + zeros, zeros == 0, strength, scratch.maxima)
+        if was_open & ~is_open:  # by a maximum that may still rise
+            best = agreed(tl.load(scratch.maxima + row, volatile=True))
+    if is_open:
         wait_for(scratch.counters + PASSED, passes)
-    best = tl.load(scratch.maxima + row, cache_modifier=".cg")
+        best = tl.load(scratch.maxima + row, cache_modifier=".cg")
     maximum = tl.maximum(packed_value(best), largest)
     step = alpha * maximum
     f = activations_of(score, row, 0, listed, edits, scratch, k, ACTIVATION)
@@ -157,7 +170,7 @@ def finish(
     for first in range(LISTED, count, LISTED):
         _, more_signs, more = active_entries(row, first, count, edits, scratch, k, ACTIVATION)
         needed |= stays(more, more_signs, step)
-    needed &= state == OPEN
+    needed &= is_open
     finite &= is_finite(maximum) | ~needed
     change = difference(f, signs, step, needed)
     finite &= tl.max((~is_finite(change)).to(tl.int32), axis=0) == 0
@@ -168,19 +181,24 @@ def finish(
         finite &= tl.max((~is_finite(more)).to(tl.int32), axis=0) == 0
         edited |= tl.max((more != 0.0).to(tl.int32), axis=0) != 0
     edited &= finite
-    is_last = False
     if ACTIVATION != "topk":  # it has read what will be cleared
-        is_last = announce(scratch.counters + FINISHED) == batch * slices - 1
+        take_leave(scratch.counters + FINISHED)
 
     if edited:
-        decoded = tl.zeros([SLICE], tl.float32) + decode(w, change, latents, encoder, scale, NORMALIZATION)
-        for first in range(LISTED, count, LISTED):
-            others, more_signs, more = active_entries(row, first, count, edits, scratch, k, ACTIVATION)
-            more = difference(more, more_signs, step, needed)
-            more_w = decoder_weights(others, more != 0.0, columns, inside, decoder, d_model)
-            decoded += decode(more_w, more, others, encoder, scale, NORMALIZATION)
-        tl.store(at, narrow(widen(h) + decoded, hidden.rows.dtype.element_ty), mask=inside)
-    if (piece == 0) & (state != DISABLED):
+        for ahead in range(SLICE, (each + 1) * SLICE, SLICE):
+            decoded = tl.zeros([SLICE], tl.float32) + decode(w, change, latents, encoder, scale, NORMALIZATION)
+            for first in range(LISTED, count, LISTED):
+                others, more_signs, more = active_entries(row, first, count, edits, scratch, k, ACTIVATION)
+                more = difference(more, more_signs, step, needed)
+                more_w = decoder_weights(others, more != 0.0, columns, inside, decoder, d_model)
+                decoded += decode(more_w, more, others, encoder, scale, NORMALIZATION)
+            edited_h = narrow(widen(h) + decoded, hidden.rows.dtype.element_ty)
+            tl.store(begin + columns * hidden.column_stride, edited_h, mask=inside)
+            columns = first_column + ahead + tl.arange(0, SLICE)
+            inside = (columns < d_model) & (ahead < each * SLICE)
+            w = decoder_weights(latents, change != 0.0, columns, inside, decoder, d_model)
+            h = tl.load(begin + columns * hidden.column_stride, mask=inside, other=0.0)
+    if (piece == 0) & (bar != DISABLED):
         if stats is not None:
             for first in range(0, count, LISTED):
                 others, more_signs, more = active_entries(row, first, count, edits, scratch, k, ACTIVATION)
@@ -201,6 +219,4 @@ def finish(
             remember(scratch.recent_argmax + row * RECENT, best)
 
     if ACTIVATION == "topk":
-        is_last = announce(scratch.counters + FINISHED) == batch * slices - 1
-    if is_last:
-        clear(passes, batch, edits, scratch, ACTIVATION)
+        take_leave(scratch.counters + FINISHED)

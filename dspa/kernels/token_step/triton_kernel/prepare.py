@@ -1,4 +1,4 @@
-"""The first part: scores of the listed latents of a row, and whether the row needs the pass."""
+"""The first part: scores of the listed latents of a row, and beside it a lower bound of its maximum."""
 # Inside kernels, pyright takes calls of other kernels for calls from Python, which do not return.
 # pyright: reportGeneralTypeIssues=false
 
@@ -8,15 +8,13 @@ import triton
 import triton.language as tl
 
 from dspa.kernels.lookup.triton_row import lookup_row
-from dspa.kernels.token_step.triton_kernel.rows import alpha_of, count_of, entries_of, is_enabled
+from dspa.kernels.token_step.triton_kernel.rows import alpha_of, count_of, is_enabled, packed, places_of
 from dspa.kernels.token_step.triton_kernel.structures import (
-    BAR,
     DISABLED,
     FACTOR,
     LARGEST,
     NONFINITE,
     NUMBERS,
-    OPEN,
     RECENT,
     SCALE,
     SETTLED,
@@ -27,16 +25,16 @@ from dspa.kernels.triton_common.tiles import is_finite, normalizer, numbers_of, 
 
 
 @triton.jit
-def bound_by_recent_argmax(
-    row, begin, column_stride, encoder, recent_argmax, shift, factor, d_model, d_sae,
+def bound_by_latents(
+    latents, begin, column_stride, encoder, shift, factor, d_model, d_sae,
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr,
 ):  # fmt: skip
-    """A lower bound of the maximum that the pass would find, from recent argmax latents; 0 without any.
+    """A lower bound of the maximum that the pass would find, from some latents, and which of them proves it; 0 without
+    any.
 
     A product differs from the exact one by at most d_model roundings of its absolute terms, 2^-24 each in float32 and
     less than 2^-22 on a tensor core. `slack` allows for twice that, for this computation and for that of the pass.
     """
-    latents = tl.load(recent_argmax + row * RECENT + tl.arange(0, RECENT))
     known = (latents >= 0) & (latents < d_sae)
     bias, norm, scale, offset = numbers_of(encoder, latents, known, ACTIVATION)
     product, magnitude, _ = products_of(
@@ -52,7 +50,9 @@ def bound_by_recent_argmax(
         lowest = product * scale + offset - slack * tl.abs(scale) - unit * tl.abs(offset)
     else:
         active = lowest > offset
-    return tl.max(tl.where(known & active & (lowest > 0.0), lowest, 0.0), axis=0)
+    proven = tl.where(known & active & (lowest > 0.0), lowest, 0.0)
+    best = tl.max(proven, axis=0)
+    return best, tl.max(tl.where(proven == best, latents, 0), axis=0)
 
 
 @triton.jit
@@ -61,13 +61,13 @@ def prepare(
     ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr, LAZY: tl.constexpr,
     EDIT: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """Looks up the list of a row, if it has a prompt; scores the listed latents; and decides whether the row needs the
-    pass."""
+    """Looks up the list of a row, if it has a prompt; scores the listed latents; and settles the row if they show that
+    it does not need M_t."""
     if prompt is not None:
         lookup_row(row, prompt, edits.latents, edits.signs, edits.counts, edits.capacity, EDIT, GUARD)
-    state = DISABLED
+    state = tl.cast(DISABLED, tl.float32)
     if is_enabled(strength, row):
-        state = NONFINITE
+        state = tl.cast(NONFINITE, tl.float32)
         begin = hidden.rows + row.to(tl.int64) * hidden.row_stride
         zero = tl.zeros([1, 1], tl.int32)
         shift, factor, scale = normalizer(begin + zero, hidden.column_stride, d_model, zero == 0, NORMALIZATION, ROW)
@@ -76,8 +76,10 @@ def prepare(
         scale = as_scalar(scale)
         count = count_of(edits, row)
         largest, finite, never = 0.0, is_finite(scale), 0
+        latents, signs = places_of(edits, row, 0)  # does not wait for the count
         for first in range(0, tl.maximum(count, 1), LISTED):
-            latents, signs, listed = entries_of(edits, row, first, count)
+            listed = first + tl.arange(0, LISTED) < count
+            latents = tl.where(listed, latents, 0)
             of_latents = numbers_of(encoder, latents, listed, ACTIVATION)
             product, _, clean = products_of(
                 latents, listed, begin, hidden.column_stride, encoder, shift, factor, d_model, NORMALIZATION
@@ -87,6 +89,7 @@ def prepare(
             tl.store(scratch.listed + row * edits.capacity + first + tl.arange(0, LISTED), score, mask=listed)
             largest = tl.maximum(largest, tl.max(tl.where(score > 0.0, score, 0.0), axis=0))
             never |= tl.max(((score > 0.0) & (signs > 0)).to(tl.int32), axis=0)
+            latents, signs = places_of(edits, row, first + LISTED)
         bar = largest
         if ACTIVATION == "topk":
             never = 1
@@ -97,18 +100,28 @@ def prepare(
         tl.store(numbers + FACTOR, factor)
         tl.store(numbers + SCALE, scale)
         tl.store(numbers + LARGEST, largest)
-        tl.store(numbers + BAR, bar)
         if finite:
-            state = OPEN
+            state = bar
             if LAZY:
                 alpha = alpha_of(strength, row, True)
                 if (largest == 0.0) | (bar <= alpha * largest):
-                    state = SETTLED
-                elif never == 0:
-                    floor = bound_by_recent_argmax(
-                        row, begin, hidden.column_stride, encoder, scratch.recent_argmax, shift, factor, d_model, d_sae,
-                        ACTIVATION, NORMALIZATION,
-                    )  # fmt: skip
-                    if bar <= alpha * floor:
-                        state = SETTLED
-    tl.store(scratch.states + row, state)
+                    state = tl.cast(SETTLED, tl.float32)
+    tl.store(scratch.bars + row, state)
+
+
+@triton.jit
+def bound(
+    row, hidden, encoder, strength, scratch, d_model, d_sae, ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr
+):  # fmt: skip
+    """Raises the maximum of a row to what its recent argmax latents prove, before the pass does so further."""
+    latents = tl.load(scratch.recent_argmax + row * RECENT + tl.arange(0, RECENT))
+    if is_enabled(strength, row) & (tl.max(latents, axis=0) >= 0):
+        begin = hidden.rows + row.to(tl.int64) * hidden.row_stride
+        zero = tl.zeros([1, 1], tl.int32)
+        shift, factor, _ = normalizer(begin + zero, hidden.column_stride, d_model, zero == 0, NORMALIZATION, ROW)
+        floor, latent = bound_by_latents(
+            latents, begin, hidden.column_stride, encoder, as_scalar(shift), as_scalar(factor), d_model, d_sae,
+            ACTIVATION, NORMALIZATION,
+        )  # fmt: skip
+        if floor > 0.0:
+            tl.atomic_max(scratch.maxima + row, packed(floor, latent), sem="relaxed")

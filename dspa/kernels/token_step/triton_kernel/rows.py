@@ -7,7 +7,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dspa.kernels.token_step.triton_kernel.structures import FINISHING
 from dspa.kernels.triton_common.rows import LISTED
+
+
+@triton.jit
+def preparing(batch, ACTIVATION: tl.constexpr, LAZY: tl.constexpr):
+    """How many programs come before all others: one for each row and, where M_t is bounded, another one."""
+    programs = batch
+    if LAZY and ACTIVATION != "topk":
+        programs = 2 * batch
+    return programs
+
+
+@triton.jit
+def slices_each(batch, slices):
+    """How many slices of a row a program finishes."""
+    return tl.minimum(slices, tl.cdiv(batch * slices, FINISHING))
 
 
 @triton.jit
@@ -32,15 +48,22 @@ def count_of(edits, row):
 
 
 @triton.jit
-def entries_of(edits, row, first, count):
-    """16 entries of a list: latents, signs, and which of them are there; latent 0 where none is. The loads do not wait
-    for the count."""
+def places_of(edits, row, first):
+    """What 16 places of a list hold, latents and signs: anything, where there is no entry."""
     entries = first + tl.arange(0, LISTED)
-    listed = entries < count
     at = row.to(tl.int64) * edits.capacity + entries
     latents = tl.load(edits.latents + at, mask=entries < edits.capacity, other=0)
     signs = tl.load(edits.signs + at, mask=entries < edits.capacity, other=0)
-    return tl.where(listed, latents, 0), signs.to(tl.int32), listed
+    return latents, signs.to(tl.int32)
+
+
+@triton.jit
+def entries_of(edits, row, first, count):
+    """16 entries of a list: latents, signs, and which of them are there; latent 0 where none is. The loads do not wait
+    for the count."""
+    latents, signs = places_of(edits, row, first)
+    listed = first + tl.arange(0, LISTED) < count
+    return tl.where(listed, latents, 0), signs, listed
 
 
 @triton.jit

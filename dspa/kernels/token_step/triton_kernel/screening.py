@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dspa.kernels.token_step.triton_kernel.rows import alpha_of, packed, packed_value
-from dspa.kernels.token_step.triton_kernel.structures import BAR, DISABLED, FACTOR, NUMBERS, OPEN, SHIFT
+from dspa.kernels.token_step.triton_kernel.structures import DISABLED, FACTOR, NUMBERS, SHIFT
 from dspa.kernels.triton_common.tiles import (
     INTERPRETED,
     add_products,
@@ -234,8 +234,8 @@ def possible_maxima(tile, rows, batch, strength, scratch, screen, LATENTS: tl.co
     """
     latents = tile * LATENTS + tl.arange(0, LATENTS)
     is_open = rows < batch
-    is_open &= tl.load(scratch.states + rows, mask=is_open, other=DISABLED, cache_modifier=".cg") == OPEN
-    bar = tl.load(scratch.numbers + rows * NUMBERS + BAR, mask=is_open, other=0.0, cache_modifier=".cg")
+    bar = tl.load(scratch.bars + rows, mask=is_open, other=DISABLED, cache_modifier=".cg")
+    is_open &= ~(bar < 0.0)
     floor = packed_value(tl.load(screen.floors + rows, mask=is_open, other=0, cache_modifier=".cg"))
     is_open &= ~(bar <= alpha_of(strength, rows, is_open) * floor)
     at = screen.uppers + rows.to(tl.int64)[None, :] * screen.latents + latents[:, None]

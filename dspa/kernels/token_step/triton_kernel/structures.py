@@ -8,21 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 RECENT = tl.constexpr(16)  # argmax latents kept for a row
-SLICE = tl.constexpr(512)  # columns of the model that one program edits
+SLICE = tl.constexpr(512)  # columns of the model that are edited at a time
+BESIDE = tl.constexpr(256)  # programs of the pass that start beside those that prepare; later ones hardly wait for them
+FINISHING = tl.constexpr(256)  # programs that finish; more of them would not fit on a GPU at a time
 
 # Counters of a launch.
 STARTED, PREPARED, PASSED, FINISHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-# States of a row.
-DISABLED, NONFINITE, SETTLED, OPEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# Bars of rows that need no pass.
+DISABLED, NONFINITE, SETTLED = tl.constexpr(-1.0), tl.constexpr(-2.0), tl.constexpr(-3.0)
 # Numbers of a row.
-SHIFT, FACTOR, SCALE, LARGEST, BAR = (
-    tl.constexpr(0),
-    tl.constexpr(1),
-    tl.constexpr(2),
-    tl.constexpr(3),
-    tl.constexpr(4),
-)
-NUMBERS = tl.constexpr(5)
+SHIFT, FACTOR, SCALE, LARGEST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+NUMBERS = tl.constexpr(4)
 
 
 class Edits(NamedTuple):
@@ -59,9 +55,9 @@ class Scratch(NamedTuple):
 
     Attributes:
         counters: `[4]` int32, 0 between launches.
-        states: `[B]` int32.
-        numbers: `[B, 5]` float32: what normalises the row, its largest listed activation, and what alpha * M_t must
-            reach for all listed latents to vanish (NaN if they do not vanish whatever it is).
+        bars: `[B]` float32: what alpha * M_t must reach for all listed latents of a row to vanish, NaN if they do not
+            vanish whatever it is; or one of the negative numbers above.
+        numbers: `[B, 4]` float32: what normalises the row, and its largest listed activation.
         maxima: `[B]` int64, the largest activation found by the pass, and which latent; 0 between launches.
         listed: `[B, k]` float32, scores of listed latents.
         ranks: `[B, k]` int32, for topk: how many latents are ahead of a listed one; 0 between launches.
@@ -69,7 +65,7 @@ class Scratch(NamedTuple):
     """
 
     counters: Tensor
-    states: Tensor
+    bars: Tensor
     numbers: Tensor
     maxima: Tensor
     listed: Tensor
