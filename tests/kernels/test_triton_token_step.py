@@ -52,6 +52,7 @@ from dspa.kernels.token_step import scratch as step_scratch
 from dspa.kernels.token_step import triton as triton_step
 from dspa.kernels.token_step.arguments import counter_arguments
 from dspa.kernels.token_step.triton import NOT_SCREENED, StepScratch, scratch_of
+from dspa.kernels.token_step.triton_kernel import rows as triton_rows
 from dspa.kernels.token_step.triton_kernel.prepare import bound_by_latents
 from dspa.kernels.token_step.triton_kernel.structures import RECENT, SLICE, Scratch
 from dspa.kernels.triton_common import launch as triton_launch
@@ -628,6 +629,36 @@ def test_lazy_is_exact_where_a_latent_is_about_to_vanish(kind: Kind, proof: str)
     assert torch.equal(lazy.latent_edits, dense.latent_edits)
     if proof != "another tile":
         assert torch.equal(lazy.maximum_known.bool(), margin > 0)
+
+
+# ---- many rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finishing", [12, 6], ids=lambda number: f"{number} programs")
+def test_programs_that_finish_several_slices_change_no_bit(finishing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are many rows: two slices for a program and one for the last, or all three."""
+    batch, d_model, d_sae = 6, 1100, 140
+    assert blocks(d_model, SLICE) == 3
+    sae = make_sae(Kind(compact=True), d_model, d_sae, torch.bfloat16, seed=3)
+    rows = (normal(generator(4), batch, d_model) * 2).bfloat16()
+    edits = edit_list(*random_lists(sae, batch, 20, 5), 20)
+    expected, expected_stats = run(sae, rows, edits, "lazy")
+    assert not same_bits(expected, rows)
+    programs, interpreted = [], Launch.run
+
+    def counted_run(launch: Launch) -> None:
+        programs.append(launch.programs)
+        interpreted(launch)
+
+    monkeypatch.setattr(Launch, "run", counted_run)
+    run(sae, rows, edits, "lazy")
+    for module in (triton_step, triton_rows):
+        monkeypatch.setattr(module, "FINISHING", tl.constexpr(finishing))
+    written, stats = run(sae, rows, edits, "lazy")
+    assert programs[0] - programs[1] == 3 * batch - finishing
+    assert same_bits(written, expected)
+    assert_same_stats(stats, expected_stats)
+    assert_clean(sae, batch, 20)
 
 
 # ---- large weights ---------------------------------------------------------------------------------------------------
