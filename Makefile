@@ -22,6 +22,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+# pip compiles nothing; each module is compiled when it is first imported, and not again by every process, of which the
+# tests start many: also where the environment says otherwise, as many containers do.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test test-all test-compilers test-packaging test-vllm test-vllm-slow test-slow lint wheel bench bench-report bench-compare \

@@ -17,6 +17,7 @@ QUICK: dict[str, Any] = {"prompts": 14, "validation_prompts": 6, "neutral_texts"
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("short_responses")
 def test_a_run_measures_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

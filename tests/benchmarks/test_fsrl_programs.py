@@ -94,6 +94,7 @@ def test_a_latent_has_the_label_of_what_it_is_active_on() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("short_responses")
 def test_every_variant_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_to_head, "TRAINING_STEPS", 2)
     out = tmp_path / "beyond.json"
@@ -107,6 +108,7 @@ def test_every_variant_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("short_responses")
 def test_classes_and_random_sets_are_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_to_head, "TRAINING_STEPS", 2)
     monkeypatch.setattr(fsrl_latents, "UNSEEN_PAIRS", 8)

@@ -18,6 +18,7 @@ QUICK = ["--prompts", "6", "--validation-prompts", "4", "--methods", "CAA,FSRL"]
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("short_responses")
 def test_a_run_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

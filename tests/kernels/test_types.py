@@ -84,6 +84,7 @@ except CorruptFileError as error:
 """
 
 
+@pytest.mark.long
 def test_offsets_whose_differences_wrap_around_are_named() -> None:
     """Each difference is positive in 64 bits. In a process of its own: who believes them writes anywhere."""
     ran = subprocess.run([sys.executable, "-c", WRAPPING], capture_output=True, text=True, check=False)

@@ -164,6 +164,7 @@ def test_a_second_collection_into_one_folder_is_one_line(tmp_path: Path, collect
     assert tiny.folder_bytes(tmp_path) == tiny.folder_bytes(collected)
 
 
+@pytest.mark.long
 def test_the_lock_goes_with_the_process_that_held_it(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"

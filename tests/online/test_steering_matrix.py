@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -199,17 +200,23 @@ def test_way_by_cache(way: str, cache: str, lengths: tuple[int, ...], method: st
 # ------------------------------------------------------------------------------------------------------------- models
 
 
+@cache
+def generated(family: Family) -> tuple[PreTrainedModel, SteeringPolicy, list[list[int]], list[list[int]]]:
+    """A model, its policy, and what the naive loop and the unsteered model generate, whatever the cache."""
+    model, rows = tiny_model(family), prompts((9, 4))
+    policy = tiny_policy(model, dtype=model.dtype)
+    return model, policy, naive_generate(model, policy, rows, COUNT), generate(model, rows, COUNT)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "none", "static"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_model_by_cache(family: Family, cache: str) -> None:
     """Left-padded, longer than the sliding windows of those that have one."""
-    model, rows = tiny_model(family), prompts((9, 4))
+    model, policy, expected, unsteered = generated(family)
     if cache == "static" and not model._can_compile_fullgraph:  # type: ignore[attr-defined]
         pytest.skip(f"transformers offers no static cache for {family}")
-    policy = tiny_policy(model, dtype=model.dtype)
-    expected, unsteered = naive_generate(model, policy, rows, COUNT), generate(model, rows, COUNT)
     with steer(model, policy) as steering:
-        steered = generate(model, rows, COUNT, **CACHES[cache])
+        steered = generate(model, prompts((9, 4)), COUNT, **CACHES[cache])
     assert steered == expected
     assert steered != unsteered
     assert steering.summary().tokens_seen == 2 * COUNT

@@ -285,6 +285,7 @@ def test_an_earlier_version_without_checksums_is_read(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["config.json", FOLDER.tensors_name(record["sha256"])]
 
 
+@pytest.mark.long
 def test_every_single_bit_of_a_configuration_is_covered(tmp_path: Path) -> None:
     """A flipped bit is refused, or says the same: an exponent in capitals is the only such one in JSON."""
     write(tmp_path)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -143,24 +144,42 @@ void run_as_fibers(const Launch& launch, const std::vector<unsigned>& order, uin
   }
 }
 
+// The threads of a processor run one cluster after another: starting them takes longer than most blocks. Nothing orders
+// clusters of different processors, so that ThreadSanitizer sees what they share.
 void run_as_threads(const Launch& launch, const std::vector<unsigned>& order) {
+  struct Processor {
+    explicit Processor(uint32_t count) : barrier(count) {}
+    Barrier barrier;
+    std::unique_ptr<ClusterOfBlocks> cluster;  // none when there are no more
+    std::vector<Thread> threads;               // of the cluster
+  };
   std::atomic<size_t> next{0};
-  const auto run_clusters = [&] {
-    for (size_t place = next++; place < order.size(); place = next++) {
-      auto cluster = make_cluster(launch, order[place]);
-      std::vector<std::thread> threads;
-      for_each_thread(*cluster, [&](Thread thread) {
-        threads.emplace_back([thread = std::move(thread), &launch]() mutable {
-          current = &thread;
-          launch.body();
-        });
-      });
-      for (std::thread& thread : threads) thread.join();
+  const auto take_cluster = [&](Processor& processor) {
+    const size_t place = next.fetch_add(1, std::memory_order_relaxed);
+    processor.threads.clear();
+    processor.cluster = place < order.size() ? make_cluster(launch, order[place]) : nullptr;
+    if (processor.cluster != nullptr)
+      for_each_thread(*processor.cluster, [&](Thread thread) { processor.threads.push_back(std::move(thread)); });
+  };
+  const auto run_clusters = [&](Processor& processor, unsigned number) {
+    while (true) {
+      if (number == 0) take_cluster(processor);
+      processor.barrier.wait();
+      if (processor.cluster == nullptr) return;
+      current = &processor.threads[number];
+      launch.body();
+      processor.barrier.wait();
     }
   };
-  std::vector<std::thread> processors;
-  for (int i = 0; i < machine().clusters_at_a_time; ++i) processors.emplace_back(run_clusters);
-  for (std::thread& processor : processors) processor.join();
+  const unsigned count = launch.cluster * launch.threads.x;
+  std::vector<std::unique_ptr<Processor>> processors;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < machine().clusters_at_a_time; ++i) {
+    processors.push_back(std::make_unique<Processor>(count));
+    for (unsigned number = 0; number < count; ++number)
+      threads.emplace_back(run_clusters, std::ref(*processors.back()), number);
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace
