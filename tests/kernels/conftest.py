@@ -40,12 +40,11 @@ def is_left_out(item: pytest.Item) -> bool:
     return parameters.get("mode", "dense") not in distinct_modes(backend)
 
 
-# What GPU kernels without a GPU take seconds for, at every kind of SAE or dtype.
+# What GPU kernels without a GPU take seconds for, at every kind of SAE.
 SECONDS_PER_CASE = (
     "a_row_depends_on_nothing_else_in_the_batch",
     "modes_agree_bit_for_bit",
     "segmentation_does_not_matter",
-    "an_untrained_adapter_fires_almost_everywhere",
 )
 
 
