@@ -45,7 +45,7 @@ def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("family", ["organism", "llama", "gemma2", "qwen3"])
 def test_answers_in_a_mixed_batch(family: Any, tmp_path: Path, preemptions: list[str]) -> None:
     """Prompts in chunks of 16 tokens, reused blocks, and too little room for all of the requests."""
-    count = 100
+    count = 200
     is_organism = family == "organism"
     case = organism_case(tmp_path) if is_organism else tiny_case(family, tmp_path)
     requests = organism_requests(case, count) if is_organism else mixed_requests(case, count)
