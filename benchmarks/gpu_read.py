@@ -37,3 +37,10 @@ def reading(matrix: Tensor) -> Callable[[], Tensor]:
         return sums
 
     return read
+
+
+def check_reading(matrix: Tensor) -> None:
+    """Raises AssertionError if `reading` leaves anything out."""
+    padded = torch.zeros(-(-matrix.numel() // (ELEMENTS * TIMES)), ELEMENTS * TIMES, device=matrix.device)
+    padded.view(-1)[: matrix.numel()] = matrix.flatten()
+    torch.testing.assert_close(reading(matrix)(), padded.sum(dim=1), rtol=1e-4, atol=1e-2)

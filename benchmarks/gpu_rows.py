@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_read import reading
+from gpu_read import check_reading, reading
 from gpu_timing import Sampler
 from launch_shapes import LaunchShape, of_token_step
 from random_model import random_model
@@ -36,6 +36,7 @@ OURS: tuple[tuple[str, StepMode, str], ...] = (
     ("lazy, none active", "lazy", "none active"),
     ("lazy, all certainly zero", "lazy", "all certainly zero"),
     ("lazy, needs M_t", "lazy", NEEDS_MAXIMUM),
+    ("screened, all certainly zero", "screened", "all certainly zero"),
     ("screened", "screened", NEEDS_MAXIMUM),
 )
 SCREENS = "triton"
@@ -170,6 +171,7 @@ class Rows:
             cases[backend] = first.on(backend)
         lists = tuple(name for name in first.lists if shape.k is None or name != "all certainly zero")
         try:
+            check_reading(first.sae.W_enc)
             for case in cases.values():
                 case.check(("dense", "lazy", "screened"), lists)
         except AssertionError as failure:

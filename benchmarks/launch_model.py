@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dspa.kernels.token_step.triton import programs_of
 from dspa.kernels.token_step.triton_kernel.structures import FINISHING, SLICE
 from dspa.kernels.triton_common.rows import IN_FLIGHT, LISTED, ROW
 from dspa.kernels.triton_common.table import Tile, blocks, for_batch, tile_of
@@ -97,7 +98,7 @@ def predict(gpu: Gpu, d_model: int, d_sae: int, batch: int, mode: Mode, *, liste
     slices = blocks(d_model, SLICE.value)
     each = min(slices, blocks(batch * slices, FINISHING.value))
     after = 3 * gpu.atomic_us + (each + lists - 1) * 1.5 * gpu.load_us
-    programs = batch + blocks(d_sae, tile.latents) + batch * blocks(slices, each)
+    programs = programs_of(batch, d_model, d_sae, tile, "jumprelu", mode)
     waves = blocks(programs, gpu.multiprocessors * resident(gpu, tile)) if batch > 1 else 1
     after += (waves - 1) * (2 * gpu.atomic_us + gpu.load_us)
     return Prediction(floor, gpu.launch_us + gpu.registers_us, before, reading, after)

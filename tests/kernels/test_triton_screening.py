@@ -31,7 +31,7 @@ if available()["triton"] != "available":
 
 from dspa.kernels.token_step import triton as triton_step
 from dspa.kernels.token_step.encoder_codes import EncoderCodes, codes_of, encode_weights, largest_columns
-from dspa.kernels.token_step.triton import screen_scratch_of
+from dspa.kernels.token_step.triton import scratch_of, screen_scratch_of
 from dspa.kernels.triton_common.launch import Launch
 from dspa.kernels.triton_common.tiles import INTERPRETED
 from dspa.sae.encode import encode, encoder_input
@@ -296,6 +296,22 @@ def test_a_floor_may_settle_a_row() -> None:
     assert same_bits(written, expected)
     assert not stats.maximum_known.any()
     assert counted.bytes["W_enc"] == 3 * 6 * SHAPE[0] * 2
+
+
+def test_a_recent_argmax_latent_settles_a_row_before_codes_are_read() -> None:
+    plain, rows = case(Kind("relu"), torch.bfloat16, 3, seed=4)
+    sae = replace(plain, b_enc=plain.b_enc.index_fill(0, torch.tensor([100]), 1e3))
+    edits = edit_list([[]] * 3, [list(range(6))] * 3, 6)
+    expected, dense = run(sae, rows, edits, "dense")
+    assert dense.edited.all()
+    run(sae, rows, edits, "screened")
+    codes = codes_of(sae, rows)
+    assert codes is not None
+    scratch_of(sae, 3, 6).recent_argmax[:, 0] = 100
+    with counting_bytes({"W_enc": sae.W_enc, "codes": codes.codes}) as counted:
+        assert same_bits(run(sae, rows, edits, "screened")[0], expected)
+    assert counted.bytes == {"W_enc": 3 * (6 + 1) * SHAPE[0] * 2, "codes": 0}
+    assert_clean(sae, rows)
 
 
 # ---- any order -------------------------------------------------------------------------------------------------------

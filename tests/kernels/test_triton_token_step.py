@@ -638,7 +638,7 @@ def test_lazy_is_exact_where_a_latent_is_about_to_vanish(kind: Kind, proof: str)
 def test_programs_that_finish_several_slices_change_no_bit(finishing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are many rows: two slices for a program and one for the last, or all three."""
     batch, d_model, d_sae = 6, 1100, 140
-    assert blocks(d_model, SLICE) == 3
+    assert blocks(d_model, SLICE.value) == 3
     sae = make_sae(Kind(compact=True), d_model, d_sae, torch.bfloat16, seed=3)
     rows = (normal(generator(4), batch, d_model) * 2).bfloat16()
     edits = edit_list(*random_lists(sae, batch, 20, 5), 20)

@@ -37,7 +37,8 @@ def kept(
     Steps on different streams may run at the same time, so each stream has its own. A captured graph keeps that of the
     stream it was captured on. Nothing that is kept may be made during a capture, nor in the run before one by which
     `torch.compile` finds out what a graph takes, and compiled code does not see the stream. So the first step on a GPU
-    makes more: one for code that is compiled, and spares for other streams, which steps on the default stream replace.
+    makes more: one for code that is compiled, and spares for other streams, which the next step on the
+    default stream that looks its scratch up replaces.
     Without a spare a graph makes its own, anew at every replay, which is not kept.
     """
     of_sae = of_all.get(sae)
@@ -58,7 +59,7 @@ def kept(
         return scratch
     is_default = key[0] == DEFAULT_STREAM
     if scratch is not None and (
-        not is_default or (SPARES[-1], rows, entries) in of_sae or is_being_captured(sae.device)
+        not is_default or all((spare, rows, entries) in of_sae for spare in SPARES) or is_being_captured(sae.device)
     ):
         return scratch
     spares = [(spare, rows, entries) for spare in SPARES]

@@ -331,7 +331,7 @@ def announce(counter):
 @triton.jit
 def take_leave(counter):
     """Adds 1 to a counter, by a program that has only read what others may now overwrite."""
-    tl.debug_barrier()  # all its threads have
+    tl.debug_barrier()  # all its threads have, and have used it: a relaxed addition waits for no load
     tl.atomic_add(counter, 1, sem="relaxed")
 
 

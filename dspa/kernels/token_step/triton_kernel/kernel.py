@@ -9,6 +9,9 @@ its end however few of its programs fit on the GPU at a time, and in whatever or
 it loads, or asks for, before it waits. Where the step is screened, as many programs as pass come before them
 (`screening.py`).
 
+A row that the maxima so far have settled is edited while the pass goes on for others, and tiles may read it half
+edited. That changes nothing: columns of a product are independent, and maxima only rise, so that it stays settled.
+
 Results do not depend on that order: maxima and integer counts are the same in any order, every other sum has a fixed
 one. A row's bits do not depend on the batch: each row is one column of a product, which is summed in the same order
 whether it has 16, 32 or 64.
@@ -69,7 +72,7 @@ def token_step_kernel(
             measure_input(number, hidden, encoder, scratch, screen, d_model, NORMALIZATION)
         announce(scratch.counters + PREPARED)
     elif number < prepared:
-        bound(number - batch, hidden, encoder, strength, scratch, d_model, d_sae, ACTIVATION, NORMALIZATION)
+        bound(number - batch, hidden, encoder, strength, scratch, screen, d_model, d_sae, ACTIVATION, NORMALIZATION)
         announce(scratch.counters + PREPARED)
     elif number < prepared + screened:
         if screen is not None:

@@ -111,9 +111,11 @@ def prepare(
 
 @triton.jit
 def bound(
-    row, hidden, encoder, strength, scratch, d_model, d_sae, ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr
+    row, hidden, encoder, strength, scratch, screen, d_model, d_sae,
+    ACTIVATION: tl.constexpr, NORMALIZATION: tl.constexpr,
 ):  # fmt: skip
-    """Raises the maximum of a row to what its recent argmax latents prove, before the pass does so further."""
+    """Raises the maximum of a row to what its recent argmax latents prove, before the pass does so further; where a
+    step is screened, its floor too."""
     latents = tl.load(scratch.recent_argmax + row * RECENT + tl.arange(0, RECENT))
     if is_enabled(strength, row) & (tl.max(latents, axis=0) >= 0):
         begin = hidden.rows + row.to(tl.int64) * hidden.row_stride
@@ -125,3 +127,5 @@ def bound(
         )  # fmt: skip
         if floor > 0.0:
             tl.atomic_max(scratch.maxima + row, packed(floor, latent), sem="relaxed")
+            if screen is not None:
+                tl.atomic_max(screen.floors + row, packed(floor, latent), sem="relaxed")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 RECENT = tl.constexpr(16)  # argmax latents kept for a row
 SLICE = tl.constexpr(512)  # columns of the model that are edited at a time
-BESIDE = tl.constexpr(256)  # programs of the pass that start beside those that prepare; later ones hardly wait for them
-FINISHING = tl.constexpr(256)  # programs that finish; more of them would not fit on a GPU at a time
+BESIDE = tl.constexpr(256)  # tiles whose programs start beside those that prepare; later ones hardly wait for them
+FINISHING = tl.constexpr(256)  # programs that finish, as far as rows are split: more would not fit on a GPU at a time
 
 # Counters of a launch.
 STARTED, PREPARED, PASSED, FINISHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -58,7 +58,8 @@ class Scratch(NamedTuple):
         bars: `[B]` float32: what alpha * M_t must reach for all listed latents of a row to vanish, NaN if they do not
             vanish whatever it is; or one of the negative numbers above.
         numbers: `[B, 4]` float32: what normalises the row, and its largest listed activation.
-        maxima: `[B]` int64, the largest activation found by the pass, and which latent; 0 between launches.
+        maxima: `[B]` int64, the largest activation found by the pass, or what recent argmax latents prove, and which
+            latent; 0 between launches.
         listed: `[B, k]` float32, scores of listed latents.
         ranks: `[B, k]` int32, for topk: how many latents are ahead of a listed one; 0 between launches.
         recent_argmax: `[B, 16]` int32, argmax latents of this row at earlier tokens, the most recent first, or -1.
