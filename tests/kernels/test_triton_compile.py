@@ -141,7 +141,7 @@ def test_an_architecture_uses_the_entry_of_its_ancestor(architecture: str, liste
 
 
 def test_a_shape_uses_the_entry_of_the_nearest() -> None:
-    small, large = TOKEN_STEP["sm_90"][2304, 16384][0], TOKEN_STEP["sm_90"][3584, 65536][0]
+    small, large = TOKEN_STEP["sm_80"][2304, 16384][0], TOKEN_STEP["sm_80"][3584, 65536][0]
     assert small != large
     for shape, sizes in (
         ((2304, 16384), small),
@@ -149,7 +149,7 @@ def test_a_shape_uses_the_entry_of_the_nearest() -> None:
         ((4096, 65536), large),
         ((3584, 131072), large),
     ):
-        assert tile_of("token_step", "sm_90", *shape, False) == Tile(*sizes)
+        assert tile_of("token_step", "sm_80", *shape, False) == Tile(*sizes)
 
 
 def test_entries_are_block_sizes() -> None:

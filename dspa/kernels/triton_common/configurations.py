@@ -1,7 +1,7 @@
 """Block sizes of the Triton kernels by architecture and SAE shape (d_model, d_sae).
 
 Written by benchmarks/tune_triton.py where a GPU was at hand. These were chosen by hand among a few that spill no
-register on their architecture; only those of sm_90 have been measured, and only encode_density's against others.
+register on their architecture; only those of sm_90 have been measured, against a few others.
 """
 
 # latents, tokens, model, warps, stages: see dspa.kernels.triton_common.table.Tile
