@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -144,30 +145,39 @@ void run_as_fibers(const Launch& launch, const std::vector<unsigned>& order, uin
   }
 }
 
-// The threads of a processor run one cluster after another: starting them takes longer than most blocks. Nothing orders
-// clusters of different processors, so that ThreadSanitizer sees what they share.
+// The threads of a processor run one cluster after another: starting them takes longer than most blocks. Clusters are
+// dealt out beforehand, and no thread begins before all are there, with the first cluster of each processor. So
+// neighbours run on different threads, none of which has taken the place of another, and nothing orders the first ones, not
+// even a lock for memory: then ThreadSanitizer sees what they share.
 void run_as_threads(const Launch& launch, const std::vector<unsigned>& order) {
   struct Processor {
     explicit Processor(uint32_t count) : barrier(count) {}
     Barrier barrier;
+    size_t next = 0;                           // place of its next cluster
     std::unique_ptr<ClusterOfBlocks> cluster;  // none when there are no more
     std::vector<Thread> threads;               // of the cluster
   };
-  std::atomic<size_t> next{0};
   const auto take_cluster = [&](Processor& processor) {
-    const size_t place = next.fetch_add(1, std::memory_order_relaxed);
+    const size_t place = processor.next;
+    processor.next += machine().clusters_at_a_time;
     processor.threads.clear();
     processor.cluster = place < order.size() ? make_cluster(launch, order[place]) : nullptr;
     if (processor.cluster != nullptr)
       for_each_thread(*processor.cluster, [&](Thread thread) { processor.threads.push_back(std::move(thread)); });
   };
+  std::mutex mutex;
+  std::condition_variable all_are_there;
+  bool begun = false;
   const auto run_clusters = [&](Processor& processor, unsigned number) {
-    while (true) {
-      if (number == 0) take_cluster(processor);
-      processor.barrier.wait();
-      if (processor.cluster == nullptr) return;
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      all_are_there.wait(lock, [&] { return begun; });
+    }
+    while (processor.cluster != nullptr) {
       current = &processor.threads[number];
       launch.body();
+      processor.barrier.wait();
+      if (number == 0) take_cluster(processor);
       processor.barrier.wait();
     }
   };
@@ -176,9 +186,16 @@ void run_as_threads(const Launch& launch, const std::vector<unsigned>& order) {
   std::vector<std::thread> threads;
   for (int i = 0; i < machine().clusters_at_a_time; ++i) {
     processors.push_back(std::make_unique<Processor>(count));
+    processors.back()->next = i;
+    take_cluster(*processors.back());
     for (unsigned number = 0; number < count; ++number)
       threads.emplace_back(run_clusters, std::ref(*processors.back()), number);
   }
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    begun = true;
+  }
+  all_are_there.notify_all();
   for (std::thread& thread : threads) thread.join();
 }
 
