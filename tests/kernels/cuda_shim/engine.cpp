@@ -147,8 +147,8 @@ void run_as_fibers(const Launch& launch, const std::vector<unsigned>& order, uin
 
 // The threads of a processor run one cluster after another: starting them takes longer than most blocks. Clusters are
 // dealt out beforehand, and no thread begins before all are there, with the first cluster of each processor. So
-// neighbours run on different threads, none of which has taken the place of another, and nothing orders the first ones, not
-// even a lock for memory: then ThreadSanitizer sees what they share.
+// neighbours run on different threads, none of which has taken the place of another, and nothing orders the first ones,
+// not even a lock for memory: then ThreadSanitizer sees what they share.
 void run_as_threads(const Launch& launch, const std::vector<unsigned>& order) {
   struct Processor {
     explicit Processor(uint32_t count) : barrier(count) {}
