@@ -43,4 +43,5 @@ def check_reading(matrix: Tensor) -> None:
     """Raises AssertionError if `reading` leaves anything out."""
     padded = torch.zeros(-(-matrix.numel() // (ELEMENTS * TIMES)), ELEMENTS * TIMES, device=matrix.device)
     padded.view(-1)[: matrix.numel()] = matrix.flatten()
+    # The same numbers in another order: with W_enc's, sums differ by roundings of 1e-5; a block left out, by about 0.5.
     torch.testing.assert_close(reading(matrix)(), padded.sum(dim=1), rtol=1e-4, atol=1e-2)
