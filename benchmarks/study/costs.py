@@ -30,7 +30,7 @@ from dspa.offline.batching import BatchLimits
 from dspa.util.files import write_atomically
 from dspa.util.machine import processor_name
 from study.choice import chosen
-from study.fits import FSRL_POSITIONS, LEARNING_RATES, PAIRS_AT_ONCE, Material, fsrl_options, lora_options
+from study.fits import PAIRS_AT_ONCE, Material, fsrl_options, lora_options
 from study.methods import METHODS, PUBLISHED, Try, tries
 from study.prompts import load
 from study.settings import Run, Task
@@ -86,7 +86,7 @@ def aligning(material: Material, name: str, count: int) -> Callable[[], object]:
     if name == "means":
         return lambda: response_means(model, triples, run.settings.output_layer)
     if name == "fsrl":
-        options = replace(fsrl_options(run, FSRL_POSITIONS[0]), epochs=1, pairs_per_step=count, checkpoint_every=0)
+        options = replace(fsrl_options(run), epochs=1, pairs_per_step=count, checkpoint_every=0)
         return lambda: train(model, triples, material.output_sae, run.settings.output_layer, options)
 
     def in_folder() -> None:
@@ -95,9 +95,7 @@ def aligning(material: Material, name: str, count: int) -> Callable[[], object]:
                 saes: dict[str, Any] = {"input_sae": material.input_sae, "output_sae": material.output_sae}
                 dspa.collect(model, material.tokenizer, triples, **saes, **layers, out=folder)
             else:
-                options = replace(
-                    lora_options(run, name, LEARNING_RATES[0]), steps=1, pairs_per_step=count, progress=False
-                )
+                options = replace(lora_options(run, name), steps=1, pairs_per_step=count, progress=False)
                 with torch.enable_grad():
                     train_lora(model, material.tokenizer, material.rows[:count], options, Path(folder))
 

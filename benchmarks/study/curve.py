@@ -13,7 +13,7 @@ from study.evaluation import measure as measure_answers
 from study.fits import Material, first_means
 from study.heldout import measurements, open_heldout
 from study.methods import CAA_SCALES, DSPA, RIDGE, UNSTEERED, Try, caa, file_name, static_list
-from study.settings import TASKS, Run, Task
+from study.settings import Run, Task
 
 Make = Callable[[Material, int, int], Try]
 """A setting, by its place, from the first triples."""
@@ -26,17 +26,16 @@ CURVE: dict[str, Make] = {
 }
 
 
-def measure(run: Run) -> None:
-    for task in TASKS:
-        material = Material.load(run, task)
-        prompts = open_heldout(run)[: run.settings.curve_prompts]
-        for count in run.settings.triple_counts[:-1]:
-            for method, make in CURVE.items():
-                file = run.folder / "curve" / task / str(count) / file_name(method)
-                if not file.is_file():
-                    attempt = make(material, chosen(run, task, method).index, count)
-                    name = f"{method}, {count} triples"
-                    measure_answers(material, name, attempt, prompts, seed=run.settings.seed).save(file)
+def measure(run: Run, task: Task) -> None:
+    material = Material.load(run, task)
+    prompts = open_heldout(run)[: run.settings.curve_prompts]
+    for count in run.settings.triple_counts[:-1]:
+        for method, make in CURVE.items():
+            file = run.folder / "curve" / task / str(count) / file_name(method)
+            if not file.is_file():
+                attempt = make(material, chosen(run, task, method).index, count)
+                name = f"{method}, {count} triples"
+                measure_answers(material, name, attempt, prompts, seed=run.settings.seed).save(file)
 
 
 def points(run: Run, task: Task) -> dict[str, list[tuple[int, Measurement, Measurement]]]:

@@ -18,7 +18,6 @@ import dspa
 from dspa.kernels import EditList
 from dspa.methods.fsrl.training import TrainingOptions, train
 from dspa.methods.mean_vectors import ResponseMeans, response_means
-from dspa.methods.policy import EditPositions
 from dspa.transformers_model import ModelFingerprint
 from dspa.util.files import write_atomically
 from study.model import load
@@ -26,8 +25,7 @@ from study.settings import Run, Task
 
 Chat = list[dict[str, str]]
 
-FSRL_POSITIONS: tuple[EditPositions, ...] = ("all", "from_last_prompt")
-LEARNING_RATES = (2e-4, 1e-3)  # of LoRA
+LORA_LEARNING_RATE = 5e-4
 PAIRS_AT_ONCE = 4
 
 
@@ -118,8 +116,9 @@ class Material:
         model = ModelFingerprint.from_model(self.model)
         return ResponseMeans(layer, sides["chosen"], sides["rejected"], None, None, model, None)
 
-    def fsrl(self, positions: EditPositions) -> dspa.FsrlPolicy:
-        name = fsrl_name(positions)
+    @cached_property
+    def fsrl(self) -> dspa.FsrlPolicy:
+        """The adapter at all positions, as published."""
 
         def make() -> Record:
             started = time.perf_counter()
@@ -128,30 +127,29 @@ class Material:
                 self.triples,
                 self.output_sae,
                 self.run.settings.output_layer,
-                fsrl_options(self.run, positions),
-                out=self.folder / f"{name}-checkpoints",
+                fsrl_options(self.run),
+                out=self.folder / "fsrl-checkpoints",
                 progress=True,
             )
-            result.policy.save_pretrained(self.folder / name)
+            result.policy.save_pretrained(self.folder / "fsrl")
             trained = sum(getattr(result.policy.adapter, part).numel() for part in ("weight", "bias", "threshold"))
             return Record(time.perf_counter() - started, trained, [asdict(step) for step in result.steps])
 
-        self._once(name, make)
-        return dspa.FsrlPolicy.from_pretrained(self.folder / name)
+        self._once("fsrl", make)
+        return dspa.FsrlPolicy.from_pretrained(self.folder / "fsrl")
 
-    def lora(self, objective: str, learning_rate: float) -> Path:
+    def lora(self, objective: str) -> Path:
         """The folder of the adapters."""
-        name = lora_name(objective, learning_rate)
 
         def make() -> Record:
             started = time.perf_counter()
-            options = lora_options(self.run, objective, learning_rate)
+            options = lora_options(self.run, objective)
             with torch.enable_grad():
-                training = train_lora(self.model, self.tokenizer, self.rows, options, self.folder / name)
+                training = train_lora(self.model, self.tokenizer, self.rows, options, self.folder / objective)
             return Record(time.perf_counter() - started, training.parameters, training.history)
 
-        self._once(name, make)
-        return self.folder / name
+        self._once(objective, make)
+        return self.folder / objective
 
     def record(self, name: str) -> Record:
         return Record(**json.loads((self.folder / f"{name}.json").read_text()))
@@ -176,15 +174,7 @@ class Material:
             write_atomically(file, json.dumps(asdict(make())).encode())
 
 
-def fsrl_name(positions: str) -> str:
-    return f"fsrl-{positions}"
-
-
-def lora_name(objective: str, learning_rate: float) -> str:
-    return f"{objective}-{learning_rate:g}"
-
-
-def fsrl_options(run: Run, positions: EditPositions) -> TrainingOptions:
+def fsrl_options(run: Run) -> TrainingOptions:
     """As many passes over the triples as come closest to the pairs that a training may see."""
     settings = run.settings
     return TrainingOptions(
@@ -193,17 +183,17 @@ def fsrl_options(run: Run, positions: EditPositions) -> TrainingOptions:
         pairs_at_once=PAIRS_AT_ONCE,
         learning_rate=1e-3,
         l1=0.01,
-        edit_positions=positions,
+        edit_positions="all",
         seed=settings.seed,
         checkpoint_every=4,
     )
 
 
-def lora_options(run: Run, objective: str, learning_rate: float) -> LoraOptions:
+def lora_options(run: Run, objective: str) -> LoraOptions:
     settings = run.settings
     return LoraOptions(
         objective,
-        learning_rate,
+        LORA_LEARNING_RATE,
         steps=settings.pairs_per_training // settings.pairs_per_step,
         pairs_per_step=settings.pairs_per_step,
         pairs_at_once=PAIRS_AT_ONCE,
@@ -217,22 +207,15 @@ def fit(run: Run, task: Task) -> None:
     material = Material.load(run, task)
     assert material.densities
     assert material.means
-    for positions in FSRL_POSITIONS[: -(-run.settings.tries // 2)]:
-        material.fsrl(positions)
+    assert material.fsrl
 
 
 def train_dpo(run: Run, task: Task) -> None:
-    _train_lora(run, task, "dpo")
+    Material.load(run, task).lora("dpo")
 
 
 def train_simpo(run: Run, task: Task) -> None:
-    _train_lora(run, task, "simpo")
-
-
-def _train_lora(run: Run, task: Task, objective: str) -> None:
-    material = Material.load(run, task)
-    for learning_rate in LEARNING_RATES[: -(-run.settings.tries // 2)]:
-        material.lora(objective, learning_rate)
+    Material.load(run, task).lora("simpo")
 
 
 def first_means(means: ResponseMeans, count: int) -> ResponseMeans:

@@ -13,7 +13,7 @@ from study.generation import prompt_ids
 GRAM = 4
 MOST_REPEATED = 0.3  # an answer that repeats more than this share of its 4-grams is broken
 ENDS = frozenset(".!?:;)]}\"'`*’”…")
-ROWS_AT_ONCE = 8
+ROWS_AT_ONCE = 32
 
 
 def repetition(ids: Sequence[int]) -> float:
@@ -42,16 +42,15 @@ def losses(model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence
     starts = range(0, len(order), ROWS_AT_ONCE)
     for start in track(starts, "Scoring answers", enabled=bool(order), unit="batches"):
         batch = order[start : start + ROWS_AT_ONCE]
-        width = max(len(rows[row][0] + rows[row][1]) for row in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
+        longest = max(len(rows[row][1]) for row in batch)
+        inputs = tokenizer.pad(
+            {"input_ids": [[*rows[row][0], *rows[row][1]] for row in batch]}, padding_side="left", return_tensors="pt"
+        )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        read = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest + 1)
         for place, row in enumerate(batch):
-            whole = rows[row][0] + rows[row][1]
-            ids[place, : len(whole)] = torch.tensor(whole)
-            mask[place, : len(whole)] = 1
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for place, row in enumerate(batch):
-            before, answer = rows[row]
-            scores = logits[place, len(before) - 1 : len(before) + len(answer) - 1].float()
-            found[row] = float(torch.nn.functional.cross_entropy(scores, torch.tensor(answer)))
+            answer = torch.tensor(rows[row][1])
+            scores = read.logits[place, -len(answer) - 1 : -1].float()
+            found[row] = float(torch.nn.functional.cross_entropy(scores, answer))
     return found

@@ -16,7 +16,7 @@ from dspa.methods.conditional_map import Estimator, GateRule
 from dspa.methods.controls import lists_of_other_prompts, random_latents, response_density
 from dspa.methods.mean_vectors import ResponseMeans, mean_difference_policy, principal_directions_policy
 from dspa.offline.density_subset import DensitySubset
-from study.fits import FSRL_POSITIONS, LEARNING_RATES, Chat, Material, fsrl_name, lora_name
+from study.fits import Chat, Material
 from study.prompts import Prompt
 from study.settings import Task
 
@@ -115,6 +115,7 @@ RIDGE = tuple(replace(each, estimator="ridge") for each in DSPA)
 CAA_SCALES = (1.0, 2.0, 4.0, 8.0)
 REPE_SHARES = (0.01, 0.02, 0.05, 0.1)  # of the mean length of a response's mean state
 REPE_DIRECTIONS = 16
+TRAINED_SCALES = (0.5, 1.0, 2.0, 4.0)  # of what training added: to each token by FSRL, to the weights by LoRA
 
 
 def unsteered_tries(material: Material) -> list[Try]:
@@ -168,24 +169,13 @@ def ridge_tries(material: Material) -> list[Try]:
 
 
 def fsrl_tries(material: Material) -> list[Try]:
-    tries = []
-    for positions in FSRL_POSITIONS[: -(-material.run.settings.tries // 2)]:
-        policy = material.fsrl(positions)
-        for scale in (0.5, 1.0):
-            steered = replace(policy, scale=scale)
-            tries.append(Try(f"{positions}, scale {scale}", (fsrl_name(positions),), steered))
-    return tries
+    return [Try(f"scale {scale:g}", ("fsrl",), replace(material.fsrl, scale=scale)) for scale in TRAINED_SCALES]
 
 
 def lora_tries(objective: str) -> Method:
     def tries(material: Material) -> list[Try]:
-        found = []
-        for rate in LEARNING_RATES[: -(-material.run.settings.tries // 2)]:
-            name, folder = lora_name(objective, rate), material.lora(objective, rate)
-            for scale in (0.5, 1.0):
-                setting = f"learning rate {rate:g}, scale {scale}"
-                found.append(Try(setting, (name,), adapters=folder, scale=scale))
-        return found
+        folder = material.lora(objective)
+        return [Try(f"scale {scale:g}", (objective,), adapters=folder, scale=scale) for scale in TRAINED_SCALES]
 
     return tries
 

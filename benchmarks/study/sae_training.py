@@ -21,7 +21,7 @@ from dspa.errors import DspaError, InvalidInputError
 from dspa.util.files import make_folder, read_safetensors, write_atomically
 from dspa.util.progress import track
 from study import model, prompts
-from study.settings import Run
+from study.settings import SHARDS, Run
 from study.triples import load_samples, read_lines
 
 Which = Literal["input", "output"]
@@ -106,38 +106,42 @@ def write_texts(run: Run) -> None:
     write_atomically(run.texts, "".join(json.dumps(asdict(texts[at])) + "\n" for at in order).encode())
 
 
-def collect_activations(run: Run) -> None:
-    """Writes the residual stream after both layers on the training texts, in parts; parts that are there are kept."""
+def collect_activations(run: Run, shard: str) -> None:
+    """Writes the residual stream after both layers on the training texts, every other part of it; parts that are there
+    are kept."""
     folder = make_folder(run.activations)
     chat_model, _ = model.load(run)
     reader = ResidualReader(chat_model, (run.settings.input_layer, run.settings.output_layer))
-    parts = list(_parts(load_texts(run)[0]))
-    for number, part in enumerate(track(parts, "Reading", enabled=True, unit=f"{TOKENS_PER_PART} tokens each")):
+    parts = list(enumerate(_parts(load_texts(run)[0])))[int(shard) :: SHARDS]
+    for number, part in track(parts, "Reading", enabled=True, unit=f"{TOKENS_PER_PART} tokens each"):
         file = folder / f"part-{number:04}.safetensors"
         if not file.is_file():
             inner, outer = reader.read(part)
             write_atomically(file, safetensors.torch.save({"input": inner.half(), "output": outer.half()}))
 
 
-def train(run: Run) -> None:
-    """Trains the SAE that is not there yet, or both, and measures them."""
+def train(run: Run, which: Which) -> None:
+    """Trains an SAE if it is not there yet, and measures it."""
+    folder, layer = (
+        (run.input_sae, run.settings.input_layer) if which == "input" else (run.output_sae, run.settings.output_layer)
+    )
+    if folder.is_dir():
+        return
     chat_model, _ = model.load(run)
-    held_back = load_texts(run)[1]
-    layers: dict[Which, int] = {"input": run.settings.input_layer, "output": run.settings.output_layer}
-    folders: dict[Which, Path] = {"input": run.input_sae, "output": run.output_sae}
-    for which, layer in layers.items():
-        if folders[which].is_dir():
-            continue
-        started = time.perf_counter()
-        sae = train_sae(load_activations(run, which), run, layer)
-        partial = make_folder(run.folder / f"{which}_sae.partial")
-        sae.save_inference_model(partial)
-        quality = measure(chat_model, partial, layer, held_back, time.perf_counter() - started)
-        record = {**asdict(quality), "cross_entropy_recovered": quality.cross_entropy_recovered}
-        write_atomically(partial / "quality.json", json.dumps(record, indent=1).encode())
-        partial.rename(folders[which])
+    started = time.perf_counter()
+    sae = train_sae(load_activations(run, which), run, layer)
+    partial = make_folder(run.folder / f"{which}_sae.partial")
+    sae.save_inference_model(partial)
+    quality = measure(chat_model, partial, layer, load_texts(run)[1], time.perf_counter() - started)
+    record = {**asdict(quality), "cross_entropy_recovered": quality.cross_entropy_recovered}
+    write_atomically(partial / "quality.json", json.dumps(record, indent=1).encode())
+    partial.rename(folder)
+
+
+def write_report(run: Run) -> None:
+    """Writes what was measured of both SAEs, and what they were trained on."""
     report: dict[str, Any] = {
-        folder.name: json.loads((folder / "quality.json").read_text()) for folder in folders.values()
+        folder.name: json.loads((folder / "quality.json").read_text()) for folder in (run.input_sae, run.output_sae)
     }
     texts = read_lines(run.texts)
     kept = {

@@ -9,6 +9,7 @@ from typing import Literal
 Task = Literal["conditional", "concise"]
 Split = Literal["train", "validation", "heldout"]
 TASKS: tuple[Task, ...] = ("conditional", "concise")
+SHARDS = 2  # parts of the training prompts and of the SAEs' text, which processes can work on beside each other
 
 
 @dataclass(frozen=True)
@@ -72,36 +73,36 @@ class Settings:
 
 FULL = Settings(
     name="study",
-    train_prompts=640,
-    validation_prompts=60,
+    train_prompts=560,
+    validation_prompts=36,
     heldout_prompts=500,
     samples_per_prompt=8,
-    max_new_tokens=48,
-    answers_per_batch=64,
-    sae_tokens=1_000_000,
+    max_new_tokens=32,
+    answers_per_batch=128,
+    sae_tokens=600_000,
     latents=4096,
     target_l0=48,
     input_layer=9,
     output_layer=20,
     triple_counts=(25, 50, 100, 250, 500),
-    curve_prompts=150,
+    curve_prompts=50,
     tries=4,
-    pairs_per_training=512,
-    pairs_per_step=32,
-    fluency_prompts=150,
-    questions=60,
+    pairs_per_training=160,
+    pairs_per_step=16,
+    fluency_prompts=60,
+    questions=24,
     speed_tokens=32,
-    speed_rounds=5,
-    peak_processes=2,
+    speed_rounds=3,
+    peak_processes=1,
 )
 
 QUICK = Settings(
     name="study-quick",
     train_prompts=36,
-    validation_prompts=4,
+    validation_prompts=2,
     heldout_prompts=6,
     samples_per_prompt=4,
-    max_new_tokens=12,
+    max_new_tokens=8,
     answers_per_batch=64,
     sae_tokens=4000,
     latents=256,
@@ -109,11 +110,11 @@ QUICK = Settings(
     input_layer=9,
     output_layer=20,
     triple_counts=(3, 6),
-    curve_prompts=4,
+    curve_prompts=2,
     tries=2,
     pairs_per_training=4,
     pairs_per_step=4,
-    fluency_prompts=4,
+    fluency_prompts=2,
     questions=2,
     speed_tokens=4,
     speed_rounds=1,
@@ -129,6 +130,11 @@ class Run:
     folder: Path
 
     @property
+    def settings_file(self) -> Path:
+        """The sizes that the folder's files were made with."""
+        return self.folder / "settings.json"
+
+    @property
     def model(self) -> Path:
         """The chat model as a transformers folder."""
         return self.folder / "model"
@@ -138,10 +144,9 @@ class Run:
         """All prompts: id, split, task, kind, topic, template, text."""
         return self.folder / "prompts.json"
 
-    @property
-    def samples(self) -> Path:
-        """The model's own answers to training prompts: prompt_id, seed, text, tokens, ended."""
-        return self.folder / "samples.jsonl"
+    def samples(self, shard: int) -> Path:
+        """The model's own answers to every other training prompt: prompt_id, seed, text, tokens, ended."""
+        return self.folder / f"samples-{shard}.jsonl"
 
     @property
     def texts(self) -> Path:

@@ -1,17 +1,26 @@
-"""The stages of a study, in order. A stage that was interrupted goes on where it was; one that is done is skipped."""
+"""The stages of a study, in order. A stage that was interrupted goes on where it was; one that is done is skipped.
+
+Stages of one function that follow each other, as those of the two tasks, do not need each other: with more than one job
+they run beside each other, in processes with one thread each. Two such processes do more than two threads of one.
+"""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from dspa.util.files import write_atomically
+from dspa.util.files import make_folder, write_atomically
 from dspa.util.provenance import Provenance
-from study.settings import Run
+from study.settings import QUICK, SHARDS, TASKS, Run
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Stage:
         name: what `--stage` says.
         function: `module:function` of this package; called with the `Run`, and with `argument` if there is one.
         minutes: expected at full size on two cores.
-        argument: a task.
+        argument: a task, a shard or an SAE.
     """
 
     name: str
@@ -35,48 +44,83 @@ class Stage:
         arguments = (self.argument,) if self.argument else ()
         getattr(importlib.import_module(f"study.{module}"), function)(run, *arguments)
 
+    def record(self, run: Run) -> Path:
+        """What the stage took; it is done if this is there."""
+        return run.folder / "stages" / f"{self.name}.json"
+
 
 STAGES: tuple[Stage, ...] = (
     Stage("model", "model:prepare", 1),
     Stage("prompts", "prompts:write", 1),
-    Stage("samples", "triples:sample", 12),
+    *(Stage(f"samples-{shard}", "triples:sample", 10, str(shard)) for shard in range(SHARDS)),
     Stage("triples", "triples:write", 1),
     Stage("texts", "sae_training:write_texts", 1),
-    Stage("activations", "sae_training:collect_activations", 15),
-    Stage("saes", "sae_training:train", 15),
-    Stage("fit-conditional", "fits:fit", 10, "conditional"),
-    Stage("fit-concise", "fits:fit", 10, "concise"),
-    Stage("dpo-conditional", "fits:train_dpo", 20, "conditional"),
-    Stage("dpo-concise", "fits:train_dpo", 20, "concise"),
-    Stage("simpo-conditional", "fits:train_simpo", 16, "conditional"),
-    Stage("simpo-concise", "fits:train_simpo", 16, "concise"),
-    Stage("choose-conditional", "choice:choose", 12, "conditional"),
-    Stage("choose-concise", "choice:choose", 12, "concise"),
-    Stage("heldout-static-conditional", "heldout:measure_static", 10, "conditional"),
-    Stage("heldout-static-concise", "heldout:measure_static", 10, "concise"),
-    Stage("heldout-conditional", "heldout:measure", 16, "conditional"),
-    Stage("heldout-concise", "heldout:measure", 16, "concise"),
-    Stage("curve", "curve:measure", 12),
+    *(Stage(f"activations-{shard}", "sae_training:collect_activations", 11, str(shard)) for shard in range(SHARDS)),
+    Stage("sae-input", "sae_training:train", 13, "input"),
+    Stage("sae-output", "sae_training:train", 13, "output"),
+    Stage("sae-report", "sae_training:write_report", 1),
+    *(Stage(f"fit-{task}", "fits:fit", 9, task) for task in TASKS),
+    *(Stage(f"dpo-{task}", "fits:train_dpo", 10, task) for task in TASKS),
+    *(Stage(f"simpo-{task}", "fits:train_simpo", 8, task) for task in TASKS),
+    *(Stage(f"choose-{task}", "choice:choose", 16, task) for task in TASKS),
+    *(Stage(f"heldout-static-{task}", "heldout:measure_static", 15, task) for task in TASKS),
+    *(Stage(f"heldout-{task}", "heldout:measure", 25, task) for task in TASKS),
+    *(Stage(f"curve-{task}", "curve:measure", 8, task) for task in TASKS),
     Stage("costs", "costs:measure", 5),
     Stage("report", "report:write", 1),
 )
 
 
-def run_stages(run: Run, names: Sequence[str] = ()) -> None:
-    """Runs the stages that are not done, all of them or those of some names."""
-    for stage in STAGES:
-        done = run.folder / "stages" / f"{stage.name}.json"
-        if done.is_file() or (names and stage.name not in names):
-            continue
-        print(f"{time.strftime('%H:%M:%S')} {stage.name}", flush=True)
-        started, processor = time.perf_counter(), time.process_time()
-        stage.run(run)
-        found = {
-            "seconds": time.perf_counter() - started,
-            "processor_seconds": time.process_time() - processor,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "provenance": asdict(Provenance.here()),
-        }
-        done.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(done, json.dumps(found).encode())
-        print(f"{time.strftime('%H:%M:%S')} {stage.name}: {found['seconds']:.0f} s", flush=True)
+def run_stages(run: Run, names: Sequence[str] = (), *, jobs: int = 1) -> None:
+    """Runs the stages that are not done, all of them or those of some names.
+
+    Raises:
+        SystemExit: if the folder holds a study of other sizes, or a stage fails in a process of its own; what the
+            process wrote says why.
+    """
+    _check_settings(run)
+    for _, group in itertools.groupby(STAGES, key=lambda stage: stage.function):
+        waiting = [stage for stage in group if not stage.record(run).is_file() and (not names or stage.name in names)]
+        for start in range(0, len(waiting), jobs):
+            together = waiting[start : start + jobs]
+            if len(together) > 1:
+                _run_beside_each_other(run, together)
+            else:
+                _run_here(run, together[0])
+
+
+def _check_settings(run: Run) -> None:
+    """Writes the sizes at the first call; what is in the folder was made with them."""
+    now = json.loads(json.dumps(asdict(run.settings)))
+    if not run.settings_file.is_file():
+        write_atomically(make_folder(run.folder) / run.settings_file.name, json.dumps(now, indent=1).encode())
+    before = json.loads(run.settings_file.read_text())
+    if differing := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
+        raise SystemExit(
+            f"{run.folder} holds a study with other settings ({', '.join(differing)}); choose another folder by --runs"
+        )
+
+
+def _run_here(run: Run, stage: Stage) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {stage.name}", flush=True)
+    started, processor = time.perf_counter(), time.process_time()
+    stage.run(run)
+    found = {
+        "seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time() - processor,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "provenance": asdict(Provenance.here()),
+    }
+    stage.record(run).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(stage.record(run), json.dumps(found).encode())
+    print(f"{time.strftime('%H:%M:%S')} {stage.name}: {found['seconds']:.0f} s", flush=True)
+
+
+def _run_beside_each_other(run: Run, stages: Sequence[Stage]) -> None:
+    quick = ["--quick"] if run.settings.name == QUICK.name else []
+    command = [sys.executable, "-m", "study", *quick, "--runs", str(run.folder.parent), "--threads", "1", "--jobs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([*command, "--stage", stage.name], env=environment) for stage in stages]
+    failed = [stage.name for stage, process in zip(stages, running, strict=True) if process.wait()]
+    if failed:
+        raise SystemExit(f"stage {', '.join(failed)} failed; what is done is kept, and `make study` goes on there")

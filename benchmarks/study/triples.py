@@ -16,7 +16,7 @@ from study import model, prompts
 from study.generation import samples
 from study.prompts import KINDS, Prompt
 from study.rewards import reward
-from study.settings import TASKS, Run, Task
+from study.settings import SHARDS, TASKS, Run, Task
 
 LENGTH_RATIO = 1.25
 """Matched responses differ at most by this factor in tokens."""
@@ -42,17 +42,17 @@ class Pair:
     margin: float
 
 
-def sample(run: Run) -> None:
-    """Samples the training prompts, both tasks from the same; appends to what an earlier call sampled."""
-    settings = run.settings
-    train = prompts.load(run, "train")
-    done = len(load_samples(run)) // settings.samples_per_prompt if run.samples.is_file() else 0
+def sample(run: Run, shard: str) -> None:
+    """Samples the training prompts of a shard, both tasks from the same; appends to what an earlier call sampled."""
+    settings, file = run.settings, run.samples(int(shard))
+    train = prompts.load(run, "train")[int(shard) :: SHARDS]
+    done = len(read_lines(file)) // settings.samples_per_prompt if file.is_file() else 0
     chat_model, tokenizer = model.load(run)
     prompts_at_once = max(1, settings.answers_per_batch // settings.samples_per_prompt)
     starts = range(done, len(train), prompts_at_once)
     for start in track(starts, "Sampling", enabled=True, unit=f"{prompts_at_once} prompts each"):
         part = train[start : start + prompts_at_once]
-        seed = settings.seed + 1 + start
+        seed = settings.seed + 1 + start * SHARDS + int(shard)
         found = samples(
             chat_model,
             tokenizer,
@@ -66,13 +66,17 @@ def sample(run: Run) -> None:
             for prompt, group in zip(part, found, strict=True)
             for answer in group
         ]
-        append_lines(run.samples, records)
+        append_lines(file, records)
 
 
 def load_samples(run: Run) -> list[Sample]:
-    """The samples of all prompts that are sampled, in the order of the prompts."""
+    """The samples of all training prompts, in the order of the prompts."""
     names = {field.name for field in fields(Sample)}
-    return [Sample(**{name: record[name] for name in names}) for record in read_lines(run.samples)]
+    found: dict[str, list[Sample]] = {prompt.id: [] for prompt in prompts.load(run, "train")}
+    for shard in range(SHARDS):
+        for record in read_lines(run.samples(shard)):
+            found[record["prompt_id"]].append(Sample(**{name: record[name] for name in names}))
+    return [each for group in found.values() for each in group]
 
 
 def write(run: Run) -> None:

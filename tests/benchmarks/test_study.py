@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study import capability, fluency
+from study import capability, fluency, stages
 from study.choice import chosen
 from study.evaluation import Answered, Measurement
 from study.heldout import measurements, open_heldout
@@ -113,6 +113,33 @@ def test_held_out_prompts_are_not_read_with_other_settings(tmp_path: Path) -> No
         open_heldout(run)
     with pytest.raises(SystemExit, match="used once"):
         open_heldout(Run(replace(QUICK, seed=1), tmp_path))
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
+    run = Run(QUICK, tmp_path)
+    run_stages(run, ["prompts"])
+    assert len(load(run, "train")) == QUICK.train_prompts
+    with pytest.raises(SystemExit, match=r"other settings \(seed, tries\); choose another folder by --runs"):
+        run_stages(Run(replace(QUICK, seed=1, tries=3), tmp_path), ["prompts"])
+
+
+def test_stages_of_one_function_run_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(QUICK, tmp_path)
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            assert env["OMP_NUM_THREADS"] == "1"
+            started.append(command[command.index("--runs") :])
+
+        def wait(self) -> int:
+            return 1
+
+    monkeypatch.setattr(stages.subprocess, "Popen", Process)
+    with pytest.raises(SystemExit, match="stage choose-conditional, choose-concise failed"):
+        run_stages(run, ["choose-conditional", "choose-concise"], jobs=2)
+    assert [command[-1] for command in started] == ["choose-conditional", "choose-concise"]
+    assert all(command[1] == str(tmp_path.parent) for command in started)
 
 
 @pytest.mark.long

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from study import model, prompts, sae_training, triples
-from study.generation import TEMPERATURE, TOP_K, PairedNoise, answers, samples
+from study import fluency, model, prompts, sae_training, triples
+from study.generation import TEMPERATURE, TOP_K, PairedNoise, answers, prompt_ids, samples
 from study.prompts import KINDS, SPLITS, Prompt, make_prompts
 from study.rewards import FEATURES, LONGEST, PREFERENCES, reward
 from study.sae_training import ResidualReader, SaeQuality, Text
-from study.settings import QUICK, TASKS, Run
+from study.settings import QUICK, SHARDS, TASKS, Run
 from study.topics import MATERIAL
 from study.triples import Sample, best_pair
 
@@ -211,10 +211,20 @@ def run(tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) 
     return run
 
 
+def sample(run: Run) -> None:
+    for shard in range(SHARDS):
+        triples.sample(run, str(shard))
+
+
+def collect(run: Run) -> None:
+    for shard in range(SHARDS):
+        sae_training.collect_activations(run, str(shard))
+
+
 def test_sampling_goes_on_where_it_was_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Run(run.settings, run.folder.parent / "whole")
     prompts.write(whole)
-    triples.sample(whole)
+    sample(whole)
     appended: list[int] = []
 
     def append_twice(path: Path, records: list[dict[str, Any]]) -> None:
@@ -226,16 +236,20 @@ def test_sampling_goes_on_where_it_was_stopped(run: Run, monkeypatch: pytest.Mon
     append = triples.append_lines
     monkeypatch.setattr(triples, "append_lines", append_twice)
     with pytest.raises(KeyboardInterrupt):
-        triples.sample(run)
-    triples.sample(run)
-    assert appended == [16, 16, 16, 16]
-    assert run.samples.read_bytes() == whole.samples.read_bytes()
+        sample(run)
+    sample(run)
+    assert appended == [16, 8, 16, 16, 8]
+    for shard in range(SHARDS):
+        assert run.samples(shard).read_bytes() == whole.samples(shard).read_bytes()
+    made = triples.load_samples(run)
+    assert list(dict.fromkeys(each.prompt_id for each in made)) == [each.id for each in prompts.load(run, "train")]
+    assert len({each.seed for each in made}) == 4
 
 
 def test_triples_are_what_load_preferences_reads(
     run: Run, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    triples.sample(run)
+    sample(run)
     monkeypatch.setattr(triples, "reward", lambda task, prompt, text, tokens, ended: float(len(set(text))))
     triples.write(run)
     for task in TASKS:
@@ -245,6 +259,20 @@ def test_triples_are_what_load_preferences_reads(
     monkeypatch.setattr(triples, "reward", lambda *_: 0.0)
     with pytest.raises(dspa.InvalidInputError, match=r"0 triples of 6 for conditional.*sample more prompts"):
         triples.write(run)
+
+
+# Fluency
+
+
+def test_a_loss_is_that_of_an_answer_alone(tiny: tuple[Any, Any]) -> None:
+    texts, answered = ("w9 w8", "w7", "w6 w5 w20 w21 w22"), ((9, 8, 7, 30), (), (12,))
+    found = fluency.losses(*tiny, texts, answered)
+    assert found[1] == 0
+    for place in (0, 2):
+        before = prompt_ids(tiny[1], [{"role": "user", "content": texts[place]}])
+        logits = tiny[0](torch.tensor([[*before, *answered[place]]])).logits[0, len(before) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answered[place]))
+        assert found[place] == pytest.approx(float(expected), rel=1e-4)
 
 
 # SAEs
@@ -263,7 +291,7 @@ def test_the_residual_stream_is_that_of_the_kept_tokens(tiny: tuple[Any, Any]) -
 
 
 def test_a_prompt_is_trained_on_once(run: Run, tiny: tuple[Any, Any]) -> None:
-    triples.sample(run)
+    sample(run)
     texts = list(sae_training._answers(run, tiny[1]))
     by_skipped = Counter(text.skipped for text in texts)
     assert by_skipped[1] == 12
@@ -279,14 +307,16 @@ def test_saes_are_trained_stored_and_measured(run: Run, monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(sae_training, "TOKENS_PER_PART", 1000)
     monkeypatch.setattr(sae_training, "EPOCHS", 40)
-    triples.sample(run)
+    sample(run)
     sae_training.write_texts(run)
-    sae_training.collect_activations(run)
+    collect(run)
     first = next(iter(sorted(run.activations.iterdir())))
     stamp = first.stat().st_mtime_ns
-    sae_training.collect_activations(run)
+    collect(run)
     assert first.stat().st_mtime_ns == stamp
-    sae_training.train(run)
+    for which in ("input", "output"):
+        sae_training.train(run, which)
+    sae_training.write_report(run)
     report = json.loads(run.sae_report.read_text())
     assert sum(report["tokens"].values()) >= run.settings.sae_tokens
     for folder, layer in ((run.input_sae, 1), (run.output_sae, 2)):
