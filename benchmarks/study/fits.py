@@ -124,7 +124,7 @@ class Material:
             started = time.perf_counter()
             result = train(
                 self.model,
-                self.triples,
+                self.triples[: self.run.settings.pairs_per_training],
                 self.output_sae,
                 self.run.settings.output_layer,
                 fsrl_options(self.run),
@@ -144,8 +144,9 @@ class Material:
         def make() -> Record:
             started = time.perf_counter()
             options = lora_options(self.run, objective)
+            rows = self.rows[: self.run.settings.pairs_per_training]
             with torch.enable_grad():
-                training = train_lora(self.model, self.tokenizer, self.rows, options, self.folder / objective)
+                training = train_lora(self.model, self.tokenizer, rows, options, self.folder / objective)
             return Record(time.perf_counter() - started, training.parameters, training.history)
 
         self._once(objective, make)
@@ -175,10 +176,10 @@ class Material:
 
 
 def fsrl_options(run: Run) -> TrainingOptions:
-    """As many passes over the triples as come closest to the pairs that a training may see."""
+    """One pass over the triples that a training sees."""
     settings = run.settings
     return TrainingOptions(
-        epochs=max(1, round(settings.pairs_per_training / settings.triples)),
+        epochs=1,
         pairs_per_step=settings.pairs_per_step,
         pairs_at_once=PAIRS_AT_ONCE,
         learning_rate=1e-3,

@@ -29,7 +29,7 @@ class Settings:
         triple_counts: numbers of triples of the curve; the table has the last.
         curve_prompts: held-out prompts, of each task, that the curve is measured on.
         tries: settings that a method may try on validation prompts.
-        pairs_per_training: pairs that a training sees in all; with fewer triples it sees them several times.
+        pairs_per_training: triples that a training sees, the first of all; each once.
         pairs_per_step: pairs of an optimiser step.
         fluency_prompts: held-out prompts, of each task, whose answers the unsteered model scores.
         questions: questions with computed answers.
@@ -87,9 +87,9 @@ FULL = Settings(
     triple_counts=(25, 50, 100, 250, 500),
     curve_prompts=50,
     tries=4,
-    pairs_per_training=160,
-    pairs_per_step=16,
-    fluency_prompts=60,
+    pairs_per_training=128,
+    pairs_per_step=8,
+    fluency_prompts=40,
     questions=24,
     speed_tokens=32,
     speed_rounds=3,
