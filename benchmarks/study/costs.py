@@ -36,8 +36,8 @@ from study.prompts import load
 from study.settings import Run, Task
 
 TASK: Task = "conditional"
-COUNTED = 8  # triples whose FLOPs are counted
-AT_ONCE = {"densities": 64, "means": 16, "fsrl": 8, "dpo": 8, "simpo": 8}  # triples whose peak memory is measured
+COUNTED = 4  # triples whose FLOPs are counted
+AT_ONCE = {"densities": 64, "means": 16, "fsrl": 4, "dpo": 4, "simpo": 4}  # triples whose peak memory is measured
 ANSWERS = 16  # in a timed batch
 CONTEXT = 100  # tokens that a generated token has before it, about
 FIT_OF = {

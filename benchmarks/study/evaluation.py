@@ -79,7 +79,11 @@ class Measurement:
 
     def gain(self, unsteered: Measurement) -> Estimate:
         """The paired difference of rewards to the unsteered model."""
-        return Estimate.from_samples(self.rewards - unsteered.rewards)
+        return Estimate.from_samples(self.differences(unsteered))
+
+    def differences(self, unsteered: Measurement) -> NDArray[np.float64]:
+        """Of rewards, on the prompts that this was measured on, which are the first of the unsteered model's."""
+        return self.rewards - unsteered.first(len(self.answers)).rewards
 
     def broken(self, largest_loss: float = np.inf) -> float:
         """The share of answers that are malformed, repeat themselves, or are less likely than a bound allows."""

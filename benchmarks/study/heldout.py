@@ -72,8 +72,9 @@ def measure(run: Run, task: Task) -> None:
             sets = list_sets(lists, material.output_sae.d_sae)
             overlaps[method] = asdict(Overlap.from_sets(sets, [prompt.kind for prompt in prompts]))
         if method == "DSPA":
-            for name, control in controls(material, attempt, prompts).items():
-                _keep(material, name, control, prompts)
+            first = prompts[: run.settings.control_prompts]
+            for name, control in controls(material, attempt, first).items():
+                _keep(material, name, control, first)
     write_atomically(folder / "overlaps.json", json.dumps(overlaps).encode())
 
 

@@ -80,7 +80,7 @@ def of_task(run: Run, task: Task) -> dict[str, Any]:
 
 def row(run: Run, task: Task, found: Measurement, unsteered: Measurement) -> dict[str, Any]:
     """What the tables say of a method."""
-    difference = found.rewards - unsteered.rewards
+    difference = found.differences(unsteered)
     kinds = sorted({each.kind for each in found.answers})
     kind_of = np.array([each.kind for each in found.answers])
     records = [Record(**json.loads((run.folder / "fits" / task / f"{name}.json").read_text())) for name in found.fits]
@@ -150,8 +150,9 @@ def gains_table(report: dict[str, Any], task: str) -> Table:
     prompts, triples = rows[UNSTEERED]["prompts"], report["settings"]["triple_counts"][-1]
     return Table(
         f"{task.capitalize()}: reward",
-        f"{LEGENDS[task].capitalize()}. {prompts} held-out prompts, {triples} triples; gain is the paired difference "
-        "to the unsteered model; 95 % intervals.",
+        f"{LEGENDS[task].capitalize()}. {prompts} held-out prompts, the controls on the first "
+        f"{report['settings']['control_prompts']}; {triples} triples; gain is the paired difference to the unsteered "
+        "model; 95 % intervals.",
         ("method", "setting chosen on validation", "reward", "gain", "better %", "worse %"),
         tuple(
             (

@@ -27,6 +27,7 @@ class Settings:
         target_l0: active latents a token that the SAEs are trained towards.
         input_layer, output_layer: blocks after which the SAEs read the residual stream, of 30.
         triple_counts: numbers of triples of the curve; the table has the last.
+        control_prompts: held-out prompts, of each task, that the controls are measured on.
         curve_prompts: held-out prompts, of each task, that the curve is measured on.
         tries: settings that a method may try on validation prompts.
         pairs_per_training: triples that a training sees, the first of all; each once.
@@ -53,6 +54,7 @@ class Settings:
     input_layer: int
     output_layer: int
     triple_counts: tuple[int, ...]
+    control_prompts: int
     curve_prompts: int
     tries: int
     pairs_per_training: int
@@ -74,7 +76,7 @@ class Settings:
 FULL = Settings(
     name="study",
     train_prompts=560,
-    validation_prompts=36,
+    validation_prompts=30,
     heldout_prompts=500,
     samples_per_prompt=8,
     max_new_tokens=32,
@@ -85,6 +87,7 @@ FULL = Settings(
     input_layer=9,
     output_layer=20,
     triple_counts=(25, 50, 100, 250, 500),
+    control_prompts=250,
     curve_prompts=50,
     tries=4,
     pairs_per_training=128,
@@ -110,6 +113,7 @@ QUICK = Settings(
     input_layer=9,
     output_layer=20,
     triple_counts=(3, 6),
+    control_prompts=4,
     curve_prompts=2,
     tries=2,
     pairs_per_training=4,
