@@ -164,7 +164,8 @@ def test_all_stages_after_the_saes(tmp_path: Path) -> None:
         rows = report["tasks"][task]["rows"]
         assert list(rows) == [*METHODS, *CONTROLS]
         assert rows[UNSTEERED]["gain"] == [0, 0]
-        assert all(row["prompts"] == settings.heldout_prompts for row in rows.values())
+        for name, row in rows.items():
+            assert row["prompts"] == (settings.control_prompts if name in CONTROLS else settings.heldout_prompts)
         assert all(len(chosen(run, task, method).notes) <= settings.tries for method in METHODS)
         assert [point["triples"] for point in report["tasks"][task]["curve"]["DSPA"]] == list(settings.triple_counts)
         found = measurements(run, task)["DSPA"]
