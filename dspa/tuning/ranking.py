@@ -85,7 +85,7 @@ class AgreementRanking:
 def settings_to_try(
     grid: TuningGrid, maker: PolicyMaker, *, rank: bool, folds: int, tries: int | None, seed: int
 ) -> tuple[list[TunedSetting], AgreementRanking | None, str]:
-    """The settings of a grid that are tried, the ranking that chose them, and why there is none.
+    """The settings of a grid that are tried, the ranking that chose them, and why there is none, if it was asked for.
 
     With a ranking, each strength and edit is tried with as many ways to make lists as the grid has without the fields
     that are ranked only, or as `tries` leaves; the best are.
@@ -112,7 +112,7 @@ def settings_to_try(
         if tries is not None:
             raise InvalidInputError(f"tries is {tries}, but lists cannot be ranked by agreement: {found}")
         _check_that_ridge_is_there(grid, settings)
-        return settings, None, found
+        return settings, None, found if rank else ""
     count = grid.lists_per_edit
     if tries is not None:
         if tries < grid.strengths:

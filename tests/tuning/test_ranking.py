@@ -110,7 +110,9 @@ def test_there_are_as_many_tries_as_without_a_ranking(policy: SteeringPolicy, st
     """Both estimators are ranked; no value of an option that is ranked only is a try more."""
     maker = PolicyMaker(policy, store)
     without = settings_to_try(GRID, maker, rank=False, folds=5, tries=None, seed=0)
-    assert without == (GRID.settings(policy), None, "it was switched off")
+    assert without == (GRID.settings(policy), None, "")
+    with pytest.raises(InvalidInputError, match="tries is 6, but lists cannot be ranked by agreement: it was switched"):
+        settings_to_try(GRID, maker, rank=False, folds=5, tries=6, seed=0)
     wide = replace(GRID, features=(3, 9, 20), penalty=(0.1, 1.0), entries_per_side=(3, 8))
     for grid, lists in ((GRID, 2 * 2), (wide, 2 * 2 * (2 + 3 * 2 * 2))):
         settings, found = tried(grid, maker, folds=5)
