@@ -176,7 +176,7 @@ def test_lists_without_latents_agree_with_nothing(tmp_path: Path) -> None:
 def test_triples_of_one_prompt_are_left_out_together(tmp_path: Path, seed: int) -> None:
     drawn = tiny.random_densities(5, 20, 15, 0, LENGTHS)
     repeated = part_of(drawn, np.array([0, 1, 2, 1, 3, 4, 0, 1]))
-    folds = Folds.from_store(tiny.write_store(tmp_path, repeated, 3), 3, seed)
+    folds = Folds.from_store(tiny.write_store(tmp_path / "repeated", repeated, 3), 3, seed)
     for same in ([0, 6], [1, 3, 7]):
         assert len(set(folds.fold[same])) == 1
     assert set(folds.fold) == {0, 1, 2}

@@ -114,7 +114,7 @@ def test_there_are_as_many_tries_as_without_a_ranking(policy: SteeringPolicy, st
     with pytest.raises(InvalidInputError, match="tries is 6, but lists cannot be ranked by agreement: it was switched"):
         settings_to_try(GRID, maker, rank=False, folds=5, tries=6, seed=0)
     wide = replace(GRID, features=(3, 9, 20), penalty=(0.1, 1.0), entries_per_side=(3, 8))
-    for grid, lists in ((GRID, 2 * 2), (wide, 2 * 2 * (2 + 3 * 2 * 2))):
+    for grid, lists in ((GRID, 2 * 2 * 2), (wide, 2 * 2 * (2 + 3 * 2 * 2))):
         settings, found = tried(grid, maker, folds=5)
         assert len(settings) == len(without[0]) == 12
         assert len(found.rows) == lists
@@ -154,8 +154,11 @@ def test_what_is_ranked_is_the_agreement_of_the_policy_that_is_tried(
     assert {row.agreement for row in only.rows}.isdisjoint({row.agreement for row in every.rows})
 
 
-def test_lists_that_are_the_same_come_last(policy: SteeringPolicy, store: DensityStore) -> None:
-    """No density of a prompt is 0 at this percentile, so that both rules are one."""
+def test_lists_that_are_the_same_come_last(tmp_path: Path) -> None:
+    """No latent has a density of 0 at this percentile, so that both rules are one."""
+    densities = tiny.random_densities(20, 30, 60, 1, (3, 5, 7, 11), active=1)
+    store = tiny.write_store(tmp_path, densities, saes=WIDE)
+    policy = SteeringPolicy(ConditionalDifferenceMap.fit(store), *WIDE, k_prompt=6, k_diff=4)
     grid = TuningGrid(
         alpha=(0.1,), edit=None, k_diff=(4, 2), gate_percentile=(99.0,), gate_rule=("ge", "positive_ge"),
         estimator=("mean_difference",),
