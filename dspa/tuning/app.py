@@ -42,7 +42,7 @@ def tune(
     ] = True,
     folds: Annotated[int, typer.Option(help="Parts of the triples for that.")] = 5,
     tries: Annotated[
-        int | None, typer.Option(help="Settings tried at most.", show_default="all but of the options ranked only")
+        int | None, typer.Option(help="Settings tried at most.", show_default="as many as the grid has")
     ] = None,
     output_sae: Annotated[str | None, typer.Option(help=f"The whole output SAE, {SaeHelp}.")] = None,
     reward: Annotated[

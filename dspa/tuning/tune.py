@@ -99,8 +99,8 @@ def tune(
     """Chooses the settings of a policy on one part of held-out preferences, and measures the choice on the other.
 
     With `densities`, lists come first: every way to make them (estimator, gates, `k_prompt`, `k_diff`) is ranked by its
-    agreement with triples that the map was not fitted from, in seconds and without the model, and strengths and edits
-    are tried with the best. There are as many tries as the grid has without the fields that are ranked only.
+    agreement with triples that the map was not fitted from, without the model, and strengths and edits are tried with
+    the best. There are as many tries as the grid has without the fields that are ranked only.
 
     The gain of a setting is what it adds to the unsteered model's preference margin, to a user's reward, or to the sum
     of both. Settings that do more to neutral text than the guard allows are not chosen. Successive halving evaluates
