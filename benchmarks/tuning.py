@@ -1,15 +1,18 @@
 """Tuning on the organism: successive halving against the full grid, and what each choice is worth on other examples.
 
     python benchmarks/tuning.py --out benchmarks/results/organism/tuning.json [--examples 128] --full-grid
+    python benchmarks/tuning.py --out benchmarks/results/organism/tuning.json --agreement
 
 The policy of 250 triples; preferences drawn from held-out prompts; gates fitted again from the stored densities. A run
-that was stopped goes on where it was.
+that was stopped goes on where it was. `--agreement` ranks the lists of the grid that was evaluated by agreement over
+folds of the 250 triples, evaluates nothing, and sets the ranks beside those by gain.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +22,13 @@ import numpy as np
 
 import dspa
 from dspa.offline.preferences import PreferenceTriples, load_preferences
-from dspa.organism.demo import DemoOptions, load_organism
+from dspa.organism.demo import DemoOptions, Organism, load_organism
 from dspa.organism.language import Split, Triple, draw_prompt, draw_response, neutral_text, reward
 from dspa.tuning.halving import Schedule, successive_halving
 from dspa.tuning.journal import JOURNAL
 from dspa.tuning.objective import Guard
-from dspa.tuning.settings import TunedSetting
+from dspa.tuning.ranking import settings_to_try
+from dspa.tuning.settings import PolicyMaker, TunedSetting
 from dspa.util.estimate import Estimate
 from dspa.util.files import write_atomically
 from dspa.util.provenance import Provenance
@@ -67,10 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-kl", type=float, default=0.1)
     parser.add_argument("--work", type=Path, default=Path("tuning"), help="folder of evaluations and policies")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--agreement", action="store_true", help="only rank the lists of the full grid in the file")
     options = parser.parse_args(arguments)
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     options.work.mkdir(parents=True, exist_ok=True)
     organism = load_organism(DemoOptions(), options.work, progress=False)
+    if options.agreement:
+        record["agreement"] = agreement(organism, record["full grid"]["choosing"], options.seed)
+        write_atomically(options.out, (json.dumps(record, indent=1) + "\n").encode())
+        return
     preferences = heldout_preferences(options.examples, options.seed + 11, organism.tokenizer)
     rng = np.random.default_rng(options.seed + 12)
     texts = [neutral_text(rng, "heldout", sentences=8) for _ in range(options.examples)]
@@ -88,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 guard=Guard(max_kl=options.max_kl),
                 first=options.first,
                 full_grid=name == "full grid",
+                rank=False,
                 seed=options.seed,
             ),
         )
@@ -104,6 +114,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for part, found in record["difference"].items():
             print(f"the halving's choice minus the full grid's, {part}: {found}")
         write_atomically(options.out, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def agreement(organism: Organism, evaluated: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """The ranking of the grid's lists, of ridge's beside them, the gains of those that were evaluated, and Spearman's
+    correlation of agreement and gain for each strength and edit."""
+    started = time.perf_counter()
+    maker = PolicyMaker(organism.policy(90), organism.store)
+    _, ranking, why = settings_to_try(GRID, maker, rank=True, folds=5, tries=None, seed=seed)
+    if ranking is None:
+        raise SystemExit(why)
+    seconds = time.perf_counter() - started
+    gains = {TunedSetting(**row["setting"]): row["gain"]["mean"] for row in evaluated}
+    correlations: dict[str, float] = {}
+    for alpha in GRID.alpha or ():
+        for edit in GRID.edit or ():
+            pairs = [
+                (row.agreement.mean, gain)
+                for row in ranking.rows
+                for setting, gain in gains.items()
+                if row.agreement is not None and setting.lists == row.lists
+                if (setting.alpha, setting.edit) == (alpha, edit)
+            ]
+            first, second = (np.argsort(np.argsort(values)) for values in zip(*pairs, strict=True))
+            correlations[f"{edit}, alpha {alpha}"] = float(np.corrcoef(first, second)[0, 1])
+    for row in ranking.rows:
+        own = [f"{gain:+.4f}" for setting, gain in gains.items() if setting.lists == row.lists]
+        print(f"{row.lists}: {row.agreement}, folds {row.spread:.4f}, gains {' '.join(own)}")
+    print(f"{seconds:.1f} s; correlation of ranks: {correlations}")
+    return {"ranking": asdict(ranking), "seconds": seconds, "correlation of ranks": correlations}
 
 
 def replayed(work: Path, first: int, orders: int = 200) -> dict[str, float]:

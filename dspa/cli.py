@@ -166,6 +166,7 @@ def fit(
         str, typer.Option(help="mean_difference (the paper's) or ridge, for few triples.")
     ] = "mean_difference",
     features: Annotated[int, typer.Option(help="With ridge, how many latents describe a prompt at most.")] = 64,
+    penalty: Annotated[float, typer.Option(help="With ridge, a factor of its penalties.")] = 1.0,
     folds: Annotated[int, typer.Option(help="Parts of the triples to check the map on; 0 for no check.")] = 0,
     k_prompt: Annotated[int, typer.Option(help="Prompt latents that choose rows of the map.")] = 32,
     k_diff: Annotated[int, typer.Option(help="Latents edited in each direction.")] = 16,
@@ -186,6 +187,7 @@ def fit(
     saes = load_sae(input_sae), load_sae(output_sae)
     options: dict[str, Any] = {"gate_percentile": gate_percentile, "gate_rule": gate_rule, "sparsify": sparsify}
     options |= {"entries_per_side": entries_per_side, "estimator": estimator, "features": features}
+    options["penalty"] = penalty
     fitted = ConditionalDifferenceMap.fit(densities, progress=not as_json, **options)
     choices: dict[str, Any] = {"edit": edit, "edit_positions": edit_positions}
     policy = SteeringPolicy(

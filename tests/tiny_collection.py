@@ -166,7 +166,7 @@ def described(rho: Matrix, centre: Matrix, count: int) -> Matrix:
     return chosen
 
 
-def ridge_coefficients(densities: Densities, count: int) -> tuple[Matrix, Matrix]:
+def ridge_coefficients(densities: Densities, count: int, penalty: float = 1.0) -> tuple[Matrix, Matrix]:
     """Of the estimator `ridge` (docs/method.md, section 2.1), by singular vectors: `[d_sae_in, N]`, what a triple's
     difference counts in a row of A, and `[N, d_sae_out]`, the differences minus their mean."""
     rho = densities.prompt.density
@@ -175,9 +175,9 @@ def ridge_coefficients(densities: Densities, count: int) -> tuple[Matrix, Matrix
     features -= features.mean(axis=0)
     deviation = densities.difference - densities.difference.mean(axis=0)
     left, sizes, right = np.linalg.svd(features, full_matrices=False)
-    ridge = right.T @ np.diag(sizes / (sizes**2 + (sizes**2).sum() / len(rho))) @ left.T
+    ridge = right.T @ np.diag(sizes / (sizes**2 + penalty * (sizes**2).sum() / len(rho))) @ left.T
     left, sizes, _ = np.linalg.svd(deviation, full_matrices=False)
-    shrunk = left @ np.diag(sizes**2 / (sizes**2 + (sizes**2).sum() / len(rho))) @ left.T
+    shrunk = left @ np.diag(sizes**2 / (sizes**2 + penalty * (sizes**2).sum() / len(rho))) @ left.T
     return ridge @ shrunk, deviation
 
 

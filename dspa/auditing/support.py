@@ -106,7 +106,7 @@ def _contributions(
     used = weights.any(dim=1).nonzero().flatten()
     weights, chosen = weights[used], torch.tensor(latents, dtype=torch.int64)
     if fitted.features is not None:
-        ridge = RidgeFit.from_store(store, fitted.options.features)
+        ridge = RidgeFit.from_store(store, fitted.options.features, fitted.options.penalty)
         prompts = ridge.centred(0, run.d_sae_in)[:, used]
         _check_entries(by_latent, latents, used, weights, prompts.T @ ridge.predictions[:, chosen])
         return ridge.weights.T @ (prompts @ weights) * ridge.deviations[:, chosen]

@@ -19,7 +19,7 @@ from torch import Tensor
 from dspa.errors import CorruptFileError, InvalidInputError
 from dspa.kernels import CsrMap, EditKind, EditList, lookup
 from dspa.kernels.lookup import check_lookup_options, top
-from dspa.methods.prompt_features import PromptFeatures, check_that_triples_differ, ridge_weights
+from dspa.methods.prompt_features import LEAST_PENALTY, PromptFeatures, check_that_triples_differ, ridge_weights
 from dspa.offline.density_store import CollectionRun, DensityStore, SparseCounts
 from dspa.offline.density_subset import DensitySubset
 from dspa.util.files import TensorFolder
@@ -31,6 +31,7 @@ GateRule = Literal["ge", "positive_ge"]
 Sparsification = Literal["per_row", "global_tau", "none"]
 Estimator = Literal["mean_difference", "ridge"]
 
+ENTRIES_PER_SIDE: dict[Estimator, int] = {"mean_difference": 16, "ridge": 32}  # unless told otherwise
 BLOCK_BYTES = 256 * 2**20  # what one dense block may take in memory while fitting
 GRID = 2.0**48  # A is rounded to multiples of 1 / GRID, far below what densities resolve and above what sums lose
 
@@ -48,6 +49,7 @@ class FitOptions:
         estimator: "mean_difference" is the paper's map; "ridge" has no gates, but is a regression on the latents that
             are denser than usual, and is looked up by them.
         features: with "ridge", how many latents describe a prompt at most.
+        penalty: with "ridge", by what both penalties are multiplied.
     """
 
     gate_percentile: float = 90.0
@@ -56,6 +58,7 @@ class FitOptions:
     entries_per_side: int = 16
     estimator: Estimator = "mean_difference"
     features: int = 64
+    penalty: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("gate_percentile", self.gate_percentile, 0, 100)
@@ -68,6 +71,7 @@ class FitOptions:
                 raise InvalidInputError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         check_integer("entries_per_side", self.entries_per_side, 1)
         check_integer("features", self.features, 1)
+        check_number("penalty", self.penalty, LEAST_PENALTY, 1 / LEAST_PENALTY)
         if self.estimator == "ridge" and self.sparsify == "global_tau":
             raise InvalidInputError("global_tau is a rule of the paper's map; use per_row or none with ridge")
 
@@ -147,6 +151,7 @@ class ConditionalDifferenceMap:
         entries_per_side: int | None = None,
         estimator: Estimator = "mean_difference",
         features: int = 64,
+        penalty: float = 1.0,
         progress: bool = False,
     ) -> ConditionalDifferenceMap:
         """Fits a map from collected densities, without the model, in float64, a block of rows at a time.
@@ -163,6 +168,7 @@ class ConditionalDifferenceMap:
             entries_per_side: see FitOptions; None for 16, or 32 with `ridge`.
             estimator: see FitOptions.
             features: see FitOptions; at most `d_sae_in` are used.
+            penalty: see FitOptions.
             progress: whether to draw a progress bar.
 
         Raises:
@@ -171,10 +177,10 @@ class ConditionalDifferenceMap:
             CorruptFileError: for a damaged shard.
         """
         if entries_per_side is None:
-            entries_per_side = 32 if estimator == "ridge" else 16
-        options = FitOptions(gate_percentile, gate_rule, sparsify, entries_per_side, estimator, features)
+            entries_per_side = ENTRIES_PER_SIDE.get(estimator, 16)
+        options = FitOptions(gate_percentile, gate_rule, sparsify, entries_per_side, estimator, features, penalty)
         store = store if isinstance(store, (DensityStore, DensitySubset)) else DensityStore.open(store)
-        ridge = RidgeFit.from_store(store, features) if estimator == "ridge" else None
+        ridge = RidgeFit.from_store(store, features, penalty) if estimator == "ridge" else None
         starts = range(0, store.run.d_sae_in, _rows_per_block(store.run))
         threshold = 0.0
         if sparsify == "global_tau":
@@ -286,7 +292,8 @@ class ConditionalDifferenceMap:
 
     def config(self) -> dict[str, object]:
         """What is saved as JSON."""
-        fit = {**asdict(self.options), "gate_percentile": float(self.options.gate_percentile)}
+        numbers = {name: float(getattr(self.options, name)) for name in ("gate_percentile", "penalty")}
+        fit = {**asdict(self.options), **numbers}
         return {"run": asdict(self.run), "fit": fit}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -362,7 +369,7 @@ class RidgeFit:
     deviations: Tensor
 
     @classmethod
-    def from_store(cls, store: DensityStore | DensitySubset, count: int) -> RidgeFit:
+    def from_store(cls, store: DensityStore | DensitySubset, count: int, penalty: float) -> RidgeFit:
         run = store.run
         total = torch.zeros(run.d_sae_in, dtype=torch.float64)
         for shard in store.read():
@@ -376,7 +383,7 @@ class RidgeFit:
         for start in range(0, run.d_sae_in, _rows_per_block(run)):
             block = found.centred(start, start + _rows_per_block(run))
             products += block @ block.T
-        return replace(found, weights=ridge_weights(products, deviations @ deviations.T))
+        return replace(found, weights=ridge_weights(products, deviations @ deviations.T, penalty))
 
     def centred(self, start: int, end: int) -> Tensor:
         """`[triples, end - start]` float64, the features of these latents minus their means."""

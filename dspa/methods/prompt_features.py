@@ -15,6 +15,7 @@ from dspa.kernels import CsrMap
 from dspa.kernels.lookup.reference import top
 
 LEAST_DEVIATION = 2.0**-40  # far above rounding, far below a token of a response
+LEAST_PENALTY = 1e-6  # what it is added to stays far from singular in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +83,18 @@ class PromptFeatures:
         return CsrMap(torch.cat([matrix.row_offsets, nothing]), matrix.columns, matrix.values, matrix.d_sae_out)
 
 
-def ridge_weights(features: Tensor, differences: Tensor) -> Tensor:
+def ridge_weights(features: Tensor, differences: Tensor, penalty: float = 1.0) -> Tensor:
     """How differences of triples are combined, `[N, N]` float64: `(K + k I)^-1 L (L + l I)^-1`, with k and l the mean
-    eigenvalues of K and L.
+    eigenvalues of K and L, times the penalty.
 
     Neither may be 0, see `check_that_triples_differ`.
 
     Args:
         features: `[N, N]` float64, K, the products of the triples' centred features.
         differences: `[N, N]` float64, L, those of their centred differences.
+        penalty: by what both are multiplied, above 0.
     """
-    return _resolvent(features) @ differences @ _resolvent(differences)
+    return _resolvent(features, penalty) @ differences @ _resolvent(differences, penalty)
 
 
 def check_that_triples_differ(prompts: Tensor, deviations: Tensor) -> None:
@@ -112,6 +114,6 @@ def check_that_triples_differ(prompts: Tensor, deviations: Tensor) -> None:
         )
 
 
-def _resolvent(products: Tensor) -> Tensor:
-    level = products.diagonal().mean()
+def _resolvent(products: Tensor, penalty: float) -> Tensor:
+    level = penalty * products.diagonal().mean()
     return torch.linalg.inv(products + level * torch.eye(len(products), dtype=products.dtype))

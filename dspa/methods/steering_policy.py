@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dspa.errors import CorruptFileError, InvalidInputError, MismatchError, UnsupportedSaeError
 from dspa.kernels import EditKind, EditList
 from dspa.methods import policy_edits
-from dspa.methods.conditional_map import ConditionalDifferenceMap, MapConfig
+from dspa.methods.conditional_map import ConditionalDifferenceMap, FitOptions, MapConfig
 from dspa.methods.hub import local_folder, upload_folder
 from dspa.methods.latent_lists import LatentLists
 from dspa.methods.model_card import (
@@ -362,7 +362,7 @@ class SteeringPolicy:
                 "edit_positions": self.edit_positions,
                 "gate_percentile, gate_rule": of_parts or f"{fit.gate_percentile}, {fit.gate_rule}",
                 "sparsify": of_parts or fit.sparsify,
-                "estimator": fit.estimator if fit.estimator != "ridge" else f"ridge, {fit.features} features",
+                "estimator": _estimator_of(fit),
                 "map entries": matrix.nonzeros,
                 "preference triples": run.triple_count,
                 "counted tokens": counted_tokens(run.count_bos, run.count_template, run.count_eos),
@@ -425,6 +425,13 @@ def _editable_from(stored: Tensor | None, source: str) -> Tensor | None:
     if stored is not None and (stored.dtype != torch.uint8 or stored.ndim != 1 or bool((stored > 1).any())):
         raise CorruptFileError(f"{source}: {EDITABLE} is not a row of zeros and ones; make the policy again")
     return None if stored is None else stored.bool()
+
+
+def _estimator_of(fit: FitOptions) -> str:
+    if fit.estimator != "ridge":
+        return fit.estimator
+    penalty = "" if fit.penalty == 1 else f", penalty {policy_edits.written(fit.penalty)}"
+    return f"ridge, {fit.features} features{penalty}"
 
 
 def _are_factors(factors: Tensor, d_sae: int) -> bool:

@@ -22,7 +22,28 @@ def tune(
     k_diff: Annotated[str, typer.Option(help="Likewise.", show_default="8,16")] = "",
     gate_percentile: Annotated[str, typer.Option(help="Likewise; needs --densities.", show_default="the map's")] = "",
     gate_rule: Annotated[str, typer.Option(help="Likewise; needs --densities.", show_default="the map's")] = "",
-    densities: Annotated[Path | None, typer.Option(help="What the policy was fitted from, for other gates.")] = None,
+    estimator: Annotated[
+        str, typer.Option(help="Likewise; ranked, no more tries.", show_default="both, with --densities")
+    ] = "",
+    features: Annotated[
+        str, typer.Option(help="Likewise, with ridge; ranked, no more tries.", show_default="the map's")
+    ] = "",
+    penalty: Annotated[
+        str, typer.Option(help="Likewise, with ridge; ranked, no more tries.", show_default="the map's")
+    ] = "",
+    entries_per_side: Annotated[
+        str, typer.Option(help="Likewise; ranked, no more tries.", show_default="the map's")
+    ] = "",
+    densities: Annotated[
+        Path | None, typer.Option(help="What the policy was fitted from, to rank lists and for other maps.")
+    ] = None,
+    rank: Annotated[
+        bool, typer.Option(help="With --densities, try the lists that agree most with held-out triples.")
+    ] = True,
+    folds: Annotated[int, typer.Option(help="Parts of the triples for that.")] = 5,
+    tries: Annotated[
+        int | None, typer.Option(help="Settings tried at most.", show_default="as many as the grid has")
+    ] = None,
     output_sae: Annotated[str | None, typer.Option(help=f"The whole output SAE, {SaeHelp}.")] = None,
     reward: Annotated[
         str | None, typer.Option(help="FILE.py:NAME or MODULE:NAME, a function of prompt and response.")

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditKind
-from dspa.methods.conditional_map import GateRule
+from dspa.methods.conditional_map import Estimator, GateRule
 from dspa.methods.steering_policy import SteeringPolicy
 from dspa.offline.preferences import load_preferences
 from dspa.sae.named import load_sae
@@ -37,6 +37,10 @@ class TuneCommand:
     k_diff: str = ""
     gate_percentile: str = ""
     gate_rule: str = ""
+    estimator: str = ""
+    features: str = ""
+    penalty: str = ""
+    entries_per_side: str = ""
     densities: Path | None = None
     output_sae: str | None = None
     reward: str | None = None
@@ -48,6 +52,9 @@ class TuneCommand:
     first: int = 8
     keep: float = 0.25
     full_grid: bool = False
+    rank: bool = True
+    folds: int = 5
+    tries: int | None = None
     limit: int | None = None
     chat: bool | None = None
     max_new_tokens: int = 128
@@ -71,6 +78,9 @@ def run_tune(command: TuneCommand, *, progress: bool) -> TuningReport:
         first=command.first,
         keep=command.keep,
         full_grid=command.full_grid,
+        rank=command.rank,
+        folds=command.folds,
+        tries=command.tries,
         max_new_tokens=command.max_new_tokens,
         rows_at_once=command.batch_size,
         seed=command.seed,
@@ -132,6 +142,10 @@ def _grid(command: TuneCommand) -> TuningGrid:
         ("k_diff", int, None),
         ("gate_percentile", float, None),
         ("gate_rule", str, get_args(GateRule)),
+        ("estimator", str, get_args(Estimator)),
+        ("features", int, None),
+        ("penalty", float, None),
+        ("entries_per_side", int, None),
     ):
         words = getattr(command, name)
         if words:

@@ -18,7 +18,15 @@ from dspa.tuning.objective import Reward
 from dspa.tuning.scoring import Row
 
 SAMPLED = 1024  # values of each of the model's tensors that its digest is computed of
-SEARCH_ONLY = ("guard", "first", "keep", "full_grid")  # which settings are evaluated, not what comes out
+SEARCH_ONLY = (
+    "guard",
+    "first",
+    "keep",
+    "full_grid",
+    "rank",
+    "folds",
+    "tries",
+)  # which settings are evaluated, not what comes out
 SIMPLE = (int, float, str, bool, type(None))
 
 

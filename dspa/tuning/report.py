@@ -13,6 +13,7 @@ import numpy as np
 
 from dspa.errors import InvalidInputError
 from dspa.tuning.objective import Guard
+from dspa.tuning.ranking import AgreementRanking
 from dspa.tuning.scoring import Floats
 from dspa.tuning.settings import TunedSetting
 from dspa.util.estimate import Estimate
@@ -79,6 +80,9 @@ class TuningReport:
         choosing_examples, reporting_examples: how many there are.
         cost: examples evaluated to choose, of all settings together.
         full_grid_cost: what evaluating every setting on all of them costs.
+        ranking: how far every way to make lists agrees with triples that were left out, by which those that were tried
+            were chosen; None where nothing was ranked.
+        why_not_ranked: why nothing was.
     """
 
     chosen: TunedSetting
@@ -90,12 +94,14 @@ class TuningReport:
     reporting_examples: int
     cost: int
     full_grid_cost: int
+    ranking: AgreementRanking | None = None
+    why_not_ranked: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     def tables(self) -> list[Table]:
-        """The reported settings, and the best of those that were tried."""
+        """The reported settings, the best of those that were tried, and the ranking by which they were chosen."""
         best = sorted(self.choosing, key=lambda row: (-row.examples, not row.allowed, -row.gain.mean))
         rows = [(*_cells(row), str(row.examples), "" if row.allowed else "guard") for row in best[:SHOWN]]
         columns = ("setting", "gain", "KL, nats", "perplexity, times")
@@ -114,11 +120,14 @@ class TuningReport:
                 (*columns, "examples", "refused by"),
                 tuple(rows),
             ),
+            *(() if self.ranking is None else (self.ranking.table(),)),
         ]
 
     def print(self, console: Console) -> None:
         for table in self.tables():
             table.print(console)
+        if self.why_not_ranked:
+            console.print(f"Not ranked by agreement: {self.why_not_ranked}.", highlight=False, soft_wrap=True)
         console.print(f"Chosen: {self.why}.", highlight=False, soft_wrap=True)
 
     def draw(self, png: Path) -> bool:

@@ -21,13 +21,14 @@ from dspa.tuning.halving import Schedule, successive_halving
 from dspa.tuning.identity import run_record
 from dspa.tuning.journal import Journal
 from dspa.tuning.objective import Guard, Objective, Reward
+from dspa.tuning.ranking import AgreementRanking, settings_to_try
 from dspa.tuning.report import TunedRow, TuningReport
 from dspa.tuning.scoring import ResponseScorer, Row
 from dspa.tuning.search import Search
 from dspa.tuning.settings import PolicyMaker, TunedSetting, TuningGrid
 from dspa.util.estimate import Estimate
 from dspa.util.files import write_atomically
-from dspa.util.scalars import check_integer, check_number
+from dspa.util.scalars import check_integer, check_number, check_switch
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class TuningOptions:
         first: on how many examples every setting is evaluated, at most.
         keep: which part of the settings goes on from one rung of the halving to the next.
         full_grid: evaluate every setting on all examples instead.
+        rank: whether agreement over folds of the triples says which lists are tried, where densities are passed.
+        folds: into how many parts the triples are divided for that.
+        tries: how many settings are tried at most; None for as many as the grid has without the fields that are ranked
+            only.
         max_new_tokens: of the responses that a reward is computed of.
         rows_at_once: rows of a batch.
         seed: of the split, the order of examples and the sampling noise.
@@ -56,6 +61,9 @@ class TuningOptions:
     first: int = 8
     keep: float = 0.25
     full_grid: bool = False
+    rank: bool = True
+    folds: int = 5
+    tries: int | None = None
     max_new_tokens: int = 128
     rows_at_once: int = 32
     seed: int = 0
@@ -64,6 +72,10 @@ class TuningOptions:
         check_number("report_share", self.report_share, 0.05, 0.95)
         check_number("keep", self.keep, 0.01, 0.9)
         check_integer("first", self.first, 2)  # of one there is no interval
+        check_integer("folds", self.folds, 2)
+        check_switch("rank", self.rank)
+        if self.tries is not None:
+            check_integer("tries", self.tries, 1)
         for name in ("max_new_tokens", "rows_at_once"):
             check_integer(name, getattr(self, name), 1)
         check_integer("seed", self.seed, 0)
@@ -86,6 +98,10 @@ def tune(
 ) -> TuningReport:
     """Chooses the settings of a policy on one part of held-out preferences, and measures the choice on the other.
 
+    With `densities`, lists come first: every way to make them (estimator, gates, `k_prompt`, `k_diff`) is ranked by its
+    agreement with triples that the map was not fitted from, without the model, and strengths and edits are tried with
+    the best. There are as many tries as the grid has without the fields that are ranked only.
+
     The gain of a setting is what it adds to the unsteered model's preference margin, to a user's reward, or to the sum
     of both. Settings that do more to neutral text than the guard allows are not chosen. Successive halving evaluates
     all settings on a few examples, the better part of them on more, and the last few on all, every setting on the same
@@ -102,7 +118,7 @@ def tune(
         preferences: triples that the policy was not fitted from.
         out: the folder.
         grid: what to try; `TuningGrid()` if None.
-        densities: what the policy's map was fitted from, or its folder; needed for other gates.
+        densities: what the policy's map was fitted from, or its folder; needed for other maps and for the ranking.
         output_sae: the whole output SAE, where the policy was saved with some decoder rows and others are needed.
         reward: a function of a prompt's text and a response's text.
         neutral: texts on which steering should change nothing; without them, the guard looks at the preferences'
@@ -112,7 +128,8 @@ def tune(
 
     Raises:
         InvalidInputError: if there are too few examples, nothing to maximise, an option out of range, a reward that
-            fails or is not finite, gates to fit again for a merged policy, or no setting that the guard allows.
+            fails or is not finite, gates to fit again for a merged policy, tries without a ranking, or no setting that
+            the guard allows.
         MismatchError: if parts do not belong together, or `out` holds another tuning.
     """
     options, grid = options or TuningOptions(), grid or TuningGrid()
@@ -130,9 +147,9 @@ def tune(
     texts = neutral_rows(neutral, tokenizer)
     store = densities if isinstance(densities, DensityStore) or densities is None else DensityStore.open(densities)
     maker = PolicyMaker(policy, store, output_sae)
-    settings = grid.settings(policy)
-    for setting in settings:
-        maker.policy_of(setting)  # what cannot be made is refused before anything is evaluated
+    settings, ranking, why_not = settings_to_try(
+        grid, maker, rank=options.rank, folds=options.folds, tries=options.tries, seed=options.seed
+    )
     choosing, reporting = split_examples(triples, texts, options.report_share, np.random.default_rng(options.seed))
     journal = Journal(out, run_record(model, maker.policy, triples, texts, reward, asdict(options)))
     scorer = ResponseScorer(model, options.rows_at_once)
@@ -173,7 +190,7 @@ def tune(
         judge.evaluate(setting, 0, len(reporting.triples))
         reported.append(judge.row(setting))
     whole = [setting for setting in settings if search.examples[setting] == total]
-    why = _reason(search, search.ranked(whole), best, len(settings), total, options)
+    why = _reason(search, search.ranked(whole), best, len(settings), total, options) + _of_ranking(ranking)
     if dropped:
         why += (
             "; those that the halving kept broke the guard in the end, and it is the first of the others that does not"
@@ -188,6 +205,8 @@ def tune(
         reporting_examples=len(reporting.triples),
         cost=search.cost,
         full_grid_cost=len(settings) * total,
+        ranking=ranking,
+        why_not_ranked=why_not,
     )
     folder = Path(out)
     made = maker.policy_of(best)
@@ -218,6 +237,15 @@ def _reason(
         ahead = Estimate.from_samples(search.difference(best, others[0]))
         text += f"; {ahead.mean:+.4f} ± {ahead.half_width:.4f} over the next, {others[0]}"
     return text
+
+
+def _of_ranking(ranking: AgreementRanking | None) -> str:
+    if ranking is None:
+        return ""
+    return (
+        f"; lists were tried that agreement over {ranking.folds} folds of {ranking.triples} triples puts first, "
+        f"{sum(row.tried for row in ranking.rows)} of {len(ranking.rows)}"
+    )
 
 
 class _progress:  # noqa: N801  a context manager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from dspa import ConditionalDifferenceMap, cross_validated_agreement
 from dspa.errors import InvalidInputError
+from dspa.methods.agreement import Folds, ListOptions
 from dspa.offline.density_subset import DensitySubset
 
 LENGTHS = (3, 5, 7, 11, 13)
@@ -116,3 +118,74 @@ def test_too_few_triples_or_folds(tmp_path: Path) -> None:
         cross_validated_agreement(store)
     with pytest.raises(InvalidInputError, match="folds is 1; expected at least 2"):
         cross_validated_agreement(store, folds=1)
+
+
+# Kind A has latent 0 on all tokens, kind B latent 1; 2 and 3 tell the prompts of a kind apart and are never chosen.
+PROMPTS = ((4, 0, 1, 0), (4, 0, 0, 1), (0, 4, 1, 0), (0, 4, 0, 1))
+CHOSEN = ((4, 0, 0, 0, 0, 0), (2, 0, 0, 0, 0, 0), (0, 0, 3, 0, 0, 0), (0, 0, 1, 0, 2, 0))
+REJECTED = ((0, 2, 0, 0, 0, 0), (0, 4, 0, 0, 0, 0), (0, 0, 0, 1, 0, 0), (0, 0, 0, 1, 0, 0))
+
+
+def by_hand(folder: Path, order: Sequence[int] = range(4)) -> Any:
+    """Four triples of four tokens each, every one a fold of its own; `order` deals the differences to the prompts."""
+    tokens = np.full(4, 4)
+    chosen, rejected = ([part[index] for index in order] for part in (CHOSEN, REJECTED))
+    return tiny.write_store(
+        folder, tiny.Densities(*(tiny.Part(np.array(c), tokens) for c in (PROMPTS, chosen, rejected)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sums", "lengths"),
+    [
+        # The other prompt of the kind decides: +0 -1, +0 -1, +4 -3, +2 -3.
+        ({"k_diff": 1, "gate_rule": "positive_ge"}, (1.5, 1.5, 0.25, 0.5), (2, 2, 2, 2)),
+        # Zeros that both directions reach into are in neither list: +0 -1, +0 -1, +4 +2 -3 -0, +2 -3.
+        ({"k_diff": 2, "gate_rule": "positive_ge"}, (1.5, 1.5, 1.0, 0.5), (2, 2, 4, 2)),
+        ({"k_diff": 1, "gate_rule": "positive_ge", "edit": "ablate"}, (0.5, 1.0, 0.25, 0.25), (1, 1, 1, 1)),
+        # Thresholds are 0, so that all gates are on: the other three decide. +2 -1, +0 -1, +0 -1, +0 -1.
+        ({"k_diff": 1}, (0.5, 1.5, 0, 0), (2, 2, 2, 2)),
+        # +2 +0 -1 -3, +0 +2 -1 -3, +0 +4 -1 -3, +0 +2 -1 -3.
+        ({"k_diff": 2}, (1.5, 1.5, 0.25, 0.5), (4, 4, 4, 4)),
+    ],
+)
+def test_agreement_by_hand(
+    tmp_path: Path, options: dict[str, Any], sums: Sequence[float], lengths: Sequence[int]
+) -> None:
+    given: Any = {"folds": 4, "k_prompt": 1, "edit": "both", "gate_percentile": 50, "sparsify": "none"} | options
+    store = by_hand(tmp_path)
+    assert cross_validated_agreement(store, **given).mean == pytest.approx(np.mean(sums), abs=1e-12)
+    found = cross_validated_agreement(store, per_edit=True, **given)
+    expected = np.array(sums) / np.sqrt(lengths)
+    assert found.mean == pytest.approx(expected.mean(), abs=1e-12)
+    assert found.half_width == pytest.approx(1.959964 * expected.std(ddof=1) / 2)
+
+
+def test_lists_without_latents_agree_with_nothing(tmp_path: Path) -> None:
+    lists = ListOptions(1, 2, "both", editable=torch.tensor([False, True, False, False, False, False]))
+    (found,) = Folds.from_store(by_hand(tmp_path), 4, 0).agreement(
+        [lists], gate_percentile=50, gate_rule="positive_ge", sparsify="none"
+    )
+    assert found.sums.tolist() == [0.5, 1, 0, 0]
+    assert found.lengths.tolist() == [1, 1, 0, 0]
+    assert found.per_edit.tolist() == [0.5, 1, 0, 0]
+    assert sorted(found.by_fold()) == [0, 0, 0.5, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_triples_of_one_prompt_are_left_out_together(tmp_path: Path, seed: int) -> None:
+    drawn = tiny.random_densities(5, 20, 15, 0, LENGTHS)
+    repeated = part_of(drawn, np.array([0, 1, 2, 1, 3, 4, 0, 1]))
+    folds = Folds.from_store(tiny.write_store(tmp_path / "repeated", repeated, 3), 3, seed)
+    for same in ([0, 6], [1, 3, 7]):
+        assert len(set(folds.fold[same])) == 1
+    assert set(folds.fold) == {0, 1, 2}
+    apart = Folds.from_store(tiny.write_store(tmp_path / "apart", drawn), 3, seed)
+    order = np.random.default_rng(seed).permutation(5)
+    assert [sorted(order[each::3]) for each in range(3)] == [
+        np.flatnonzero(apart.fold == each).tolist() for each in range(3)
+    ]
+    with pytest.raises(
+        InvalidInputError, match="there are 5 prompts of 8 triples; expected at least one for each of 6"
+    ):
+        Folds.from_store(tiny.write_store(tmp_path / "few", repeated), 6, seed)

@@ -35,15 +35,17 @@ def kept(rows: tiny.Matrix, n: int) -> tiny.Matrix:
 
 
 @pytest.mark.parametrize(("triples", "d_sae_out"), [(25, 200), (9, 200), (60, 30), (2, 4)])
-@pytest.mark.parametrize(("features", "entries"), [(7, 5), (12, None), (29, 5)])
+@pytest.mark.parametrize(("features", "entries", "penalty"), [(7, 5, 1.0), (12, None, 0.01), (29, 5, 1.0), (9, 5, 20)])
 def test_the_map_is_the_regression(
-    tmp_path: Path, triples: int, d_sae_out: int, features: int, entries: int | None
+    tmp_path: Path, triples: int, d_sae_out: int, features: int, entries: int | None, penalty: float
 ) -> None:
     densities = tiny.random_densities(triples, 30, d_sae_out, 1, LENGTHS)
     densities.prompt.counts[:, :3] = 0  # dead in all prompts
     store = tiny.write_store(tmp_path, densities)
-    found = ConditionalDifferenceMap.fit(store, estimator="ridge", features=features, entries_per_side=entries)
-    coefficients, deviation = tiny.ridge_coefficients(densities, features)
+    found = ConditionalDifferenceMap.fit(
+        store, estimator="ridge", features=features, entries_per_side=entries, penalty=penalty
+    )
+    coefficients, deviation = tiny.ridge_coefficients(densities, features, penalty)
     expected = coefficients @ deviation
     expected[np.abs(expected) < 2.0**-49] = 0
     np.testing.assert_allclose(found.to_dense().numpy(), kept(expected, entries or 32), atol=1e-7)
@@ -56,6 +58,13 @@ def test_the_map_is_the_regression(
     assert found.gate_counts[:3].tolist() == [0, 0, 0]
     if features == 29:
         assert (chosen.sum(axis=1) < 29).all(), "construct another case"
+
+
+@pytest.mark.parametrize("penalty", [0, -1.0, float("nan"), float("inf"), True])
+def test_a_penalty_that_is_none_is_refused(tmp_path: Path, penalty: Any) -> None:
+    store = tiny.write_store(tmp_path, tiny.random_densities(9, 20, 15, 0))
+    with pytest.raises(InvalidInputError, match="penalty is"):
+        ConditionalDifferenceMap.fit(store, estimator="ridge", penalty=penalty)
 
 
 def test_blocks_and_shards_do_not_change_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +247,7 @@ def test_a_map_from_before_there_were_estimators_is_read(tmp_path: Path) -> None
     folder = fitted.save(tmp_path / "map")
 
     def older(record: dict[str, Any]) -> None:
-        del record["fit"]["estimator"], record["fit"]["features"]
+        del record["fit"]["estimator"], record["fit"]["features"], record["fit"]["penalty"]
 
     change_record(folder / "config.json", older)
     loaded = ConditionalDifferenceMap.load(folder)

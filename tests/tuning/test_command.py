@@ -77,6 +77,27 @@ def test_tune_with_other_gates(
 
 
 @pytest.mark.long
+def test_tune_ranks_lists_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"densities": str(folder / "densities"), "output-sae": str(sae_folder("output")), "tries": "2"}
+    changes |= {"penalty": "0.5,2", "gate-rule": "ge,positive_ge", "folds": "3"}
+    assert run(monkeypatch, *tune_arguments(folder, "ranked", **changes), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = report["ranking"]["rows"]
+    assert [row["tried"] for row in rows] == [True, False, False, False]
+    means = [row["agreement"]["mean"] for row in rows]
+    assert means[0] == max(means)
+    assert len(report["choosing"]) == 2
+    assert all(row["setting"]["estimator"] == rows[0]["lists"]["estimator"] for row in report["choosing"])
+    changes.pop("tries")
+    assert run(monkeypatch, *tune_arguments(folder, "whole", **changes, estimator="ridge"), "--no-rank", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ranking"] is None
+    assert [row["setting"]["penalty"] for row in report["choosing"]] == [0.5, 2, 0.5, 2]
+
+
+@pytest.mark.long
 def test_tune_prints_tables(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, *tune_arguments(folder, "printed", alpha="0.3", edit="ablate")) == 0
     text = capsys.readouterr().out
@@ -90,6 +111,10 @@ def test_tune_prints_tables(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
         ({"alpha": "0.1;0.2"}, "alpha has '0.1;0.2'"),
         ({"edit": "remove"}, "edit has 'remove'; expected some of ablate, augment, both"),
         ({"gate-percentile": "50"}, "pass the folder of densities"),
+        ({"estimator": "lasso"}, "estimator has 'lasso'; expected some of mean_difference, ridge"),
+        ({"estimator": "ridge"}, "needs another map; pass the folder of densities"),
+        ({"penalty": "2"}, "penalty is an option of ridge, which is not tried"),
+        ({"tries": "4"}, "lists cannot be ranked by agreement: no densities were passed"),
         ({"reward": "nothing.py:f"}, "names no function"),
         ({"neutral": "none.txt"}, "cannot be read"),
     ],

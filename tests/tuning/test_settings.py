@@ -36,7 +36,9 @@ def policy(store: DensityStore) -> SteeringPolicy:
 def test_a_grid_is_every_combination_with_the_policys_own_values_elsewhere(policy: SteeringPolicy) -> None:
     grid = TuningGrid(alpha=(0.1, 0.2), edit=None, k_diff=(2, 3), gate_rule=("positive_ge",))
     assert grid.settings(policy) == [
-        TunedSetting(alpha, "both", 6, k_diff, 90.0, "positive_ge") for alpha in (0.1, 0.2) for k_diff in (2, 3)
+        TunedSetting(alpha, "both", 6, k_diff, 90.0, "positive_ge", entries_per_side=3)
+        for alpha in (0.1, 0.2)
+        for k_diff in (2, 3)
     ]
 
 
@@ -104,7 +106,7 @@ def test_a_grid_of_what_are_no_values_is_refused(changes: dict[str, Any]) -> Non
 def test_settings_that_differ_are_written_differently(policy: SteeringPolicy) -> None:
     grid = TuningGrid(alpha=(0.1234561, 0.1234564, 0.1 + 0.2, 0.3, 1.0), gate_percentile=(90.0, 90.0000001))
     assert len({str(setting) for setting in grid.settings(policy)}) == 40
-    assert "alpha 1, k_prompt 6, k_diff 8, percentile 90, ge" in str(grid.settings(policy)[-4])
+    assert "alpha 1, k_prompt 6, k_diff 8, percentile 90, ge, 3 entries" in str(grid.settings(policy)[-4])
 
 
 def test_factors_are_not_lost_to_the_whole_sae(policy: SteeringPolicy, tmp_path: Path) -> None:

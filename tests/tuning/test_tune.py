@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_collection as tiny
 import torch
 from naive_generation import naive_lists, naive_logits
 from tiny_models import BOS, VOCAB, prompts, tiny_model, tiny_policy, tiny_tokenizer
 from torch import Tensor
 
 import dspa
-from dspa import SteeringPolicy, TuningGrid, TuningOptions
+from dspa import ConditionalDifferenceMap, SteeringPolicy, TuningGrid, TuningOptions
 from dspa.errors import InvalidInputError, MismatchError
+from dspa.offline.density_store import DensityShard, DensityStore, SparseCounts
 from dspa.offline.triples import PreferenceTriple, PreferenceTriples
 from dspa.online.steering import steer
 from dspa.tuning.examples import distinct, neutral_rows, split_examples
@@ -334,7 +336,68 @@ def test_a_steered_model_is_refused(tmp_path: Path) -> None:
         run_tuning(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"keep": 0.0}, {"report_share": 1.0}, {"first": 0}, {"rows_at_once": 0}])
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[DensityStore, SteeringPolicy]:
+    """Densities of 12 triples, and a policy from them."""
+    like = POLICY.conditional_map.run
+    densities = tiny.random_densities(12, like.d_sae_in, like.d_sae_out, 5, (3, 5, 7))
+    parts = (densities.prompt, densities.chosen, densities.rejected)
+    run = replace(like, triple_count=12, triples_per_shard=12)
+    store = DensityStore.create_or_resume(tmp_path_factory.mktemp("densities"), run)
+    counts = [SparseCounts.from_dense(torch.from_numpy(p.counts), torch.from_numpy(p.tokens)) for p in parts]
+    store = store.append(DensityShard(*counts), 0)
+    fitted = ConditionalDifferenceMap.fit(store, entries_per_side=4)
+    return store, replace(POLICY, conditional_map=fitted)
+
+
+def test_lists_that_agree_are_tried_and_the_report_says_so(
+    ranked: tuple[DensityStore, SteeringPolicy], tmp_path: Path
+) -> None:
+    store, policy = ranked
+    grid = replace(GRID, k_diff=(2, 4), gate_rule=("ge", "positive_ge"), entries_per_side=(3, 8))
+    options: dict[str, Any] = {"guard": Guard(100, 100), "first": 2, "rows_at_once": 8, "folds": 3}
+
+    def run(out: str, **changes: Any) -> TuningReport:
+        made = TuningOptions(**options | changes)
+        return dspa.tune(
+            MODEL, TOKENIZER, policy, TRIPLES, out=tmp_path / out, grid=grid, densities=store, options=made
+        )
+
+    report = run("tuned", tries=7)
+    assert report.ranking is not None
+    assert report.why_not_ranked == ""
+    assert len(report.choosing) == 6
+    kept = {row.lists for row in report.ranking.rows if row.tried}
+    assert {row.setting.lists for row in report.choosing} == kept
+    assert len(kept) == 2
+    for edit in ("ablate", "both"):
+        of_edit = [row for row in report.ranking.rows if row.lists.edit == edit]
+        assert len(of_edit) == 2 * (2 * 2 + 2)  # k_diff, and rules with entries, or entries
+        assert of_edit[0].tried
+        assert of_edit[0].agreement is not None
+        assert all(row.agreement.mean <= of_edit[0].agreement.mean for row in of_edit if row.agreement)
+    record = json.loads((tmp_path / "tuned" / "tuning.json").read_text())["ranking"]
+    assert (record["folds"], record["triples"], len(record["rows"])) == (3, 12, 24)
+    assert all(len(row["by_fold"]) == 3 and row["agreement"] and row["behind"] for row in record["rows"])
+    assert "agreement over 3 folds of 12 triples puts first, 2 of 24" in report.why
+    made = SteeringPolicy.from_pretrained(tmp_path / "tuned" / "policy")
+    assert TunedSetting.of_policy(made) == report.chosen
+    assert made.conditional_map.options.estimator == report.chosen.estimator
+    assert run("tuned", tries=7) == report
+    titles = [table.title for table in report.tables()]
+    assert titles[-1] == "Agreement over 3 folds of the 12 triples that the policy was fitted from"
+
+
+def test_without_a_ranking_the_report_says_why(tuned: tuple[Path, TuningReport]) -> None:
+    report = tuned[1]
+    assert (report.ranking, report.why_not_ranked) == (None, "no densities were passed")
+    assert "agreement" not in report.why
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"folds": 1}, {"tries": 0}, {"rank": 1}, {"keep": 0.0}, {"report_share": 1.0}, {"first": 0}, {"rows_at_once": 0}],
+)
 def test_options_are_checked(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match=next(iter(changes))):
         TuningOptions(**changes)
