@@ -39,18 +39,16 @@ def measure(run: Run, task: Task) -> None:
 
 
 def points(run: Run, task: Task) -> dict[str, list[tuple[int, Measurement, Measurement]]]:
-    """By method: the number of triples, what was measured, and the unsteered model on the same prompts. The last point
-    is that of the table, on the prompts of the curve."""
+    """By method: the numbers of triples that were measured, what was found, and the unsteered model on the same prompts.
+    The last point is that of the table, on the prompts of the curve."""
     found = {name: each.first(run.settings.curve_prompts) for name, each in measurements(run, task).items()}
+    folder = run.folder / "curve" / task
     return {
         method: [
             *(
-                (
-                    count,
-                    Measurement.read(run.folder / "curve" / task / str(count) / file_name(method)),
-                    found[UNSTEERED],
-                )
+                (count, Measurement.read(file), found[UNSTEERED])
                 for count in run.settings.triple_counts[:-1]
+                if (file := folder / str(count) / file_name(method)).is_file()
             ),
             (run.settings.triples, found[method], found[UNSTEERED]),
         ]

@@ -206,13 +206,17 @@ def kinds_table(report: dict[str, Any], task: str) -> Table:
 
 def curve_table(report: dict[str, Any], task: str) -> Table:
     points = report["tasks"][task]["curve"]
-    counts = [point["triples"] for point in next(iter(points.values()))]
+    counts = sorted({point["triples"] for each in points.values() for point in each})
     return Table(
         f"{task.capitalize()}: gain against the number of triples",
         f"On {report['settings']['curve_prompts']} held-out prompts, at the setting chosen with all triples.",
         ("method", *(f"N = {count}" for count in counts)),
-        tuple((name, *(plus_minus(point["gain"], sign=True) for point in each)) for name, each in points.items()),
+        tuple((name, *(_gain_with(each, count) for count in counts)) for name, each in points.items()),
     )
+
+
+def _gain_with(points: Sequence[dict[str, Any]], triples: int) -> str:
+    return next((plus_minus(point["gain"], sign=True) for point in points if point["triples"] == triples), "-")
 
 
 def costs_table(report: dict[str, Any]) -> Table:

@@ -65,8 +65,8 @@ STAGES: tuple[Stage, ...] = (
     *(Stage(f"choose-{task}", "choice:choose", 16, task) for task in TASKS),
     *(Stage(f"heldout-static-{task}", "heldout:measure_static", 15, task) for task in TASKS),
     *(Stage(f"heldout-{task}", "heldout:measure", 25, task) for task in TASKS),
-    *(Stage(f"curve-{task}", "curve:measure", 8, task) for task in TASKS),
     Stage("costs", "costs:measure", 5),
+    *(Stage(f"curve-{task}", "curve:measure", 8, task) for task in TASKS),
     Stage("report", "report:write", 1),
 )
 
