@@ -39,7 +39,7 @@ def measure(run: Run, task: Task) -> None:
 
 
 def points(run: Run, task: Task) -> dict[str, list[tuple[int, Measurement, Measurement]]]:
-    """By method: the numbers of triples that were measured, what was found, and the unsteered model on the same prompts.
+    """By method: numbers of triples that were measured, what was found, and the unsteered model on the same prompts.
     The last point is that of the table, on the prompts of the curve."""
     found = {name: each.first(run.settings.curve_prompts) for name, each in measurements(run, task).items()}
     folder = run.folder / "curve" / task
