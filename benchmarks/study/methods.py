@@ -107,9 +107,9 @@ class DspaSetting:
 
 DSPA = (
     DspaSetting("ge", "ablate", 0.2),
-    DspaSetting("positive_ge", "both", 0.1),
-    DspaSetting("positive_ge", "ablate", 0.5),
     DspaSetting("positive_ge", "both", 0.3),
+    DspaSetting("positive_ge", "both", 0.6),
+    DspaSetting("positive_ge", "both", 1.0),
 )
 RIDGE = tuple(replace(each, estimator="ridge") for each in DSPA)
 CAA_SCALES = (1.0, 2.0, 4.0, 8.0)
