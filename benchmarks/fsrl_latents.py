@@ -43,7 +43,7 @@ OPTIONS: dict[str, Any] = {"learning_rate": 1e-3, "l1": 0.01}  # as in the head 
 LABELLED_PAIRS = 240  # of drawn responses, by which latents are labelled
 LABEL_SEED, UNSEEN_SEED = 11, 13
 UNSEEN_PAIRS = 240  # on which the loss is measured
-RANDOM_SETS = 2  # of each size, at evaluation; in training one
+RANDOM_SETS = 2  # of each size
 FEWEST = 20  # active response tokens below which a latent has no label
 SHARE = 0.5
 RETRAINED = ("one move", "one register")  # classes without which another adapter is trained
@@ -234,10 +234,11 @@ def run(bench: Bench, triples: int, out: Path, adapters: Path) -> dict[str, Any]
         report["usage"] = usage(whole, pairs, labels)
     if "whole adapter" not in rows:
         keep("whole adapter", whole, ())
-    for name, masked in masked_sets(labels, RANDOM_SETS).items():
+    sets = masked_sets(labels, RANDOM_SETS)
+    for name, masked in sets.items():
         if f"masked, {name}" not in rows:
             keep(f"masked, {name}", replace(whole, masked_latents=tuple(masked)), masked)
-    for name, masked in masked_sets(labels, 1).items():
+    for name, masked in sets.items():
         if name.startswith(RETRAINED) and f"trained without, {name}" not in rows:
             policy = trained(f"without-{name}".replace(" ", "-").replace(":", ""), masked)
             keep(f"trained without, {name}", policy, masked)

@@ -4,6 +4,10 @@
 
 The file is written after every method and number of triples; what it holds already is not computed again. A row has the
 response-by-response counts, so that any difference between methods can be computed as a paired one.
+
+The methods "DPO, LoRA, 8 tries" and "SimPO, LoRA, 8 tries" have more tries than the others: those of the row with
+four, which the file has to hold, and four at a learning rate between. They run only when they are named, with a
+semicolon for a comma: `--methods "DPO; LoRA; 8 tries"`.
 """
 
 from __future__ import annotations
@@ -52,6 +56,8 @@ TRIPLES_SEED = 7
 MOST_TRIPLES = 1000
 TRAINING_STEPS = 96  # of 32 pairs, whatever the number of triples
 K_DIFF = 16
+LORA_GRID = (1e-4, 1e-3), (0.5, 1.0)  # learning rates and scales
+FINER_LORA_GRID = (3e-4,), (0.5, 0.75, 1.0, 1.5)  # of the rows with more tries
 
 
 @dataclass(frozen=True)
@@ -278,18 +284,18 @@ def prompt_tries(bench: Bench, count: int) -> list[Try]:
     return tries
 
 
-def lora_tries(objective: str) -> Method:
+def lora_tries(objective: str, learning_rates: Sequence[float], scales: Sequence[float]) -> Method:
     def tries(bench: Bench, count: int) -> list[Try]:
         from lora_baselines import LoraOptions, merge_into_copy, train_lora
 
         found = []
-        for learning_rate in (1e-4, 1e-3):
+        for learning_rate in learning_rates:
             started = time.perf_counter()
             folder = bench.folder / f"{objective}-{count}-{learning_rate}"
             options = LoraOptions(objective, learning_rate, TRAINING_STEPS)
             training = train_lora(bench.model, bench.tokenizer, bench.rows(count), options, folder)
             seconds = time.perf_counter() - started
-            for scale in (0.5, 1.0):
+            for scale in scales:
                 merged = merge_into_copy(bench.model, folder, scale)
                 name = f"learning rate {learning_rate}, scale {scale}"
                 found.append(Try(name, None, seconds, training.parameters, history=training.history, model=merged))
@@ -307,8 +313,27 @@ METHODS: dict[str, Method] = {
     "FSRL": fsrl_tries,
     "constant sparse vector (YaPO)": yapo_tries,
     "prompt prefix": prompt_tries,
-    "DPO, LoRA": lora_tries("dpo"),
-    "SimPO, LoRA": lora_tries("simpo"),
+    "DPO, LoRA": lora_tries("dpo", *LORA_GRID),
+    "SimPO, LoRA": lora_tries("simpo", *LORA_GRID),
+}
+
+
+@dataclass(frozen=True)
+class MoreTries:
+    """A method with more tries than the others have.
+
+    Attributes:
+        base: the method whose tries count too, as its row has them.
+        own: the further tries.
+    """
+
+    base: str
+    own: Method
+
+
+WITH_MORE_TRIES = {
+    "DPO, LoRA, 8 tries": MoreTries("DPO, LoRA", lora_tries("dpo", *FINER_LORA_GRID)),
+    "SimPO, LoRA, 8 tries": MoreTries("SimPO, LoRA", lora_tries("simpo", *FINER_LORA_GRID)),
 }
 
 
@@ -345,10 +370,18 @@ def record(measurement: Measurement, prompts: Sequence[Prompt], **more: Any) -> 
     }
 
 
-def choose(bench: Bench, tries: Sequence[Try], unsteered: Measurement) -> tuple[int, list[dict[str, Any]]]:
-    """The try with the highest reward among those that break few responses, and what was measured of each."""
+def choose(
+    bench: Bench, tries: Sequence[Try], unsteered: Measurement, known: Sequence[dict[str, Any]] = ()
+) -> tuple[int, list[dict[str, Any]]]:
+    """The try with the highest reward among those that break few responses, and what was measured of each.
+
+    Args:
+        bench, tries: what is measured.
+        unsteered: the model as it is, on the same prompts.
+        known: what was measured of other tries, which come before these.
+    """
     prompts, seed = bench.validation(), bench.settings.seed + 10**6
-    notes: list[dict[str, Any]] = []
+    notes: list[dict[str, Any]] = list(known)
     for each in tries:
         original = bench.model
         bench.model = each.model or original
@@ -361,6 +394,16 @@ def choose(bench: Bench, tries: Sequence[Try], unsteered: Measurement) -> tuple[
         )
     allowed = float(unsteered.malformed.mean()) + MALFORMED_ALLOWANCE
     return best_within(notes, allowed), notes
+
+
+def base_row(rows: dict[str, Any], method: str, count: int) -> dict[str, Any]:
+    """The row whose tries count for a method too; empty for a method that has its own only."""
+    if method not in WITH_MORE_TRIES:
+        return {}
+    name = f"{WITH_MORE_TRIES[method].base} @ {count}"
+    if name not in rows:
+        raise SystemExit(f"{method} @ {count} needs the row {name}, which the file does not hold")
+    return rows[name]
 
 
 def run(bench: Bench, out: Path, counts: Sequence[int], methods: Sequence[str]) -> None:
@@ -390,10 +433,16 @@ def run(bench: Bench, out: Path, counts: Sequence[int], methods: Sequence[str]) 
             key = f"{method} @ {count}"
             if key in rows:
                 continue
-            tries = METHODS[method](bench, count)
+            base = base_row(rows, method, count)
+            known = base.get("tries", [])
+            tries = (WITH_MORE_TRIES[method].own if base else METHODS[method])(bench, count)
             assert len(tries) == TRIES
-            index, notes = choose(bench, tries, unsteered_validation)
-            chosen = tries[index]
+            index, notes = choose(bench, tries, unsteered_validation, known)
+            if index < len(known):  # what the base has chosen, and measured
+                assert notes[index]["setting"] == base["chosen"]
+                keep(key, {**base, "method": method, "tries": notes})
+                continue
+            chosen = tries[index - len(known)]
             original = bench.model
             bench.model = chosen.model or original
             found = bench.measured(chosen.policy, chosen.change_prompts(prompts), bench.settings.seed, 240)
@@ -417,10 +466,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation-prompts", type=int, default=240, help="prompts on which a try is chosen")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, sampling noise and training")
     options = parser.parse_args(arguments)
-    methods = [name.replace("; LoRA", ", LoRA") for name in options.methods.split(",")]
-    unknown = [name for name in methods if name not in METHODS]
+    methods = [name.replace("; ", ", ") for name in options.methods.split(",")]
+    known = [*METHODS, *WITH_MORE_TRIES]
+    unknown = [name for name in methods if name not in known]
     if unknown:
-        raise SystemExit(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
+        raise SystemExit(f"unknown method {unknown[0]!r}; there are {', '.join(known)}")
     model, tokenizer = load_model()
     saes = [dspa.SparseAutoencoder.from_sae_lens(sae_folder(which)) for which in ("input", "output")]
     drawn = draw_triples(np.random.default_rng(TRIPLES_SEED), MOST_TRIPLES)

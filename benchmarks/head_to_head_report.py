@@ -93,17 +93,18 @@ def draw(report: Row, png: Path) -> None:
     figure = new_figure((8, 4.5))
     axes: Any = figure.add_subplot()
     rows, counts = report["rows"], counts_of(report)
-    for index, method in enumerate(methods_of(report)):
+    methods = methods_of(report)
+    for index, method in enumerate(methods):
         found = [(count, rows[f"{method} @ {count}"]) for count in counts if f"{method} @ {count}" in rows]
         gains = [gain(row, rows["unsteered"]) for _, row in found]
         axes.errorbar(
-            [count * (1 + 0.015 * (index - 5)) for count, _ in found],
+            [count * (1 + 0.012 * (index - len(methods) / 2)) for count, _ in found],
             [each.mean for each in gains],
             yerr=[each.half_width for each in gains],
             label=method,
-            color=f"C{index % 10}" if index < 10 else "black",
+            color=f"C{index % 10}",
             linestyle=":" if method.startswith("control") else "-",
-            marker="o",
+            marker="o" if index < 10 else "s",
             markersize=3,
             elinewidth=0.8,
         )

@@ -125,4 +125,7 @@ def test_classes_and_random_sets_are_masked(tmp_path: Path, monkeypatch: pytest.
     for name in CLASSES:
         if report["sizes"][name]:
             assert {f"masked, {name}", f"masked, {name}: random 2"} <= names
-    assert {f"trained without, {name}" for name in fsrl_latents.RETRAINED} <= names
+    for name in fsrl_latents.RETRAINED:
+        without = [f"trained without, {name}{random}" for random in ("", ": random 1", ": random 2")]
+        assert set(without) <= names
+        assert len({report["rows"][each]["masked"] for each in without}) == 1

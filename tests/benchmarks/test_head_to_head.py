@@ -45,6 +45,38 @@ def test_a_run_goes_on_where_it_was_stopped(
         head_to_head.main(["--out", str(out), "--triples", "20", *QUICK, "--seed", "1"])
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("short_responses")
+@pytest.mark.parametrize("own_are_better", [False, True])
+def test_a_method_with_more_tries_goes_on_from_a_row(
+    own_are_better: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = "CAA, 8 tries"
+    same = head_to_head.MoreTries("CAA", head_to_head.caa_tries)
+    monkeypatch.setitem(head_to_head.WITH_MORE_TRIES, method, same)
+    out = tmp_path / "report.json"
+    arguments = ["--out", str(out), "--triples", "20", "--prompts", "6", "--validation-prompts", "4", "--methods"]
+    with pytest.raises(SystemExit, match="needs the row CAA @ 20"):
+        head_to_head.main([*arguments, "CAA; 8 tries"])
+    head_to_head.main([*arguments, "CAA"])
+    saved = json.loads(out.read_text())
+    base = saved["rows"]["CAA @ 20"]
+    if own_are_better:  # the same tries again, which are worse in the base
+        for note in base["tries"]:
+            note |= {"reward": note["reward"] - 100, "malformed": 1.0}
+        out.write_text(json.dumps(saved))
+    head_to_head.main([*arguments, "CAA; 8 tries"])
+    rows = json.loads(out.read_text())["rows"]
+    row = rows[f"{method} @ 20"]
+    assert rows["CAA @ 20"] == base
+    assert row["method"] == method
+    assert row["tries"][:4] == base["tries"]
+    assert [note["setting"] for note in row["tries"]] == 2 * [note["setting"] for note in base["tries"]]
+    assert row["chosen"] == base["chosen"]
+    assert row["preferred"] == base["preferred"]
+    assert (row["seconds"] == base["seconds"]) != own_are_better
+
+
 def measurement(reward: float, malformed: float) -> Measurement:
     """Of ten responses."""
     preferred = np.full(10, int(10 * reward))
