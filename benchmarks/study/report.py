@@ -106,7 +106,8 @@ def row(run: Run, task: Task, found: Measurement, unsteered: Measurement) -> dic
 
 
 def examples(run: Run, found: dict[str, Measurement]) -> list[dict[str, Any]]:
-    """The first prompt of each tenth of the held-out prompts, in their order, and every method's answer."""
+    """The first prompt of each tenth of the held-out prompts, in their order, and the answer of every method that was
+    measured on it."""
     prompts = open_heldout(run)
     places = sorted({tenth * len(prompts) // EXAMPLES for tenth in range(EXAMPLES)})
     return [
@@ -116,6 +117,7 @@ def examples(run: Run, found: dict[str, Measurement]) -> list[dict[str, Any]]:
             "answers": {
                 name: {"text": each.answers[place].text, "reward": each.answers[place].reward}
                 for name, each in found.items()
+                if place < len(each.answers)
             },
         }
         for place in places
