@@ -200,8 +200,8 @@ def kinds_table(report: dict[str, Any], task: str) -> Table:
         "Paired differences to the unsteered model, 95 % intervals.",
         ("method", *kinds),
         tuple(
-            (name, *(plus_minus(each["gain_by_kind"][kind], sign=True) for kind in kinds))
-            for name, each in rows.items()
+            (name, *(plus_minus(gains[kind], sign=True) if kind in gains else "-" for kind in kinds))
+            for name, gains in ((name, each["gain_by_kind"]) for name, each in rows.items())
         ),
     )
 
