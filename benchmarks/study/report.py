@@ -225,7 +225,7 @@ def costs_table(report: dict[str, Any]) -> Table:
     costs, rows = report["costs"], report["tasks"]["conditional"]["rows"]
     cells = []
     for name in METHODS:
-        fit, speed = FIT_OF.get(name), costs["speed"][name]
+        fit, speed = FIT_OF.get(name), costs.get("speed", {}).get(name)
         cells.append(
             (
                 name,
@@ -234,8 +234,8 @@ def costs_table(report: dict[str, Any]) -> Table:
                 f"{costs['align_flops'][fit] / 1e12:.2f}" if fit else "0",
                 f"{costs['peak_mib'][fit]:.0f}" if fit else "0",
                 f"{100 * costs['token_flops'][name] / costs['token_flops']['model']:.2g}",
-                f"{speed['tokens_per_second']:.0f}",
-                f"{speed['of_unsteered']:.2f}",
+                f"{speed['tokens_per_second']:.0f}" if speed else "-",
+                f"{speed['of_unsteered']:.2f}" if speed else "-",
             )
         )
     return Table(
