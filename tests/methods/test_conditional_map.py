@@ -110,7 +110,13 @@ def test_the_map_is_the_equation(tmp_path: Path, sparsify: Any, percentile: floa
     options: dict[str, Any] = {"gate_percentile": percentile, "gate_rule": rule, "sparsify": sparsify}
     found = ConditionalDifferenceMap.fit(store, **options)
     assert_fitted(found, densities, percentile, rule, sparsify, 16)
-    assert asdict(found.options) == {**options, "entries_per_side": 16, "estimator": "mean_difference", "features": 64}
+    assert asdict(found.options) == {
+        **options,
+        "entries_per_side": 16,
+        "estimator": "mean_difference",
+        "features": 64,
+        "penalty": 1.0,
+    }
     assert found.run == store.run
 
 
