@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dspa.bench.cases import ROUNDINGS, Case, decodable_latents, decoder_size
+from dspa.bench.cases import ROUNDINGS, Case, decodable_latents, decoder_size, normal_matrix
 from dspa.bench.eager import EncoderDecoder
 from dspa.bench.timing import Way
 from dspa.kernels import AdapterMode, AdapterWeights, SaeWeights, adapter_step
@@ -39,8 +39,7 @@ class AdapterCase:
         self.case = case
         sae, device = case.sae, case.hidden.device
         rng = torch.Generator(device).manual_seed(2)
-        weight = torch.empty(sae.W_enc.shape, dtype=sae.dtype, device=device).normal_(generator=rng)
-        weight.mul_(WEIGHT_SIZE / math.sqrt(sae.d_model))
+        weight = normal_matrix((sae.d_sae, sae.d_model), WEIGHT_SIZE / math.sqrt(sae.d_model), sae.dtype, rng)
         zeros = torch.zeros(sae.d_sae, dtype=sae.b_enc.dtype, device=device)
         masked = torch.where(decodable_latents(sae), zeros, math.inf)
         x, _ = encoder_input(case.hidden, sae)

@@ -21,6 +21,7 @@ THRESHOLD = 0.1  # latents of unit variance: the largest is about 4, alpha * M_t
 NEEDS_MAXIMUM = "needs M_t"
 LISTS = ("none active", "all certainly zero", NEEDS_MAXIMUM)
 ROUNDINGS = 16
+DRAWN_AT_ONCE = 1 << 20
 TRIES = 64  # random hidden states before a latent that is edited counts as not to be found
 
 
@@ -57,8 +58,8 @@ class Case:
         self.alpha, self.slack = ALPHA, 0.0
         rng = torch.Generator(device).manual_seed(0)
         size, scale = (shape.d_sae, shape.d_model), 1 / math.sqrt(shape.d_model)
-        W_enc = torch.empty(size, dtype=shape.dtype, device=device).normal_(generator=rng).mul_(scale)
-        W_dec = torch.empty(size, dtype=shape.dtype, device=device).normal_(generator=rng).mul_(scale)
+        W_enc = normal_matrix(size, scale, shape.dtype, rng)
+        W_dec = normal_matrix(size, scale, shape.dtype, rng)
         self._after_weights = rng.get_state()
         self.hidden = self._random_states(shape.batch, device)
         self.sae = SaeWeights(
@@ -183,6 +184,15 @@ class Case:
         hidden = self.hidden.double()
         token_step(hidden, exact, self.lists[lists], self.alpha, backend="reference")
         return hidden.to(self.shape.dtype)
+
+
+def normal_matrix(size: tuple[int, int], scale: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal numbers times `scale`, on the generator's device: drawn in float32, a part at a time, and rounded, which
+    takes half as long as drawing them in 16 bits."""
+    found = torch.empty(size, dtype=dtype, device=generator.device)
+    for part in found.view(-1).split(DRAWN_AT_ONCE):
+        part.copy_(torch.randn(len(part), generator=generator, device=generator.device).mul_(scale))
+    return found
 
 
 def _kinds(hidden: Tensor, sae: SaeWeights, decodable: Tensor, alpha: float) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from dspa.bench.cases import normal_matrix
 from dspa.bench.measurements import Interval
 from dspa.errors import InvalidInputError
 from dspa.kernels import EditList
@@ -78,10 +79,7 @@ def worst_case_policy(model: Any, layer: int, d_sae: int, device: str = "cpu") -
     """Latents to ablate of a random SAE half of whose latents are active: nearly every token needs M_t."""
     d_model = model.config.hidden_size
     rng = torch.Generator(device).manual_seed(1)
-    W_enc, W_dec = (
-        torch.empty(d_sae, d_model, dtype=torch.bfloat16, device=device).normal_(generator=rng).mul_(d_model**-0.5)
-        for _ in range(2)
-    )
+    W_enc, W_dec = (normal_matrix((d_sae, d_model), d_model**-0.5, torch.bfloat16, rng) for _ in range(2))
     zeros = torch.zeros(d_sae, device=device)
     sae = SparseAutoencoder(W_enc=W_enc, W_dec=W_dec, b_enc=zeros, threshold=zeros, activation="jumprelu")
     return StaticPolicy(
