@@ -32,7 +32,8 @@ ROWS = (
 )
 STYLES = (("C0", "--"), ("C1", "--"), ("C0", "-"), ("C1", "-"), ("C7", "-"))
 PUBLISHED = "ablate 0.2"
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by degrees of freedom, from 1 to 9
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+"""By degrees of freedom, from 1 to 14."""
 
 
 def draws_of(report: Row, count: int) -> list[Row]:
@@ -59,7 +60,7 @@ def over_draws(samples: NDArray[np.float64]) -> Estimate:
     draws, prompts = samples.shape
     square = NORMAL_95**2 * samples.mean(axis=0).var(ddof=1) / prompts
     if draws > 1:
-        square += STUDENT_95[min(draws - 2, 8)] ** 2 * samples.mean(axis=1).var(ddof=1) / draws
+        square += STUDENT_95[min(draws - 2, len(STUDENT_95) - 1)] ** 2 * samples.mean(axis=1).var(ddof=1) / draws
     return Estimate(float(samples.mean()), float(np.sqrt(square)))
 
 

@@ -62,11 +62,19 @@ class Material:
         return cls(run, task, model, tokenizer, saes[0], saes[1])
 
     @cached_property
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = self.run.triples(self.task).read_text().splitlines()
+        return [json.loads(line) for line in lines[: self.run.settings.triples]]
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """The triples as messages, as many as the table is measured with."""
-        lines = self.run.triples(self.task).read_text().splitlines()
-        kept = [json.loads(line) for line in lines[: self.run.settings.triples]]
-        return [{part: row[part] for part in ("prompt", "chosen", "rejected")} for row in kept]
+        return [{part: row[part] for part in ("prompt", "chosen", "rejected")} for row in self._lines]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of prompt of each triple."""
+        return [row["kind"] for row in self._lines]
 
     @cached_property
     def triples(self) -> dspa.PreferenceTriples:

@@ -91,6 +91,7 @@ class DspaSetting:
     edit: EditKind
     alpha: float
     estimator: Estimator = "mean_difference"
+    k_diff: int = 16
 
     def __str__(self) -> str:
         gate = "ridge" if self.estimator == "ridge" else self.gate_rule
@@ -101,8 +102,15 @@ class DspaSetting:
         store: Any = material.densities
         if count is not None:
             store = DensitySubset.from_store(store, range(count))
-        fitted = dspa.ConditionalDifferenceMap.fit(store, gate_rule=self.gate_rule, estimator=self.estimator)
-        return dspa.SteeringPolicy(fitted, material.input_sae, material.output_sae, alpha=self.alpha, edit=self.edit)
+        return self.of(
+            material, dspa.ConditionalDifferenceMap.fit(store, gate_rule=self.gate_rule, estimator=self.estimator)
+        )
+
+    def of(self, material: Material, fitted: dspa.ConditionalDifferenceMap) -> dspa.SteeringPolicy:
+        """With a map that was fitted already."""
+        return dspa.SteeringPolicy(
+            fitted, material.input_sae, material.output_sae, alpha=self.alpha, edit=self.edit, k_diff=self.k_diff
+        )
 
 
 DSPA = (

@@ -18,6 +18,7 @@ from dspa.util.report_parts import COLORS, Table, new_figure, png_bytes
 from study import curve
 from study.choice import chosen
 from study.costs import FIT_OF
+from study.diagnosis import measured_triples
 from study.evaluation import Measurement
 from study.fits import Record
 from study.heldout import measurements, open_heldout
@@ -74,6 +75,7 @@ def of_task(run: Run, task: Task) -> dict[str, Any]:
             for method, points in curve.points(run, task).items()
         },
         "overlaps": json.loads((run.heldout / task / "overlaps.json").read_text()),
+        "diagnosis": json.loads((run.diagnosis / f"{task}.json").read_text()),
         "examples": examples(run, found),
     }
 
@@ -144,6 +146,8 @@ def all_tables(report: dict[str, Any]) -> list[Table]:
         *(make(report, task) for task in TASKS for make in (gains_table, fluency_table, kinds_table, curve_table)),
         costs_table(report),
         overlap_table(report),
+        agreement_table(report),
+        *(effect_table(report, task) for task in TASKS),
     ]
 
 
@@ -257,6 +261,46 @@ def overlap_table(report: dict[str, Any]) -> Table:
             (f"{task}: {name}", f"{each['within_kind']:.2f}", f"{each['across_kinds']:.2f}")
             for task in TASKS
             for name, each in report["tasks"][task]["overlaps"].items()
+        ),
+    )
+
+
+def agreement_table(report: dict[str, Any]) -> Table:
+    lists = ("own list", "list of another kind", "static list")
+    return Table(
+        "Agreement of lists with triples that were left out",
+        "Per edit, over folds of the triples: how far differences of density go along a prompt's own list, along that "
+        "of a prompt of another kind, and along the list that is the same for all (docs/method.md, section 2.2).",
+        ("map", *lists),
+        tuple(
+            (
+                f"{task}: {name}",
+                *(plus_minus(each[kind], sign=True, digits=4) if kind in each else "-" for kind in lists),
+            )
+            for task in TASKS
+            for name, each in report["tasks"][task]["diagnosis"]["agreement"].items()
+        ),
+    )
+
+
+def effect_table(report: dict[str, Any], task: str) -> Table:
+    triples = measured_triples(report["settings"]["triple_counts"][-1])
+    return Table(
+        f"{task.capitalize()}: what edits do to the responses of triples",
+        f"Of the last {triples} triples, which no method has seen. Size: how far the residual stream is moved after "
+        "the output layer, over its norm; what LoRA moves comes from all layers before. Margin: change of the "
+        "log-probability of a token of the chosen response over that of the rejected one, in nats. Chosen: the change "
+        "of the first alone.",
+        ("method", "size", "margin", "raised %", "chosen"),
+        tuple(
+            (
+                name,
+                f"{each['size']:.3f}",
+                plus_minus(each["margin"], sign=True, digits=3),
+                percent(each["raised"]),
+                plus_minus(each["chosen"], sign=True, digits=3),
+            )
+            for name, each in report["tasks"][task]["diagnosis"]["effect"].items()
         ),
     )
 

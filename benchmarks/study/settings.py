@@ -103,24 +103,24 @@ QUICK = Settings(
     name="study-quick",
     train_prompts=36,
     validation_prompts=2,
-    heldout_prompts=6,
+    heldout_prompts=4,
     samples_per_prompt=4,
-    max_new_tokens=8,
+    max_new_tokens=4,
     answers_per_batch=64,
-    sae_tokens=4000,
+    sae_tokens=2000,
     latents=256,
     target_l0=16,
     input_layer=9,
     output_layer=20,
     triple_counts=(3, 6),
-    control_prompts=4,
+    control_prompts=2,
     curve_prompts=2,
     tries=2,
     pairs_per_training=4,
     pairs_per_step=4,
     fluency_prompts=2,
-    questions=2,
-    speed_tokens=4,
+    questions=1,
+    speed_tokens=2,
     speed_rounds=1,
     peak_processes=1,
 )
@@ -192,6 +192,11 @@ class Run:
     def heldout_opened(self) -> Path:
         """Written when held-out prompts are first read: the chosen settings, and the commit."""
         return self.folder / "heldout_opened.json"
+
+    @property
+    def diagnosis(self) -> Path:
+        """What edits do to the responses of triples: TASK.json."""
+        return self.folder / "diagnosis"
 
     @property
     def report(self) -> Path:

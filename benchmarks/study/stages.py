@@ -1,7 +1,7 @@
 """The stages of a study, in order. A stage that was interrupted goes on where it was; one that is done is skipped.
 
-Stages of one function that follow each other, as those of the two tasks, do not need each other: with more than one job
-they run beside each other, in processes with one thread each. Two such processes do more than two threads of one.
+Stages of one group, as those of the two tasks, do not need each other: with more than one job they run beside each
+other, in processes with one thread each. Two such processes do more than two threads of one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from dspa.util.files import make_folder, write_atomically
 from dspa.util.provenance import Provenance
@@ -32,12 +35,16 @@ class Stage:
         function: `module:function` of this package; called with the `Run`, and with `argument` if there is one.
         minutes: expected at full size on two cores.
         argument: a task, a shard or an SAE.
+        group: stages with the same one follow each other, and do not need each other.
+        alone: it times something; nothing runs beside it at full size.
     """
 
     name: str
     function: str
     minutes: int
     argument: str = ""
+    group: str = ""
+    alone: bool = False
 
     def run(self, run: Run) -> None:
         module, function = self.function.split(":")
@@ -50,25 +57,38 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("model", "model:prepare", 1),
-    Stage("prompts", "prompts:write", 1),
-    *(Stage(f"samples-{shard}", "triples:sample", 10, str(shard)) for shard in range(SHARDS)),
-    Stage("triples", "triples:write", 1),
-    Stage("texts", "sae_training:write_texts", 1),
-    *(Stage(f"activations-{shard}", "sae_training:collect_activations", 11, str(shard)) for shard in range(SHARDS)),
-    Stage("sae-input", "sae_training:train", 13, "input"),
-    Stage("sae-output", "sae_training:train", 13, "output"),
-    Stage("sae-report", "sae_training:write_report", 1),
-    *(Stage(f"fit-{task}", "fits:fit", 9, task) for task in TASKS),
-    *(Stage(f"dpo-{task}", "fits:train_dpo", 10, task) for task in TASKS),
-    *(Stage(f"simpo-{task}", "fits:train_simpo", 8, task) for task in TASKS),
-    *(Stage(f"choose-{task}", "choice:choose", 16, task) for task in TASKS),
-    *(Stage(f"heldout-static-{task}", "heldout:measure_static", 15, task) for task in TASKS),
-    *(Stage(f"heldout-{task}", "heldout:measure", 25, task) for task in TASKS),
-    Stage("costs", "costs:measure", 5),
-    *(Stage(f"curve-{task}", "curve:measure", 8, task) for task in TASKS),
-    Stage("report", "report:write", 1),
+    Stage("model", "model:prepare", 1, group="model"),
+    Stage("prompts", "prompts:write", 1, group="prompts"),
+    *(Stage(f"samples-{shard}", "triples:sample", 10, str(shard), "samples") for shard in range(SHARDS)),
+    Stage("triples", "triples:write", 1, group="triples"),
+    Stage("texts", "sae_training:write_texts", 1, group="texts"),
+    *(
+        Stage(f"activations-{shard}", "sae_training:collect_activations", 11, str(shard), "activations")
+        for shard in range(SHARDS)
+    ),
+    Stage("sae-input", "sae_training:train", 13, "input", "saes"),
+    Stage("sae-output", "sae_training:train", 13, "output", "saes"),
+    Stage("sae-report", "sae_training:write_report", 1, group="sae-report"),
+    *(Stage(f"fit-{task}", "fits:fit", 9, task, "fits") for task in TASKS),
+    *(Stage(f"dpo-{task}", "fits:train_dpo", 10, task, "fits") for task in TASKS),
+    *(Stage(f"simpo-{task}", "fits:train_simpo", 8, task, "fits") for task in TASKS),
+    *(Stage(f"choose-{task}", "choice:choose", 16, task, "choice") for task in TASKS),
+    *(Stage(f"heldout-static-{task}", "heldout:measure_static", 15, task, "static") for task in TASKS),
+    *(Stage(f"heldout-{task}", "heldout:measure", 25, task, "heldout") for task in TASKS),
+    Stage("costs", "costs:measure", 5, group="after", alone=True),
+    *(Stage(f"curve-{task}", "curve:measure", 8, task, "after") for task in TASKS),
+    *(Stage(f"diagnosis-{task}", "diagnosis:measure", 8, task, "after") for task in TASKS),
+    Stage("report", "report:write", 1, group="report"),
 )
+
+IMPORTED = (
+    "transformers.models.llama.modeling_llama",
+    "transformers.integrations.hub_kernels",
+    "trl",
+    "peft",
+    "sae_lens",
+)
+"""What the server of processes imports once; most stages need it, and each would take seconds for it."""
 
 
 def run_stages(run: Run, names: Sequence[str] = (), *, jobs: int = 1) -> None:
@@ -79,14 +99,17 @@ def run_stages(run: Run, names: Sequence[str] = (), *, jobs: int = 1) -> None:
             process wrote says why.
     """
     _check_settings(run)
-    for _, group in itertools.groupby(STAGES, key=lambda stage: stage.function):
+    quick = run.settings.name == QUICK.name
+    for _, group in itertools.groupby(STAGES, key=lambda stage: stage.group):
         waiting = [stage for stage in group if not stage.record(run).is_file() and (not names or stage.name in names)]
-        for start in range(0, len(waiting), jobs):
-            together = waiting[start : start + jobs]
-            if len(together) > 1:
-                _run_beside_each_other(run, together)
-            else:
-                _run_here(run, together[0])
+        here = [stage for stage in waiting if stage.alone and not quick]
+        together = [stage for stage in waiting if stage not in here]
+        if jobs == 1 or len(together) == 1:
+            here, together = [*here, *together], []
+        for stage in here:
+            _run_here(run, stage)
+        if together:
+            _run_beside_each_other(run, together, jobs)
 
 
 def _check_settings(run: Run) -> None:
@@ -108,6 +131,7 @@ def _run_here(run: Run, stage: Stage) -> None:
     found = {
         "seconds": time.perf_counter() - started,
         "processor_seconds": time.process_time() - processor,
+        "threads": torch.get_num_threads(),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "provenance": asdict(Provenance.here()),
     }
@@ -116,11 +140,19 @@ def _run_here(run: Run, stage: Stage) -> None:
     print(f"{time.strftime('%H:%M:%S')} {stage.name}: {found['seconds']:.0f} s", flush=True)
 
 
-def _run_beside_each_other(run: Run, stages: Sequence[Stage]) -> None:
-    quick = ["--quick"] if run.settings.name == QUICK.name else []
-    command = [sys.executable, "-m", "study", *quick, "--runs", str(run.folder.parent), "--threads", "1", "--jobs", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([*command, "--stage", stage.name], env=environment) for stage in stages]
-    failed = [stage.name for stage, process in zip(stages, running, strict=True) if process.wait()]
+def _run_beside_each_other(run: Run, stages: Sequence[Stage], jobs: int) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        running = {stage.name: pool.submit(_run_with_one_thread, run, stage) for stage in stages}
+    failed = {name: error for name, future in running.items() if (error := future.exception()) is not None}
+    for error in failed.values():
+        traceback.print_exception(error)
     if failed:
         raise SystemExit(f"stage {', '.join(failed)} failed; what is done is kept, and `make study` goes on there")
+
+
+def _run_with_one_thread(run: Run, stage: Stage) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what it starts
+    torch.set_num_threads(1)
+    _run_here(run, stage)

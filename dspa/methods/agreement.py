@@ -127,9 +127,21 @@ class Folds:
             fitted = ConditionalDifferenceMap.fit(DensitySubset.from_store(self.triples, others.tolist()), **fit)
             for options, agreement in zip(lists, found, strict=True):
                 edits = options.of(fitted, self.density[left_out])
-                agreement.sums[left_out] = _summed(edits, self.difference[left_out]).numpy()
+                agreement.sums[left_out] = agreement_sums(edits, self.difference[left_out]).numpy()
                 agreement.lengths[left_out] = edits.counts.numpy()
         return found
+
+
+def agreement_sums(edits: EditList, difference: Tensor) -> Tensor:
+    """`[B]` float64, over the latents of each list, D of the augmented minus D of the ablated.
+
+    Args:
+        edits: B lists.
+        difference: `[B, d_sae_out]`, D of the triples that the lists are compared with.
+    """
+    signs = torch.where(edits.valid(), edits.signs.double(), 0)
+    listed = difference.double().gather(1, torch.where(edits.valid(), edits.latents.long(), 0))
+    return (signs * listed).sum(dim=1)
 
 
 def cross_validated_agreement(
@@ -179,10 +191,3 @@ def _numbered_prompts(counts: SparseCounts) -> NDArray[np.int64]:
         key = b"".join(part.tobytes() for part in (tokens[index : index + 1], latents[start:end], values[start:end]))
         found.append(numbers.setdefault(key, len(numbers)))
     return np.array(found)
-
-
-def _summed(edits: EditList, difference: Tensor) -> Tensor:
-    """`[B]` float64."""
-    signs = torch.where(edits.valid(), edits.signs.double(), 0)
-    listed = difference.gather(1, torch.where(edits.valid(), edits.latents.long(), 0))
-    return (signs * listed).sum(dim=1)

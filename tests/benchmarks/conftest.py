@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import tiny_models
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    """A Llama with random weights, and a tokenizer for it."""
+    return tiny_models.tiny_model("llama"), tiny_models.tiny_tokenizer()
 
 
 @pytest.fixture

@@ -5,20 +5,25 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from study import capability, fluency, stages
 from study.choice import chosen
+from study.diagnosis import STRONGER
 from study.evaluation import Answered, Measurement
 from study.heldout import measurements, open_heldout
-from study.methods import CONTROLS, METHODS, UNSTEERED, file_name
+from study.methods import CONTROLS, DSPA, METHODS, UNSTEERED, file_name
 from study.prompts import load, write
-from study.settings import QUICK, TASKS, Run
-from study.stages import STAGES, run_stages
+from study.settings import FULL, QUICK, TASKS, Run, Settings
+from study.stages import STAGES, Stage, run_stages
 
+import dspa
+from dspa.offline.density_store import DensityStore
 from dspa.organism import DATA, INPUT_LAYER, OUTPUT_LAYER
 
 STUDY = Path(capability.__file__).parent
@@ -123,23 +128,37 @@ def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
         run_stages(Run(replace(QUICK, seed=1, tries=3), tmp_path), ["prompts"])
 
 
-def test_stages_of_one_function_run_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("settings", "jobs", "beside"), [(QUICK, 2, True), (QUICK, 1, False), (FULL, 2, False)])
+@pytest.mark.usefixtures("two_threads")
+def test_stages_of_one_group_run_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings, jobs: int, beside: bool
+) -> None:
+    group = tuple(Stage(name, "prompts:write", 1, group="all", alone=True) for name in ("one", "two"))
+    monkeypatch.setattr(stages, "STAGES", group)
+    monkeypatch.setattr(stages, "IMPORTED", ("torch",))
+    run = Run(replace(settings, train_prompts=2, validation_prompts=2, heldout_prompts=2), tmp_path)
+    run_stages(run, jobs=jobs)
+    for stage in group:
+        assert json.loads(stage.record(run).read_text())["threads"] == (1 if beside else 2)
+
+
+def test_a_stage_that_fails_stops_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works, fails = Stage("works", "prompts:write", 1, group="both"), Stage("fails", "report:write", 1, group="both")
+    later = Stage("later", "prompts:write", 1, group="later")
+    monkeypatch.setattr(stages, "STAGES", (works, fails, later))
+    monkeypatch.setattr(stages, "IMPORTED", ("torch",))
     run = Run(QUICK, tmp_path)
-    started: list[list[str]] = []
-
-    class Process:
-        def __init__(self, command: list[str], env: dict[str, str]) -> None:
-            assert env["OMP_NUM_THREADS"] == "1"
-            started.append(command[command.index("--runs") :])
-
-        def wait(self) -> int:
-            return 1
-
-    monkeypatch.setattr(stages.subprocess, "Popen", Process)
-    with pytest.raises(SystemExit, match="stage choose-conditional, choose-concise failed"):
-        run_stages(run, ["choose-conditional", "choose-concise"], jobs=2)
-    assert [command[-1] for command in started] == ["choose-conditional", "choose-concise"]
-    assert all(command[1] == str(tmp_path.parent) for command in started)
+    with pytest.raises(SystemExit, match=r"^stage fails failed; what is done is kept"):
+        run_stages(run, jobs=2)
+    assert [stage.record(run).is_file() for stage in (works, fails, later)] == [True, False, False]
 
 
 @pytest.mark.long
@@ -170,6 +189,17 @@ def test_all_stages_after_the_saes(tmp_path: Path) -> None:
         assert [point["triples"] for point in report["tasks"][task]["curve"]["DSPA"]] == list(settings.triple_counts)
         found = measurements(run, task)["DSPA"]
         assert np.isclose(rows["DSPA"]["reward"][0], found.rewards.mean())
+        found = report["tasks"][task]["diagnosis"]
+        setting = DSPA[chosen(run, task, "DSPA").index]
+        expected = dspa.cross_validated_agreement(
+            DensityStore.open(run.folder / "fits" / task / "densities"),
+            per_edit=True,
+            edit=setting.edit,
+            gate_rule=setting.gate_rule,
+        )
+        assert found["agreement"]["DSPA"]["own list"] == [expected.mean, expected.half_width]
+        assert {"FSRL", "DPO, LoRA", "DSPA, ridge", *STRONGER} < set(found["effect"])
+        assert found["effect"]["CAA"]["size"] > 0
     assert set(report["costs"]["align_flops"]) == {"densities", "means", "fsrl", "dpo", "simpo"}
     assert all(value > 0 for value in report["costs"]["align_flops"].values())
     tables = (tmp_path / "tables.md").read_text()

@@ -112,11 +112,6 @@ def test_saying_nothing_does_not_pay() -> None:
 # Answers
 
 
-@pytest.fixture(scope="module")
-def tiny() -> tuple[Any, Any]:
-    return tiny_models.tiny_model("llama"), tiny_models.tiny_tokenizer()
-
-
 def test_what_the_noise_leaves_is_a_sample_at_the_temperature_of_the_likeliest() -> None:
     scores = torch.cat([torch.tensor([2.0, 1.0, 0.0]), torch.full((2 * TOP_K,), -3.0)])
     noise = PairedNoise(0, range(5000))
