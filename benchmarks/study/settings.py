@@ -101,7 +101,7 @@ FULL = Settings(
 
 QUICK = Settings(
     name="study-quick",
-    train_prompts=36,
+    train_prompts=24,
     validation_prompts=2,
     heldout_prompts=4,
     samples_per_prompt=4,
