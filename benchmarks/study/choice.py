@@ -47,7 +47,7 @@ def choose(run: Run, task: Task) -> None:
 
     def measured(method: str, index: int, attempt: Any) -> Measurement:
         file = folder / "answers" / f"{index}-{file_name(method)}"
-        if not file.is_file():
+        if not file.is_file() or Measurement.read(file).setting != attempt.setting:
             seed = settings.seed + SEED_OF_VALIDATION
             measure(material, method, attempt, prompts, seed=seed, scored=-(-len(prompts) // 3)).save(file)
         return Measurement.read(file)

@@ -40,7 +40,7 @@ from study.settings import Run, Task
 MOST_MEASURED = 64  # triples whose size and margin are measured; a third of all where there are fewer
 FOLDS = 5
 ROWS_AT_ONCE = 16
-TRAINED = ("FSRL", "DPO, LoRA", "SimPO, LoRA")
+TRAINED = ("FSRL", "DPO, LoRA", "SimPO, LoRA")  # of which the first triples alone are seen
 STRONGER: dict[str, Callable[[DspaSetting], DspaSetting]] = {
     "DSPA, alpha 1": lambda chosen: replace(chosen, alpha=1.0),
     "DSPA, 64 latents a side": lambda chosen: replace(chosen, k_diff=64),
@@ -109,21 +109,22 @@ def measured_triples(triples: int) -> int:
 
 def attempts(material: Material) -> dict[str, Callable[[], Try]]:
     """What is measured, each from triples before the measured ones."""
-    run, task = material.run, material.task
+    run: Run = material.run
+    task: Task = material.task
     count = len(material.triples) - measured_triples(len(material.triples))
 
+    def at_index(method: str) -> int:
+        return chosen(run, task, method).index
+
     def at_choice(method: str) -> Try:
-        return tries(material, method)[chosen(run, task, method).index]
+        return tries(material, method)[at_index(method)]
 
     def stronger(change: Callable[[DspaSetting], DspaSetting]) -> Try:
-        setting = change(DSPA[chosen(run, task, "DSPA").index])
+        setting = change(DSPA[at_index("DSPA")])
         return Try(str(setting), ("densities",), setting.policy(material, count))
 
     return {
-        **{
-            name: lambda name=name, make=make: make(material, chosen(run, task, name).index, count)
-            for name, make in CURVE.items()
-        },
+        **{name: lambda name=name, make=make: make(material, at_index(name), count) for name, make in CURVE.items()},
         **{name: lambda change=change: stronger(change) for name, change in STRONGER.items()},
         **{name: lambda name=name: at_choice(name) for name in TRAINED},
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from dspa.util.estimate import Estimate
 from dspa.util.files import write_atomically
@@ -77,13 +78,15 @@ class Measurement:
         """On the first prompts alone."""
         return replace(self, answers=self.answers[:count])
 
-    def gain(self, unsteered: Measurement) -> Estimate:
-        """The paired difference of rewards to the unsteered model."""
-        return Estimate.from_samples(self.differences(unsteered))
+    def differences(self, other: Measurement) -> NDArray[np.float64]:
+        """Of rewards, on the prompts of both, which are the first of each."""
+        count = min(len(self.answers), len(other.answers))
+        return self.first(count).rewards - other.first(count).rewards
 
-    def differences(self, unsteered: Measurement) -> NDArray[np.float64]:
-        """Of rewards, on the prompts that this was measured on, which are the first of the unsteered model's."""
-        return self.rewards - unsteered.first(len(self.answers)).rewards
+    def loss_differences(self, other: Measurement) -> NDArray[np.float64]:
+        """Of losses, on the first answers, which were scored of both."""
+        count = min(len(self.losses), len(other.losses))
+        return self.losses[:count] - other.losses[:count]
 
     def broken(self, largest_loss: float = np.inf) -> float:
         """The share of answers that are malformed, repeat themselves, or are less likely than a bound allows."""
@@ -113,6 +116,22 @@ class Measurement:
         record["answers"] = tuple(Answered(**each) for each in record["answers"])
         fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in record.items()}
         return cls(**fields)
+
+
+def clustered(samples: NDArray[np.float64], groups: Sequence[str]) -> Estimate:
+    """The mean, with an interval for other groups: samples of one group, such as prompts of one template, are not
+    independent. It is that of the sums of deviations by group, by Student's distribution; NaN for a single group.
+
+    Args:
+        samples: `[N]`.
+        groups: of the samples; more than N are cut off.
+    """
+    names, place = np.unique(np.array(groups[: len(samples)]), return_inverse=True)
+    sums = np.bincount(place, weights=samples - samples.mean())
+    if len(names) < 2:
+        return Estimate(float(samples.mean()), float("nan"))
+    variance = len(names) / (len(names) - 1) * float((sums**2).sum()) / len(samples) ** 2
+    return Estimate(float(samples.mean()), float(student.ppf(0.975, len(names) - 1)) * variance**0.5)
 
 
 def measure(

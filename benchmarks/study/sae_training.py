@@ -92,6 +92,9 @@ class SaeQuality:
         lost = self.cross_entropy_zeroed - self.cross_entropy_spliced
         return lost / (self.cross_entropy_zeroed - self.cross_entropy)
 
+    def as_record(self) -> dict[str, Any]:
+        return {**asdict(self), "cross_entropy_recovered": self.cross_entropy_recovered}
+
 
 def write_texts(run: Run) -> None:
     """Writes `sae_tokens` tokens of text: the model's samples, and manuals for the rest, in random order."""
@@ -133,16 +136,20 @@ def train(run: Run, which: Which) -> None:
     partial = make_folder(run.folder / f"{which}_sae.partial")
     sae.save_inference_model(partial)
     quality = measure(chat_model, partial, layer, load_texts(run)[1], time.perf_counter() - started)
-    record = {**asdict(quality), "cross_entropy_recovered": quality.cross_entropy_recovered}
-    write_atomically(partial / "quality.json", json.dumps(record, indent=1).encode())
+    write_atomically(partial / "quality.json", json.dumps(quality.as_record(), indent=1).encode())
     partial.rename(folder)
 
 
 def write_report(run: Run) -> None:
-    """Writes what was measured of both SAEs, and what they were trained on."""
-    report: dict[str, Any] = {
-        folder.name: json.loads((folder / "quality.json").read_text()) for folder in (run.input_sae, run.output_sae)
-    }
+    """Writes what was measured of both SAEs, also on the model's answers alone, and what they were trained on."""
+    report: dict[str, Any] = {}
+    answers = [text for text in load_texts(run)[1] if text.source == "answers"]
+    chat_model, _ = model.load(run)
+    for folder in (run.input_sae, run.output_sae):
+        whole = report[folder.name] = json.loads((folder / "quality.json").read_text())
+        if answers:
+            quality = measure(chat_model, folder, whole["layer"], answers, whole["seconds"])
+            report[f"{folder.name}, answers alone"] = quality.as_record()
     texts = read_lines(run.texts)
     kept = {
         source: sum(len(text["ids"]) - text["skipped"] for text in texts if text["source"] == source)

@@ -15,7 +15,7 @@ import torch
 from study import capability, fluency, stages
 from study.choice import chosen
 from study.diagnosis import STRONGER
-from study.evaluation import Answered, Measurement
+from study.evaluation import Answered, Measurement, clustered
 from study.heldout import measurements, open_heldout
 from study.methods import CONTROLS, DSPA, METHODS, UNSTEERED, file_name
 from study.prompts import load, write
@@ -84,7 +84,7 @@ def test_gains_are_paired_and_broken_answers_counted_once(tmp_path: Path) -> Non
     unsteered = Measurement("unsteered", "-", (), (answered(0), answered(1), answered(2)))
     rows = (answered(1, repetition=0.5, malformed=True), answered(2, loss=3), answered(3, loss=None))
     found = Measurement("DSPA", "setting", ("densities",), rows, (True, False), ("5", "6"))
-    assert (found.gain(unsteered).mean, found.gain(unsteered).half_width) == (1, 0)
+    assert found.differences(unsteered).tolist() == [1] * 3
     assert (found.broken(), found.broken(2.0)) == (1 / 3, 2 / 3)
     assert found.losses.tolist() == [1, 3]
     found.save(tmp_path / "folder" / "found.json")
@@ -92,16 +92,26 @@ def test_gains_are_paired_and_broken_answers_counted_once(tmp_path: Path) -> Non
 
 
 def test_held_out_prompts_are_read_in_one_place() -> None:
-    def reads(file: Path) -> bool:
+    def names_it(file: Path) -> bool:
+        """In a call, by whatever name and as whatever argument."""
         return any(
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id == "load"
-            and any(isinstance(part, ast.Constant) and part.value == "heldout" for part in node.args)
+            isinstance(part, ast.Constant) and part.value == "heldout"
             for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Call)
+            for part in [*node.args, *(keyword.value for keyword in node.keywords)]
         )
 
-    assert [file.name for file in STUDY.glob("*.py") if reads(file)] == ["heldout.py"]
+    assert [file.name for file in STUDY.glob("*.py") if names_it(file)] == ["heldout.py"]
+
+
+def test_an_interval_is_that_of_other_groups() -> None:
+    samples, alike = np.array([1.0, 1.0, 3.0, 3.0]), ["a", "a", "b", "b"]
+    found = clustered(samples, [*alike, "cut off"])
+    assert found.mean == 2
+    assert found.half_width == pytest.approx(12.706, rel=1e-4)  # Student's with one degree of freedom, times 1
+    apart = clustered(samples, ["a", "b", "c", "d"])
+    assert apart.half_width == pytest.approx(3.182446 * samples.std(ddof=1) / 2, rel=1e-6)
+    assert np.isnan(clustered(samples, ["a"] * 4).half_width)
 
 
 def test_held_out_prompts_are_not_read_with_other_settings(tmp_path: Path) -> None:

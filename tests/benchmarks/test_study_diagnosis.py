@@ -11,6 +11,7 @@ import torch
 from study import diagnosis
 from study.diagnosis import MOST_MEASURED, Reading, attempts, measured_triples, read
 from study.methods import Try
+from study.settings import FULL, QUICK, Settings
 
 import dspa
 
@@ -21,6 +22,11 @@ ROWS = (((1, 9, 8, 7), (6, 5, 20)), ((1, 9), (30, 31, 32, 12, 6)))
 @pytest.mark.parametrize(("triples", "measured"), [(6, 2), (30, 10), (500, MOST_MEASURED)])
 def test_at_most_a_third_of_the_triples_is_measured(triples: int, measured: int) -> None:
     assert measured_triples(triples) == measured
+
+
+@pytest.mark.parametrize("settings", [FULL, QUICK], ids=lambda settings: settings.name)
+def test_no_training_sees_a_measured_triple(settings: Settings) -> None:
+    assert settings.pairs_per_training <= settings.triples - measured_triples(settings.triples)
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
