@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+CODE = ("*.py", "../benchmarks/*.py", "../csrc")  # seen from the package; new files count as changes
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -44,5 +46,5 @@ def _version_and_commit() -> tuple[str, str]:
 
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return _version("dspa"), "none"
-    changed = git("status", "--porcelain", "--untracked-files=no", ".")
+    changed = git("status", "--porcelain", "--", *CODE)
     return _version("dspa"), f"{git('rev-parse', 'HEAD')}{' and changes' if changed else ''}"
