@@ -32,6 +32,8 @@ ROWS = (
 )
 STYLES = (("C0", "--"), ("C1", "--"), ("C0", "-"), ("C1", "-"), ("C7", "-"))
 PUBLISHED = "ablate 0.2"
+FEWEST_DRAWS = 4
+LARGEST = "both 0.3"  # the strength at which lists by the true kind gain most
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 """By degrees of freedom, from 1 to 14."""
 
@@ -76,10 +78,12 @@ def advantage(draws: Sequence[Row], setting: str) -> Estimate:
     return over_draws(np.stack(pairs))
 
 
-def share(draws: Sequence[Row], name: str) -> Estimate:
-    """Of the gain of true-kind lists at the same strengths; the interval is of both gains (delta method)."""
+def share(draws: Sequence[Row], name: str, strength: str | None = None) -> Estimate:
+    """Of the gain of true-kind lists at the same strengths, or at one for all; the interval is of both gains (delta
+    method)."""
     reached = np.stack([gains(draw[name]) for draw in draws])
-    strengths = [PUBLISHED if name.endswith("published") else draw[name]["strength"] for draw in draws]
+    own = [PUBLISHED if name.endswith("published") else draw[name]["strength"] for draw in draws]
+    strengths = own if strength is None else [strength] * len(draws)
     pairs = zip(draws, strengths, strict=True)
     ceiling = np.stack([gains(draw["ceiling"][strength]) for draw, strength in pairs])
     found = reached.mean() / ceiling.mean()
@@ -120,26 +124,39 @@ def table(report: Row) -> list[str]:
     counts = counts_of(report)
     heads = [f"N = {count} ({len(draws_of(report, count))})" for count in counts]
     lines = ["| setting | " + " | ".join(heads) + " |", "|---" * (len(counts) + 1) + "|"]
+    drawn = [draws_of(report, count) for count in counts]
     for name, label in ROWS:
         cells = []
         for count in counts:
             draws = draws_of(report, count)
             estimate, measured = gain_of(draws, name), sum(name in draw for draw in draws)
             few = f" ({measured})" if measured < len(draws) else ""
-            cells.append(f"{estimate.mean:+.2f} ± {estimate.half_width:.2f}{few}")
+            cells.append(_cell(estimate, measured) + few)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for setting, label in (("published", "published strength"), ("chosen", "chosen on validation")):
-        found = [advantage(draws_of(report, count), setting) for count in counts]
-        cells = [f"{each.mean:+.2f} ± {each.half_width:.2f}" for each in found]
+        cells = [_cell(advantage(draws, setting), len(draws)) for draws in drawn]
         lines.append(f"| ridge over mean difference, {label} | " + " | ".join(cells) + " |")
     for name, label in ROWS[:4]:
-        shares = [share(draws_of(report, count), name) for count in counts]
-        cells = [f"{100 * each.mean:.0f} ± {100 * each.half_width:.0f}" for each in shares]
+        cells = [_percent(share(draws, name), len(draws)) for draws in drawn]
         lines.append(f"| % of the ceiling: {label} | " + " | ".join(cells) + " |")
+    for name, label in ROWS[2:4]:
+        cells = [_percent(share(draws, name, LARGEST), len(draws)) for draws in drawn]
+        lines.append(f"| % of the largest ceiling: {label} | " + " | ".join(cells) + " |")
     for name, label in (ROWS[2], ROWS[3]):
         means = [_means(draws_of(report, count), name) for count in counts]
         lines.append(f"| malformed %, perplexity: {label} | " + " | ".join(means) + " |")
     return lines
+
+
+def _cell(estimate: Estimate, draws: int) -> str:
+    """Without an interval where two or three draws leave it to Student's table."""
+    few = 1 < draws < FEWEST_DRAWS
+    return f"{estimate.mean:+.2f}" + ("" if few else f" ± {estimate.half_width:.2f}")
+
+
+def _percent(estimate: Estimate, draws: int) -> str:
+    few = 1 < draws < FEWEST_DRAWS
+    return f"{100 * estimate.mean:.0f}" + ("" if few else f" ± {100 * estimate.half_width:.0f}")
 
 
 def by_draw(report: Row, setting: str) -> list[str]:

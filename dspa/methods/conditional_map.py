@@ -235,15 +235,18 @@ class ConditionalDifferenceMap:
         Args:
             density: `[B, d_sae_in]` floating point.
             k_prompt: how many of a prompt's densest latents choose rows; not used with `ridge`, which was fitted for a
-                number of its own.
+                number of its own. With it, a prompt none of whose latents is denser than usual has an empty list.
 
         Raises:
             InvalidInputError: if the shape does not fit.
         """
-        if self.features is not None:
-            density = self.features.to(density.device).ranking(density)
         matrix, rows = self._looked_up.to(density.device), self.rows_per_prompt(k_prompt)
-        return lookup(density, matrix, rows, k_diff, edit, sign_guard=sign_guard)
+        if self.features is None:
+            return lookup(density, matrix, rows, k_diff, edit, sign_guard=sign_guard)
+        ranking = self.features.to(density.device).ranking(density)
+        edits = lookup(ranking, matrix, rows, k_diff, edit, sign_guard=sign_guard)
+        known = (ranking > 0).any(dim=1, keepdim=True)  # without a feature all scores are 0, and tie
+        return edits.where(known.expand(-1, edits.k))
 
     @cached_property
     def _looked_up(self) -> CsrMap:

@@ -143,6 +143,16 @@ def test_a_prompt_with_fewer_features_chooses_fewer_rows(backend: str) -> None:
 
 
 @pytest.mark.parametrize("edit", ["ablate", "augment", "both"])
+def test_a_prompt_unlike_any_is_not_edited(tmp_path: Path, edit: Any) -> None:
+    """Nothing of it is denser than usual: all scores are 0, and the first latents are not edited for that."""
+    densities = tiny.random_densities(25, 30, 120, 2, LENGTHS)
+    fitted = ConditionalDifferenceMap.fit(tiny.write_store(tmp_path, densities), estimator="ridge")
+    rho = torch.zeros(3, 30, dtype=torch.float64)
+    rho[1] = torch.from_numpy(densities.prompt.density[0])
+    assert (fitted.select(rho, 32, 5, edit).counts > 0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("edit", ["ablate", "augment", "both"])
 @pytest.mark.parametrize("features", [6, 29])
 def test_a_prompt_is_edited_by_the_rows_of_its_features(tmp_path: Path, features: int, edit: Any) -> None:
     densities = tiny.random_densities(25, 30, 120, 2, LENGTHS)
