@@ -35,7 +35,7 @@ class Stage:
         function: `module:function` of this package; called with the `Run`, and with `argument` if there is one.
         minutes: expected at full size on two cores.
         argument: a task, a shard or an SAE.
-        group: stages with the same one follow each other, and do not need each other.
+        group: stages with the same one follow each other, and do not need each other; "" for a stage by itself.
         alone: it times something; nothing runs beside it at full size.
     """
 
@@ -57,18 +57,18 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("model", "model:prepare", 1, group="model"),
-    Stage("prompts", "prompts:write", 1, group="prompts"),
+    Stage("model", "model:prepare", 1),
+    Stage("prompts", "prompts:write", 1),
     *(Stage(f"samples-{shard}", "triples:sample", 10, str(shard), "samples") for shard in range(SHARDS)),
-    Stage("triples", "triples:write", 1, group="triples"),
-    Stage("texts", "sae_training:write_texts", 1, group="texts"),
+    Stage("triples", "triples:write", 1),
+    Stage("texts", "sae_training:write_texts", 1),
     *(
         Stage(f"activations-{shard}", "sae_training:collect_activations", 11, str(shard), "activations")
         for shard in range(SHARDS)
     ),
     Stage("sae-input", "sae_training:train", 13, "input", "saes"),
     Stage("sae-output", "sae_training:train", 13, "output", "saes"),
-    Stage("sae-report", "sae_training:write_report", 1, group="sae-report"),
+    Stage("sae-report", "sae_training:write_report", 1),
     *(Stage(f"fit-{task}", "fits:fit", 9, task, "fits") for task in TASKS),
     *(Stage(f"dpo-{task}", "fits:train_dpo", 10, task, "fits") for task in TASKS),
     *(Stage(f"simpo-{task}", "fits:train_simpo", 8, task, "fits") for task in TASKS),
@@ -78,12 +78,11 @@ STAGES: tuple[Stage, ...] = (
     Stage("costs", "costs:measure", 5, group="after", alone=True),
     *(Stage(f"curve-{task}", "curve:measure", 8, task, "after") for task in TASKS),
     *(Stage(f"diagnosis-{task}", "diagnosis:measure", 8, task, "after") for task in TASKS),
-    Stage("report", "report:write", 1, group="report"),
+    Stage("report", "report:write", 1),
 )
 
 IMPORTED = (
     "transformers.models.llama.modeling_llama",
-    "transformers.integrations.hub_kernels",
     "trl",
     "peft",
     "sae_lens",
@@ -100,7 +99,7 @@ def run_stages(run: Run, names: Sequence[str] = (), *, jobs: int = 1) -> None:
     """
     _check_settings(run)
     quick = run.settings.name == QUICK.name
-    for _, group in itertools.groupby(STAGES, key=lambda stage: stage.group):
+    for _, group in itertools.groupby(STAGES, key=lambda stage: stage.group or stage.name):
         waiting = [stage for stage in group if not stage.record(run).is_file() and (not names or stage.name in names)]
         here = [stage for stage in waiting if stage.alone and not quick]
         together = [stage for stage in waiting if stage not in here]

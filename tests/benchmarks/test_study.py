@@ -160,9 +160,18 @@ def test_stages_of_one_group_run_beside_each_other(
         assert json.loads(stage.record(run).read_text())["threads"] == (1 if beside else 2)
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_stages_without_a_group_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = tuple(Stage(name, "prompts:write", 1) for name in ("one", "two"))
+    monkeypatch.setattr(stages, "STAGES", alone)
+    run = Run(QUICK, tmp_path)
+    run_stages(run, jobs=2)
+    assert [json.loads(stage.record(run).read_text())["threads"] for stage in alone] == [2, 2]
+
+
 def test_a_stage_that_fails_stops_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works, fails = Stage("works", "prompts:write", 1, group="both"), Stage("fails", "report:write", 1, group="both")
-    later = Stage("later", "prompts:write", 1, group="later")
+    later = Stage("later", "prompts:write", 1)
     monkeypatch.setattr(stages, "STAGES", (works, fails, later))
     monkeypatch.setattr(stages, "IMPORTED", ("torch",))
     run = Run(QUICK, tmp_path)
