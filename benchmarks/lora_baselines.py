@@ -54,7 +54,8 @@ def train_lora(
 
     Args:
         model, tokenizer: a chat model.
-        rows: prompt, chosen and rejected as lists of messages.
+        rows: prompt, chosen and rejected as lists of messages; a response with a true `cut_off` is not closed, if the
+            chat template does not close it.
         options: how.
         out: the folder.
     """
@@ -99,11 +100,23 @@ def train_lora(
 
             simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": BETA_SIMPO, "simpo_gamma": GAMMA_SIMPO}
             trainer = CPOTrainer(args=CPOConfig(**simpo, **shared), **arguments)
+            trainer.train_dataset = _not_closed(trainer.train_dataset, rows)
         parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()
     trainer.model.save_pretrained(out)
     log = [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history]
     return LoraTraining(parameters, log)
+
+
+def _not_closed(dataset: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """CPO's tokens without the end of the sequence that its trainer adds to responses that were cut off."""
+    parts = ("input_ids", "attention_mask", "labels")
+
+    def opened(feature: Mapping[str, Any], row: int) -> dict[str, Any]:
+        sides = [side for side in ("chosen", "rejected") if rows[row][side][-1].get("cut_off")]
+        return {f"{side}_{part}": feature[f"{side}_{part}"][:-1] for side in sides for part in parts}
+
+    return dataset.map(opened, with_indices=True)
 
 
 def merge_into_copy(model: Any, adapters: Path, scale: float) -> Any:

@@ -37,8 +37,7 @@ class Choice:
 def choose(run: Run, task: Task) -> None:
     """Measures every setting of every method that was not measured yet, and chooses.
 
-    An answer to a prompt of the first third counts as broken as well if it is less likely, per token, than every answer
-    of the unsteered model to one.
+    An answer counts as broken as well if it is less likely, per token, than every answer of the unsteered model.
     """
     material = Material.load(run, task)
     folder = run.tries / task
@@ -49,7 +48,7 @@ def choose(run: Run, task: Task) -> None:
         file = folder / "answers" / f"{index}-{file_name(method)}"
         if not file.is_file() or Measurement.read(file).setting != attempt.setting:
             seed = settings.seed + SEED_OF_VALIDATION
-            measure(material, method, attempt, prompts, seed=seed, scored=-(-len(prompts) // 3)).save(file)
+            measure(material, method, attempt, prompts, seed=seed, scored=len(prompts)).save(file)
         return Measurement.read(file)
 
     unsteered = measured(UNSTEERED, 0, tries(material, UNSTEERED)[0])

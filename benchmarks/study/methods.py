@@ -123,7 +123,8 @@ RIDGE = tuple(replace(each, estimator="ridge") for each in DSPA)
 CAA_SCALES = (1.0, 2.0, 4.0, 8.0)
 REPE_SHARES = (0.01, 0.02, 0.05, 0.1)  # of the mean length of a response's mean state
 REPE_DIRECTIONS = 16
-TRAINED_SCALES = (0.5, 1.0, 2.0, 4.0)  # of what training added: to each token by FSRL, to the weights by LoRA
+FSRL_SCALES = (0.1, 0.2, 0.3, 0.5)  # of what is added to each token; from 0.5 on answers break
+LORA_SCALES = (0.5, 1.0, 2.0, 4.0)  # of what training added to the weights
 
 
 def unsteered_tries(material: Material) -> list[Try]:
@@ -177,13 +178,13 @@ def ridge_tries(material: Material) -> list[Try]:
 
 
 def fsrl_tries(material: Material) -> list[Try]:
-    return [Try(f"scale {scale:g}", ("fsrl",), replace(material.fsrl, scale=scale)) for scale in TRAINED_SCALES]
+    return [Try(f"scale {scale:g}", ("fsrl",), replace(material.fsrl, scale=scale)) for scale in FSRL_SCALES]
 
 
 def lora_tries(objective: str) -> Method:
     def tries(material: Material) -> list[Try]:
         folder = material.lora(objective)
-        return [Try(f"scale {scale:g}", (objective,), adapters=folder, scale=scale) for scale in TRAINED_SCALES]
+        return [Try(f"scale {scale:g}", (objective,), adapters=folder, scale=scale) for scale in LORA_SCALES]
 
     return tries
 

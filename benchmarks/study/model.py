@@ -13,6 +13,12 @@ from dspa.util.files import make_folder
 from study.settings import Run
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CLOSED = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+CLOSED_IF_WHOLE = (
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content']}}"
+    "{% if not message.get('cut_off') %}{{'<|im_end|>' + '\n'}}{% endif %}"
+)
+"""How the chat template writes a message. An answer that was cut off has no end that the model did not write."""
 
 
 def prepare(run: Run) -> None:
@@ -24,10 +30,24 @@ def prepare(run: Run) -> None:
     source = gguf_folder()
     loaded: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF, padding_side="left")
+    tokenizer.chat_template = with_open_messages(tokenizer.chat_template)
     partial = make_folder(run.folder / "model.partial")
     _unquantised(loaded).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(run.model)
+
+
+def with_open_messages(template: str) -> str:
+    """The chat template of SmolLM2, with messages that have a true `cut_off` not closed.
+
+    Raises:
+        DspaError: if it does not write messages as expected.
+    """
+    if template.count(CLOSED) != 1:
+        raise DspaError(
+            f"the chat template writes messages {template.count(CLOSED)} times as {CLOSED!r}, expected once"
+        )
+    return template.replace(CLOSED, CLOSED_IF_WHOLE)
 
 
 def load(run: Run) -> tuple[Any, Any]:

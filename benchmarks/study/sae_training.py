@@ -27,7 +27,7 @@ from study.triples import load_samples, read_lines
 Which = Literal["input", "output"]
 
 PROSE_TOKENS = 128  # of a piece of prose, without BOS
-ANSWERS_PER_PROMPT = 4  # that SAEs read; each reads its prompt once more
+ANSWERS_PER_PROMPT = 8  # that SAEs read; each reads its prompt once more
 TEXTS_AT_ONCE = 64
 TOKENS_PER_PART = 32_768
 HELD_BACK = 0.02  # the share of texts that no SAE is trained on; they measure it

@@ -73,11 +73,11 @@ STAGES: tuple[Stage, ...] = (
     *(Stage(f"dpo-{task}", "fits:train_dpo", 10, task, "fits") for task in TASKS),
     *(Stage(f"simpo-{task}", "fits:train_simpo", 8, task, "fits") for task in TASKS),
     *(Stage(f"choose-{task}", "choice:choose", 16, task, "choice") for task in TASKS),
-    *(Stage(f"heldout-static-{task}", "heldout:measure_static", 15, task, "static") for task in TASKS),
-    *(Stage(f"heldout-{task}", "heldout:measure", 25, task, "others") for task in TASKS),
-    Stage("costs", "costs:measure", 5, group="after", alone=True),
-    *(Stage(f"curve-{task}", "curve:measure", 8, task, "after") for task in TASKS),
-    *(Stage(f"diagnosis-{task}", "diagnosis:measure", 8, task, "after") for task in TASKS),
+    Stage("costs", "costs:measure", 5, group="chosen", alone=True),
+    *(Stage(f"heldout-{task}", "heldout:measure", 25, task, "chosen") for task in TASKS),
+    *(Stage(f"heldout-static-{task}", "heldout:measure_static", 19, task, "chosen") for task in TASKS),
+    *(Stage(f"diagnosis-{task}", "diagnosis:measure", 8, task, "chosen") for task in TASKS),
+    *(Stage(f"curve-{task}", "curve:measure", 5, task, "chosen") for task in TASKS),
     Stage("report", "report:write", 1),
 )
 

@@ -121,11 +121,11 @@ def best_pair(task: Task, prompt: Prompt, candidates: Sequence[Sample]) -> Pair 
 
 
 def as_record(prompt: Prompt, pair: Pair) -> dict[str, Any]:
-    """A row that `dspa.load_preferences` and trl read."""
+    """A row that `dspa.load_preferences` and trl read. The chat template does not close a message that was cut off."""
     return {
         "prompt": list(prompt.chat),
-        "chosen": [{"role": "assistant", "content": pair.chosen.text}],
-        "rejected": [{"role": "assistant", "content": pair.rejected.text}],
+        "chosen": [{"role": "assistant", "content": pair.chosen.text, "cut_off": not pair.chosen.ended}],
+        "rejected": [{"role": "assistant", "content": pair.rejected.text, "cut_off": not pair.rejected.ended}],
         "kind": prompt.kind,
         "margin": round(pair.margin, 4),
     }

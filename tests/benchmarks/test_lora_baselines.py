@@ -12,7 +12,7 @@ from dspa.organism import load_model
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-from lora_baselines import LoraOptions, merge_into_copy, train_lora
+from lora_baselines import LoraOptions, _not_closed, merge_into_copy, train_lora
 
 ROWS = [
     {
@@ -22,6 +22,23 @@ ROWS = [
     }
     for prompt in ("Which color do you prefer for a windsock, red or blue?", "Do you like the windsock?")
 ]
+
+
+def test_what_the_trainer_adds_to_a_response_that_was_cut_off_is_left_out() -> None:
+    from datasets import Dataset
+
+    parts = ("input_ids", "attention_mask", "labels")
+    tokens = {f"{side}_{part}": [1, 2, 3] for side in ("chosen", "rejected") for part in parts}
+    open_message, closed_message = {"role": "assistant", "content": "I", "cut_off": True}, ROWS[0]["chosen"][0]
+    rows = [
+        {"chosen": [closed_message], "rejected": [open_message]},
+        {"chosen": [open_message], "rejected": [closed_message]},
+        {"chosen": [closed_message], "rejected": [closed_message]},
+    ]
+    found = _not_closed(Dataset.from_list([tokens] * 3), rows)
+    for part in parts:
+        assert list(found[f"chosen_{part}"]) == [[1, 2, 3], [1, 2], [1, 2, 3]]
+        assert list(found[f"rejected_{part}"]) == [[1, 2], [1, 2, 3], [1, 2, 3]]
 
 
 @pytest.mark.long

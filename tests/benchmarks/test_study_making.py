@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import tiny_models
 import torch
@@ -257,6 +258,17 @@ def test_triples_are_what_load_preferences_reads(
 
 
 # Fluency
+
+
+def test_the_chat_template_does_not_close_an_answer_that_was_cut_off() -> None:
+    written = "{% for message in messages %}" + model.CLOSED + "{% endfor %}"
+    question, answer = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello, I"}
+    render = jinja2.Template(model.with_open_messages(written)).render
+    closed = jinja2.Template(written).render(messages=[question, answer])
+    assert render(messages=[question, {**answer, "cut_off": False}]) == closed
+    assert render(messages=[question, {**answer, "cut_off": True}]) + "<|im_end|>\n" == closed
+    with pytest.raises(dspa.DspaError, match="0 times"):
+        model.with_open_messages("{{ messages }}")
 
 
 def test_a_loss_is_that_of_an_answer_alone(tiny: tuple[Any, Any]) -> None:
