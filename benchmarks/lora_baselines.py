@@ -100,7 +100,7 @@ def train_lora(
 
             simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": BETA_SIMPO, "simpo_gamma": GAMMA_SIMPO}
             trainer = CPOTrainer(args=CPOConfig(**simpo, **shared), **arguments)
-            trainer.train_dataset = _not_closed(trainer.train_dataset, rows)
+            trainer.train_dataset = _not_closed(trainer.train_dataset, rows, tokenizer.eos_token_id)
         parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()
     trainer.model.save_pretrained(out)
@@ -108,12 +108,13 @@ def train_lora(
     return LoraTraining(parameters, log)
 
 
-def _not_closed(dataset: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+def _not_closed(dataset: Any, rows: Sequence[Mapping[str, Any]], end: int) -> Any:
     """CPO's tokens without the end of the sequence that its trainer adds to responses that were cut off."""
     parts = ("input_ids", "attention_mask", "labels")
 
     def opened(feature: Mapping[str, Any], row: int) -> dict[str, Any]:
-        sides = [side for side in ("chosen", "rejected") if rows[row][side][-1].get("cut_off")]
+        cut_off = [side for side in ("chosen", "rejected") if rows[row][side][-1].get("cut_off")]
+        sides = [side for side in cut_off if feature[f"{side}_input_ids"][-1] == end]
         return {f"{side}_{part}": feature[f"{side}_{part}"][:-1] for side in sides for part in parts}
 
     return dataset.map(opened, with_indices=True)

@@ -62,7 +62,9 @@ def measure(run: Run, task: Task) -> None:
 
     for name, settings in (("DSPA", DSPA), ("DSPA, ridge", RIDGE)):
         setting = settings[chosen(run, task, name).index]
-        keep("agreement", name, lambda setting=setting: agreement(material, setting))
+        keep("agreement", name, lambda setting=setting: agreement(material, setting, folds_of_prompts(material)))
+        label = f"{name}, other templates"
+        keep("agreement", label, lambda setting=setting: agreement(material, setting, folds_of_templates(material)))
 
     @cache
     def unsteered() -> Reading:
@@ -75,12 +77,28 @@ def measure(run: Run, task: Task) -> None:
 # ----------------------------------------------------------------------------------------------------------- agreement
 
 
-def agreement(material: Material, setting: DspaSetting) -> dict[str, Any]:
-    """Per edit, over folds of the triples: with a prompt's own list, with the list of a prompt of another kind, and
+def folds_of_prompts(material: Material) -> Folds:
+    """The triples of a part have templates that triples of other parts have as well."""
+    store: Any = material.densities
+    return Folds.from_store(store, min(FOLDS, len(material.triples)), material.run.settings.seed)
+
+
+def folds_of_templates(material: Material) -> Folds:
+    """The triples of a part have templates that no other part has, as held-out prompts do: the first template of every
+    kind is in the first part."""
+    templates: dict[str, list[str]] = {kind: [] for kind in material.kinds}
+    fold = np.zeros(len(material.triples), dtype=np.int64)
+    for row, (kind, template) in enumerate(zip(material.kinds, material.templates, strict=True)):
+        if template not in templates[kind]:
+            templates[kind].append(template)
+        fold[row] = templates[kind].index(template) % FOLDS
+    return replace(folds_of_prompts(material), fold=fold, count=int(fold.max()) + 1)
+
+
+def agreement(material: Material, setting: DspaSetting, folds: Folds) -> dict[str, Any]:
+    """Per edit, over parts of the triples: with a prompt's own list, with the list of a prompt of another kind, and
     with the list that is the same for all."""
     seed = material.run.settings.seed
-    store: Any = material.densities
-    folds = Folds.from_store(store, min(FOLDS, len(material.triples)), seed)
     options = ListOptions(k_diff=setting.k_diff, edit=setting.edit)
     kinds = np.array(material.kinds)
     found: dict[str, list[NDArray[np.float64]]] = {"own list": [], "list of another kind": [], "static list": []}

@@ -76,6 +76,11 @@ class Material:
         """The kind of prompt of each triple."""
         return [row["kind"] for row in self._lines]
 
+    @property
+    def templates(self) -> list[str]:
+        """The template of each triple's prompt."""
+        return [row["template"] for row in self._lines]
+
     @cached_property
     def triples(self) -> dspa.PreferenceTriples:
         return dspa.load_preferences(self.rows, self.tokenizer)

@@ -61,21 +61,23 @@ def measure(run: Run, task: Task) -> None:
     """Every other method at its chosen setting, the controls, and how alike edit lists are."""
     material = Material.load(run, task)
     prompts = open_heldout(run)
-    folder = run.heldout / task
-    overlaps = {}
-    for method in METHODS:
-        attempt = tries(material, method)[chosen(run, task, method).index]
+    attempts = {
+        method: tries(material, method)[chosen(run, task, method).index] for method in METHODS if method not in STATIC
+    }
+    for method, attempt in attempts.items():
         _keep(material, method, attempt, prompts)
-        if method in WITH_LISTS:
-            assert isinstance(attempt.policy, SteeringPolicy)
-            lists = material.edit_lists(attempt.policy, [attempt.chat(prompt.text) for prompt in prompts])
-            sets = list_sets(lists, material.output_sae.d_sae)
-            overlaps[method] = asdict(Overlap.from_sets(sets, [prompt.kind for prompt in prompts]))
-        if method == "DSPA":
-            first = prompts[: run.settings.control_prompts]
-            for name, control in controls(material, attempt, first).items():
-                _keep(material, name, control, first)
-    write_atomically(folder / "overlaps.json", json.dumps(overlaps).encode())
+    first = prompts[: run.settings.control_prompts]
+    for name, control in controls(material, attempts["DSPA"], first).items():
+        _keep(material, name, control, first)
+    overlaps = {method: asdict(_overlap(material, attempts[method], prompts)) for method in WITH_LISTS}
+    write_atomically(run.heldout / task / "overlaps.json", json.dumps(overlaps).encode())
+
+
+def _overlap(material: Material, attempt: Try, prompts: Sequence[Prompt]) -> Overlap:
+    """How alike the lists of prompts are, within a kind and across kinds."""
+    assert isinstance(attempt.policy, SteeringPolicy)
+    lists = material.edit_lists(attempt.policy, [attempt.chat(prompt.text) for prompt in prompts])
+    return Overlap.from_sets(list_sets(lists, material.output_sae.d_sae), [prompt.kind for prompt in prompts])
 
 
 def _keep(material: Material, method: str, attempt: Try, prompts: Sequence[Prompt]) -> None:

@@ -16,9 +16,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CLOSED = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 CLOSED_IF_WHOLE = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content']}}"
-    "{% if not message.get('cut_off') %}{{'<|im_end|>' + '\n'}}{% endif %}"
+    "{% if not message.get('cut_off') %}{{'<|im_end|>'}}{% endif %}"
+    "{% if add_generation_prompt or not loop.last %}{{'\n'}}{% endif %}"
 )
-"""How the chat template writes a message. An answer that was cut off has no end that the model did not write."""
+"""How the chat template writes a message. After an answer nothing comes that the model did not write: no end of the
+turn if it was cut off, and no line break, after which trainers put a second end."""
 
 
 def prepare(run: Run) -> None:
@@ -38,7 +40,8 @@ def prepare(run: Run) -> None:
 
 
 def with_open_messages(template: str) -> str:
-    """The chat template of SmolLM2, with messages that have a true `cut_off` not closed.
+    """The chat template of SmolLM2, with nothing after an answer but its end of the turn, and not that either after a
+    message with a true `cut_off`.
 
     Raises:
         DspaError: if it does not write messages as expected.

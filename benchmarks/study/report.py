@@ -300,8 +300,10 @@ def agreement_table(report: dict[str, Any]) -> Table:
     lists = ("own list", "list of another kind", "static list")
     return Table(
         "Agreement of lists with triples that were left out",
-        "Per edit, over folds of the triples: how far differences of density go along a prompt's own list, along that "
-        "of a prompt of another kind, and along the list that is the same for all (docs/method.md, section 2.2).",
+        "Per edit, over five parts of the triples, each with a map from the others: how far differences of density go "
+        "along a prompt's own list, along that of a prompt of another kind, and along the list that is the same for all"
+        " (docs/method.md, section 2.2). Other templates: no template is in two parts. 95 % intervals are for other "
+        "triples.",
         ("map", *lists),
         tuple(
             (

@@ -15,7 +15,7 @@ import resource
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,6 +54,10 @@ class Stage:
     def record(self, run: Run) -> Path:
         """What the stage took; it is done if this is there."""
         return run.folder / "stages" / f"{self.name}.json"
+
+    def interrupted(self, run: Run) -> Path:
+        """What its passes took that failed or were interrupted, but for one that was killed."""
+        return run.folder / "stages" / f"{self.name}.interrupted"
 
 
 STAGES: tuple[Stage, ...] = (
@@ -125,17 +129,32 @@ def _check_settings(run: Run) -> None:
 
 def _run_here(run: Run, stage: Stage) -> None:
     print(f"{time.strftime('%H:%M:%S')} {stage.name}", flush=True)
+    make_folder(stage.record(run).parent)
+    file = stage.interrupted(run)
+    before = json.loads(file.read_text()) if file.is_file() else {"passes": 0, "seconds": 0.0, "processor_seconds": 0.0}
     started, processor = time.perf_counter(), time.process_time()
-    stage.run(run)
+
+    def spent() -> dict[str, float]:
+        """In all passes."""
+        return {
+            "passes": before["passes"] + 1,
+            "seconds": before["seconds"] + time.perf_counter() - started,
+            "processor_seconds": before["processor_seconds"] + time.process_time() - processor,
+        }
+
+    try:
+        stage.run(run)
+    except BaseException:
+        write_atomically(file, json.dumps(spent()).encode())
+        raise
     found = {
-        "seconds": time.perf_counter() - started,
-        "processor_seconds": time.process_time() - processor,
+        **spent(),
         "threads": torch.get_num_threads(),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "provenance": asdict(Provenance.here()),
     }
-    stage.record(run).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(stage.record(run), json.dumps(found).encode())
+    file.unlink(missing_ok=True)
     print(f"{time.strftime('%H:%M:%S')} {stage.name}: {found['seconds']:.0f} s", flush=True)
 
 
@@ -144,6 +163,11 @@ def _run_beside_each_other(run: Run, stages: Sequence[Stage], jobs: int) -> None
     context.set_forkserver_preload(list(IMPORTED))
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         running = {stage.name: pool.submit(_run_with_one_thread, run, stage) for stage in stages}
+        try:
+            wait(running.values())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # or else those that have not begun would run
+            raise
     failed = {name: error for name, future in running.items() if (error := future.exception()) is not None}
     for error in failed.values():
         traceback.print_exception(error)

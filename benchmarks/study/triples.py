@@ -127,6 +127,7 @@ def as_record(prompt: Prompt, pair: Pair) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": pair.chosen.text, "cut_off": not pair.chosen.ended}],
         "rejected": [{"role": "assistant", "content": pair.rejected.text, "cut_off": not pair.rejected.ended}],
         "kind": prompt.kind,
+        "template": prompt.template,
         "margin": round(pair.margin, 4),
     }
 

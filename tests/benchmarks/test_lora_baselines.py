@@ -28,17 +28,20 @@ def test_what_the_trainer_adds_to_a_response_that_was_cut_off_is_left_out() -> N
     from datasets import Dataset
 
     parts = ("input_ids", "attention_mask", "labels")
-    tokens = {f"{side}_{part}": [1, 2, 3] for side in ("chosen", "rejected") for part in parts}
+    ends, ends_not = (
+        {f"{side}_{part}": ids for side in ("chosen", "rejected") for part in parts} for ids in ([1, 2, 3], [1, 2])
+    )
     open_message, closed_message = {"role": "assistant", "content": "I", "cut_off": True}, ROWS[0]["chosen"][0]
     rows = [
         {"chosen": [closed_message], "rejected": [open_message]},
         {"chosen": [open_message], "rejected": [closed_message]},
         {"chosen": [closed_message], "rejected": [closed_message]},
+        {"chosen": [open_message], "rejected": [closed_message]},
     ]
-    found = _not_closed(Dataset.from_list([tokens] * 3), rows)
+    found = _not_closed(Dataset.from_list([ends] * 3 + [ends_not]), rows, end=3)
     for part in parts:
-        assert list(found[f"chosen_{part}"]) == [[1, 2, 3], [1, 2], [1, 2, 3]]
-        assert list(found[f"rejected_{part}"]) == [[1, 2], [1, 2, 3], [1, 2, 3]]
+        assert list(found[f"chosen_{part}"]) == [[1, 2, 3], [1, 2], [1, 2, 3], [1, 2]]
+        assert list(found[f"rejected_{part}"]) == [[1, 2], [1, 2, 3], [1, 2, 3], [1, 2]]
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study import capability, fluency, stages
+from study import capability, fluency, prompts, stages
 from study.choice import chosen
 from study.diagnosis import STRONGER
 from study.evaluation import Answered, Measurement, clustered
@@ -180,6 +180,28 @@ def test_a_stage_that_fails_stops_the_study(tmp_path: Path, monkeypatch: pytest.
     assert [stage.record(run).is_file() for stage in (works, fails, later)] == [True, False, False]
 
 
+def test_a_stage_took_what_its_interrupted_passes_took_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, run = Stage("prompts", "prompts:write", 1), Run(QUICK, tmp_path)
+    monkeypatch.setattr(stages, "STAGES", (stage,))
+
+    def interrupted(_run: Run) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts, "write", interrupted)
+        for passes in (1, 2):
+            with pytest.raises(KeyboardInterrupt):
+                run_stages(run)
+            assert json.loads(stage.interrupted(run).read_text())["passes"] == passes
+    assert not stage.record(run).is_file()
+    stage.interrupted(run).write_text(json.dumps({"passes": 2, "seconds": 1000.0, "processor_seconds": 900.0}))
+    run_stages(run)
+    found = json.loads(stage.record(run).read_text())
+    assert found["passes"] == 3
+    assert 1000 < found["seconds"] < 1500
+    assert 900 < found["processor_seconds"] < 1500
+
+
 @pytest.mark.long
 def test_all_stages_after_the_saes(tmp_path: Path) -> None:
     settings = replace(QUICK, input_layer=INPUT_LAYER, output_layer=OUTPUT_LAYER, latents=512)
@@ -191,9 +213,11 @@ def test_all_stages_after_the_saes(tmp_path: Path) -> None:
     template.write_text(template.read_text().replace("('user', ", "('system', 'user', "))
     write(run)
     run.sae_report.write_text(json.dumps({"input_sae": {"l0": 16.0}, "output_sae": {"l0": 17.0}, "why": "shipped"}))
-    triples = (DATA / "triples.jsonl").read_text()
+    rows = [json.loads(line) for line in (DATA / "triples.jsonl").read_text().splitlines()[: settings.triples]]
     for task in TASKS:
-        run.triples(task).write_text(triples)
+        templates = ("one", "one", "two", "two", "three", "three")
+        lines = [json.dumps({**row, "template": template}) for row, template in zip(rows, templates, strict=True)]
+        run.triples(task).write_text("\n".join(lines) + "\n")
     names = [stage.name for stage in STAGES]
     later = names[names.index("fit-conditional") :]
     run_stages(run, later)
@@ -217,6 +241,7 @@ def test_all_stages_after_the_saes(tmp_path: Path) -> None:
             gate_rule=setting.gate_rule,
         )
         assert found["agreement"]["DSPA"]["own list"] == [expected.mean, expected.half_width]
+        assert set(found["agreement"]["DSPA, other templates"]) >= {"own list", "static list"}
         assert {"FSRL", "DPO, LoRA", "DSPA, ridge", *STRONGER} < set(found["effect"])
         assert found["effect"]["CAA"]["size"] > 0
     assert set(report["costs"]["align_flops"]) == {"densities", "means", "fsrl", "dpo", "simpo"}

@@ -265,7 +265,8 @@ def test_the_chat_template_does_not_close_an_answer_that_was_cut_off() -> None:
     question, answer = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello, I"}
     render = jinja2.Template(model.with_open_messages(written)).render
     closed = jinja2.Template(written).render(messages=[question, answer])
-    assert render(messages=[question, {**answer, "cut_off": False}]) == closed
+    assert render(messages=[question, answer, question], add_generation_prompt=True).startswith(closed)
+    assert render(messages=[question, {**answer, "cut_off": False}]) + "\n" == closed
     assert render(messages=[question, {**answer, "cut_off": True}]) + "<|im_end|>\n" == closed
     with pytest.raises(dspa.DspaError, match="0 times"):
         model.with_open_messages("{{ messages }}")
