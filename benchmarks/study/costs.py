@@ -57,19 +57,19 @@ def measure(run: Run) -> None:
     file = run.folder / "costs.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"processor": processor_name()}
 
-    def keep(part: str, name: str, make: Callable[[], float]) -> None:
+    def keep(part: str, name: str, make: Callable[..., float], *arguments: Any) -> None:
         if name not in found.setdefault(part, {}):
-            found[part][name] = make()
+            found[part][name] = make(*arguments)
             write_atomically(file, json.dumps(found, indent=1).encode())
 
     material = Material.load(run, TASK)
     for name in AT_ONCE:
-        keep("align_flops", name, lambda name=name: align_flops(material, name))
-        keep("peak_mib", name, lambda name=name: peak_mib(run, name))
+        keep("align_flops", name, align_flops, material, name)
+        keep("peak_mib", name, peak_mib, run, name)
     for method in METHODS:
         attempt = tries(material, method)[chosen(run, TASK, method).index]
-        keep("token_flops", method, lambda method=method, attempt=attempt: token_flops(material, method, attempt))
-    keep("token_flops", "model", lambda: decode_step(shape(material), InferenceAssumptions(context=CONTEXT)).flops)
+        keep("token_flops", method, token_flops, material, attempt)
+    keep("token_flops", "model", model_token_flops, material)
     if "speed" not in found:
         found["speed"] = speed(material)
         write_atomically(file, json.dumps(found, indent=1).encode())
@@ -144,7 +144,12 @@ def steering_shape(material: Material) -> SteeringShape:
     return SteeringShape(settings.input_layer, settings.output_layer, settings.latents, settings.latents)
 
 
-def token_flops(material: Material, method: str, attempt: Try) -> float:
+def model_token_flops(material: Material) -> float:
+    """What a generated token takes without a method, by formulas."""
+    return decode_step(shape(material), InferenceAssumptions(context=CONTEXT)).flops
+
+
+def token_flops(material: Material, attempt: Try) -> float:
     """What a method adds to a generated token at most, by formulas (docs/flops.md)."""
     policy = attempt.policy
     if isinstance(policy, (dspa.SteeringPolicy, dspa.StaticPolicy)):

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -55,23 +55,26 @@ def measure(run: Run, task: Task) -> None:
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     material = Material.load(run, task)
 
-    def keep(part: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
+    def keep(part: str, name: str, make: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         if name not in found.setdefault(part, {}):
-            found[part][name] = make()
+            found[part][name] = make(*arguments)
             write_atomically(file, json.dumps(found, indent=1).encode())
 
+    by_prompt, by_template = folds_of_prompts(material), folds_of_templates(material)
     for name, settings in (("DSPA", DSPA), ("DSPA, ridge", RIDGE)):
         setting = settings[chosen(run, task, name).index]
-        keep("agreement", name, lambda setting=setting: agreement(material, setting, folds_of_prompts(material)))
-        label = f"{name}, other templates"
-        keep("agreement", label, lambda setting=setting: agreement(material, setting, folds_of_templates(material)))
+        keep("agreement", name, agreement, material, setting, by_prompt)
+        keep("agreement", f"{name}, other templates", agreement, material, setting, by_template)
 
     @cache
     def unsteered() -> Reading:
         return Reading.of(material, Try("-"), "unsteered")
 
+    def effect(name: str, make: Callable[[], Try]) -> dict[str, Any]:
+        return Reading.of(material, make(), name).beside(unsteered())
+
     for name, make in attempts(material).items():
-        keep("effect", name, lambda name=name, make=make: Reading.of(material, make(), name).beside(unsteered()))
+        keep("effect", name, effect, name, make)
 
 
 # ----------------------------------------------------------------------------------------------------------- agreement
@@ -142,9 +145,9 @@ def attempts(material: Material) -> dict[str, Callable[[], Try]]:
         return Try(str(setting), ("densities",), setting.policy(material, count))
 
     return {
-        **{name: lambda name=name, make=make: make(material, at_index(name), count) for name, make in CURVE.items()},
-        **{name: lambda change=change: stronger(change) for name, change in STRONGER.items()},
-        **{name: lambda name=name: at_choice(name) for name in TRAINED},
+        **{name: partial(make, material, at_index(name), count) for name, make in CURVE.items()},
+        **{name: partial(stronger, change) for name, change in STRONGER.items()},
+        **{name: partial(at_choice, name) for name in TRAINED},
     }
 
 

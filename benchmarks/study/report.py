@@ -273,11 +273,12 @@ def costs_table(report: dict[str, Any]) -> Table:
         )
     return Table(
         "Costs",
-        "Conditional task. Aligning: parameters that are trained, seconds, FLOPs, and peak memory above the loaded "
-        "model; answering: FLOPs that are added to a token at most, tokens per second of a batch, and that over "
-        f"the unsteered model's: medians of {report['settings']['speed_rounds']} rounds, in which differences of some "
-        "percent are noise. What trains sees the first "
-        f"{report['settings']['pairs_per_training']} triples.",
+        "Conditional task. Aligning: parameters that are trained; seconds on one thread, beside another stage; FLOPs; "
+        "peak memory above the loaded model, of a few triples (FSRL keeps the states of all its triples besides). "
+        "Answering, with nothing beside it: FLOPs that are added to a token at most, tokens per second of a batch, "
+        "and that over the unsteered model's: medians of "
+        f"{report['settings']['speed_rounds']} rounds, in which differences of some percent are noise. What trains "
+        f"sees the first {report['settings']['pairs_per_training']} triples.",
         ("method", "trained", "align, s", "align, TFLOP", "peak, MiB", "a token, +%", "tokens/s", "of unsteered"),
         tuple(cells),
     )
@@ -320,10 +321,10 @@ def effect_table(report: dict[str, Any], task: str) -> Table:
     triples = measured_triples(report["settings"]["triple_counts"][-1])
     return Table(
         f"{task.capitalize()}: what edits do to the responses of triples",
-        f"Of the last {triples} triples, which no method has seen. Size: how far the residual stream is moved after "
-        "the output layer, over its norm; what LoRA moves comes from all layers before. Margin: change of the "
-        "log-probability of a token of the chosen response over that of the rejected one, in nats. Chosen: the change "
-        "of the first alone.",
+        f"Of the last {triples} triples, from which no method was made; the text of the SAEs has their responses. "
+        "Size: how far the residual stream is moved after the output layer, over its norm; what LoRA moves comes from "
+        "all layers before. Margin: change of the log-probability of a token of the chosen response over that of the "
+        "rejected one, in nats. Chosen: the change of the first alone.",
         ("method", "size", "margin", "raised %", "chosen"),
         tuple(
             (
