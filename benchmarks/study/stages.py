@@ -72,7 +72,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("sae-input", "sae_training:train", 13, "input", "saes"),
     Stage("sae-output", "sae_training:train", 13, "output", "saes"),
-    Stage("sae-report", "sae_training:write_report", 1),
+    Stage("sae-report", "sae_training:write_report", 2, group="fits"),
     *(Stage(f"fit-{task}", "fits:fit", 9, task, "fits") for task in TASKS),
     *(Stage(f"dpo-{task}", "fits:train_dpo", 10, task, "fits") for task in TASKS),
     *(Stage(f"simpo-{task}", "fits:train_simpo", 8, task, "fits") for task in TASKS),
