@@ -64,7 +64,8 @@ def measure(run: Run, task: Task) -> None:
     for name, settings in (("DSPA", DSPA), ("DSPA, ridge", RIDGE)):
         setting = settings[chosen(run, task, name).index]
         keep("agreement", name, agreement, material, setting, by_prompt)
-        keep("agreement", f"{name}, other templates", agreement, material, setting, by_template)
+        if by_template.count > 1:  # else no kind has two templates, at toy size
+            keep("agreement", f"{name}, other templates", agreement, material, setting, by_template)
 
     @cache
     def unsteered() -> Reading:
