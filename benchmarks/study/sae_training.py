@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
@@ -27,7 +26,6 @@ from study.triples import load_samples, read_lines
 Which = Literal["input", "output"]
 
 PROSE_TOKENS = 128  # of a piece of prose, without BOS
-ANSWERS_PER_PROMPT = 8  # that SAEs read; each reads its prompt once more
 TEXTS_AT_ONCE = 64
 TOKENS_PER_PART = 32_768
 HELD_BACK = 0.02  # the share of texts that no SAE is trained on; they measure it
@@ -292,19 +290,17 @@ def load_activations(run: Run, which: Which) -> Tensor:
 
 
 def _answers(run: Run, tokenizer: Any) -> Iterator[Text]:
-    """A chat for each of the first samples of a prompt. The prompt is trained on with the first of them only."""
+    """A chat for each sample of a prompt. The prompt is trained on with the first of them only."""
     by_id = {prompt.id: prompt for prompt in prompts.load(run, "train")}
-    seen: Counter[str] = Counter()
+    seen: set[str] = set()
     for sample in load_samples(run):
-        if seen[sample.prompt_id] == ANSWERS_PER_PROMPT:
-            continue
         chat = [*by_id[sample.prompt_id].chat, {"role": "assistant", "content": sample.text}]
         prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         ids = [*prompt, *tokenizer(sample.text, add_special_tokens=False).input_ids]
         ids += [tokenizer.eos_token_id] if sample.ended else []
         if len(ids) > len(prompt):
-            yield Text("answers", tuple(ids), len(prompt) if seen[sample.prompt_id] else 1)
-        seen[sample.prompt_id] += 1
+            yield Text("answers", tuple(ids), len(prompt) if sample.prompt_id in seen else 1)
+        seen.add(sample.prompt_id)
 
 
 def _prose(tokenizer: Any) -> Iterator[Text]:

@@ -63,24 +63,24 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("model", "model:prepare", 1),
     Stage("prompts", "prompts:write", 1),
-    *(Stage(f"samples-{shard}", "triples:sample", 10, str(shard), "samples") for shard in range(SHARDS)),
+    *(Stage(f"samples-{shard}", "triples:sample", 9, str(shard), "samples") for shard in range(SHARDS)),
     Stage("triples", "triples:write", 1),
     Stage("texts", "sae_training:write_texts", 1),
     *(
-        Stage(f"activations-{shard}", "sae_training:collect_activations", 11, str(shard), "activations")
+        Stage(f"activations-{shard}", "sae_training:collect_activations", 14, str(shard), "activations")
         for shard in range(SHARDS)
     ),
-    Stage("sae-input", "sae_training:train", 13, "input", "saes"),
-    Stage("sae-output", "sae_training:train", 13, "output", "saes"),
-    Stage("sae-report", "sae_training:write_report", 2, group="fits"),
-    *(Stage(f"fit-{task}", "fits:fit", 9, task, "fits") for task in TASKS),
-    *(Stage(f"dpo-{task}", "fits:train_dpo", 10, task, "fits") for task in TASKS),
-    *(Stage(f"simpo-{task}", "fits:train_simpo", 8, task, "fits") for task in TASKS),
-    *(Stage(f"choose-{task}", "choice:choose", 16, task, "choice") for task in TASKS),
-    Stage("costs", "costs:measure", 5, group="chosen", alone=True),
-    *(Stage(f"heldout-{task}", "heldout:measure", 25, task, "chosen") for task in TASKS),
-    *(Stage(f"heldout-static-{task}", "heldout:measure_static", 19, task, "chosen") for task in TASKS),
-    *(Stage(f"diagnosis-{task}", "diagnosis:measure", 8, task, "chosen") for task in TASKS),
+    Stage("sae-input", "sae_training:train", 24, "input", "saes"),
+    Stage("sae-output", "sae_training:train", 24, "output", "saes"),
+    Stage("sae-report", "sae_training:write_report", 3, group="fits"),
+    *(Stage(f"fit-{task}", "fits:fit", 7, task, "fits") for task in TASKS),
+    *(Stage(f"dpo-{task}", "fits:train_dpo", 6, task, "fits") for task in TASKS),
+    *(Stage(f"simpo-{task}", "fits:train_simpo", 3, task, "fits") for task in TASKS),
+    *(Stage(f"choose-{task}", "choice:choose", 14, task, "choice") for task in TASKS),
+    Stage("costs", "costs:measure", 8, group="chosen", alone=True),
+    *(Stage(f"heldout-{task}", "heldout:measure", 26, task, "chosen") for task in TASKS),
+    *(Stage(f"heldout-static-{task}", "heldout:measure_static", 17, task, "chosen") for task in TASKS),
+    *(Stage(f"diagnosis-{task}", "diagnosis:measure", 6, task, "chosen") for task in TASKS),
     *(Stage(f"curve-{task}", "curve:measure", 5, task, "chosen") for task in TASKS),
     Stage("report", "report:write", 1),
 )
